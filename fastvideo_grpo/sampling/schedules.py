@@ -1,0 +1,114 @@
+"""Noise schedules: the levels a sample passes on its way from noise to data.
+
+Both paradigms of the paper are paths ``z = alpha x + sigma eps`` (SPEC section 1). A schedule is the list of
+``(alpha, sigma, timestep)`` triples of its ``steps + 1`` levels, from noise to data; transition ``i`` goes from level
+``i`` to level ``i + 1``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Level:
+    """The noise level of each sample of a batch: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU.
+
+    They stay on the CPU so that asking whether a level is the last one never waits for a device.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Levels from noise to data: ``alpha``, ``sigma``, ``timestep``, each float32 ``[steps + 1]``.
+
+    ``timestep`` is what the network is conditioned on, in diffusers' unit (0 to 1000).
+
+    Raises:
+        ValueError: the levels do not strictly descend to data (a repeated level has no density), or a level that is
+            stepped from has ``sigma`` 0 (the score is infinite there).
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timestep: Tensor
+
+    def __post_init__(self) -> None:
+        if not (self.alpha.shape == self.sigma.shape == self.timestep.shape) or self.sigma.ndim != 1:
+            raise ValueError("a schedule needs alpha, sigma and timestep of one length")
+        if len(self.sigma) < 2:
+            raise ValueError(f"a schedule needs at least one step; got {len(self.sigma) - 1}")
+        if not bool((self.sigma[:-1] > 0).all()):
+            raise ValueError(f"sigma must be above 0 at every level but the last; got {self.sigma.tolist()}")
+        if not bool((self.sigma[1:] < self.sigma[:-1]).all()):
+            raise ValueError(f"sigma must descend strictly from noise to data; got {self.sigma.tolist()}")
+
+    @property
+    def steps(self) -> int:
+        """Number of transitions, the paper's T."""
+        return len(self.sigma) - 1
+
+    def at(self, index: Tensor) -> Level:
+        """The level of each sample: ``index`` int64 ``[B]``, samples of one batch may stand at different levels."""
+        index = index.cpu()
+        return Level(self.alpha[index], self.sigma[index], self.timestep[index])
+
+
+def flow(steps: int, shift: float) -> Schedule:
+    """Rectified flow: ``t = linspace(1, 0, steps + 1)``, ``sigma = shift t / (1 + (shift - 1) t)``, ``alpha = 1 - sigma``.
+
+    ``timestep = 1000 sigma``, unrounded: a rounded one would differ between rollout and replay implementations.
+    With ``shift = exp(mu)`` this is diffusers' resolution-dependent schedule of FLUX.
+
+    Raises:
+        ValueError: ``steps`` below 1, or ``shift`` not above 0.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not shift > 0:
+        raise ValueError(f"shift must be above 0; got {shift}")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigma = shift * t / (1 + (shift - 1) * t)
+    return Schedule((1 - sigma).float(), sigma.float(), (1000 * sigma).float())
+
+
+def ddim(
+    steps: int,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    beta_schedule: str = "scaled_linear",
+    num_train_timesteps: int = 1000,
+    steps_offset: int = 1,
+    set_alpha_to_one: bool = False,
+) -> Schedule:
+    """Stable Diffusion's levels: diffusers' ``DDIMScheduler`` with "leading" spacing; the defaults are SD v1's.
+
+    ``alpha = sqrt(alpha_cumprod)``, ``sigma = sqrt(1 - alpha_cumprod)``; the last level is diffusers'
+    ``final_alpha_cumprod``: 1 with ``set_alpha_to_one``, else that of training step 0 (so ``sigma`` is not 0 there).
+
+    Raises:
+        ValueError: an unknown ``beta_schedule``, or more steps than training timesteps.
+    """
+    if not 1 <= steps <= num_train_timesteps:
+        raise ValueError(f"steps must be between 1 and {num_train_timesteps}; got {steps}")
+    if beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
+    elif beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+    else:
+        raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear'; got {beta_schedule!r}")
+    # float32 on purpose: the checkpoints' own scheduler multiplies in float32, and its rounding is part of the levels.
+    alpha_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    ratio = num_train_timesteps // steps
+    timestep = torch.arange(steps - 1, -1, -1) * ratio + steps_offset
+    last = torch.ones(1) if set_alpha_to_one else alpha_cumprod[:1]
+    levels = torch.cat([alpha_cumprod[timestep], last]).double()
+    timesteps = torch.cat([timestep, torch.zeros(1, dtype=torch.int64)]).float()
+    return Schedule(levels.sqrt().float(), (1 - levels).sqrt().float(), timesteps)

@@ -1,0 +1,207 @@
+"""One sampling step and its log-probability: what makes a sampler a policy.
+
+A transition takes the network's ``output`` at ``sample`` and the levels it goes between, and returns the Gaussian
+``N(mean, std^2)`` of the next sample together with a draw from it, or the density of a given next sample (replay).
+Everything is float32, whatever the network ran in: a trajectory kept in bf16 changes log-probs by 3e-3 (the clip range is
+1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastvideo_grpo.sampling.schedules import Level
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one transition did.
+
+    ``next_sample``, ``mean``, ``denoised``: float32 ``[B, ...]``; ``std``: float32 ``[B]``; ``log_prob``: float32
+    ``[B]``, the mean over all but the batch dimension of the log density of ``next_sample`` under ``N(mean, std^2)``, NaN
+    for samples with ``std`` 0, and None when no sample of the batch has a density.
+    """
+
+    next_sample: Tensor
+    mean: Tensor
+    std: Tensor
+    denoised: Tensor
+    log_prob: Tensor | None
+
+
+class Transition(Protocol):
+    """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean."""
+
+    noise_level: float
+
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        noise: Tensor | None = None,
+        next_sample: Tensor | None = None,
+    ) -> Step:
+        """Go from ``level`` to ``next_level``; ``output`` and ``sample`` are ``[B, ...]``."""
+        ...
+
+    def deterministic(self) -> Transition:
+        """The ODE sampler of the same model: what evaluation and pictures use."""
+        ...
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` on the CPU -> ``[B, 1, ...]`` on the device of ``like``, to be broadcast over it."""
+    return value.to(like.device).view(-1, *([1] * (like.ndim - 1)))
+
+
+def _finish(
+    mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None
+) -> Step:
+    """Draw or replay under ``N(mean, std^2)``; ``std`` is ``[B]`` on the CPU."""
+    if noise is not None and next_sample is not None:
+        raise ValueError("give noise (to draw) or next_sample (to replay), not both")
+    has_density = std > 0
+    if next_sample is not None:
+        next_sample = next_sample.to(mean).detach()
+    elif noise is not None:
+        next_sample = mean + _per_sample(std, mean) * noise.to(mean)
+    else:
+        next_sample = mean
+    log_prob = None
+    if bool(has_density.any()):
+        # Where std is 0 the NaN is written on purpose: a density that does not exist must not be read as a number.
+        safe = torch.where(has_density, std, torch.nan)
+        scale = _per_sample(safe, mean)
+        # The drawn sample counts as data: gradients flow through the mean only.
+        squared = (next_sample.detach() - mean) ** 2
+        log_prob = (-squared / (2 * scale**2)).flatten(1).mean(1) - (
+            safe.log() + 0.5 * math.log(2 * math.pi)
+        ).to(mean.device)
+    return Step(next_sample, mean, std.to(mean.device), denoised, log_prob)
+
+
+class FlowSDE:
+    """The reverse SDE of rectified flow, equation (8), in one Euler-Maruyama step.
+
+    With ``D = sigma - sigma_next``, ``u`` the velocity, ``e`` the noise level:
+    ``denoised = z - sigma u``, ``score = -(z + alpha u) / sigma``, ``mean = z - D u + e^2/2 D score``,
+    ``std = e sqrt(D)``. The step to sigma 0 adds no noise and returns ``denoised``.
+    """
+
+    def __init__(self, noise_level: float) -> None:
+        if noise_level < 0:
+            raise ValueError(f"noise_level must not be negative; got {noise_level}")
+        self.noise_level = float(noise_level)
+
+    def deterministic(self) -> FlowSDE:
+        """The Euler step of the same flow."""
+        return FlowSDE(0.0)
+
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        noise: Tensor | None = None,
+        next_sample: Tensor | None = None,
+    ) -> Step:
+        """See :class:`Transition`; ``output`` is the velocity ``eps - x``."""
+        velocity, sample = output.float(), sample.float()
+        sigma = _per_sample(level.sigma, sample)
+        distance = level.sigma - next_level.sigma
+        denoised = sample - sigma * velocity
+        mean = sample - _per_sample(distance, sample) * velocity
+        last = next_level.sigma == 0
+        std = torch.where(last, 0.0, self.noise_level * distance.sqrt())
+        if self.noise_level > 0:
+            score = -(sample + _per_sample(level.alpha, sample) * velocity) / sigma
+            mean = mean + _per_sample(0.5 * self.noise_level**2 * distance, sample) * score
+            mean = torch.where(_per_sample(last, sample), denoised, mean)
+        return _finish(mean, std, denoised, noise, next_sample)
+
+
+class DDIM:
+    """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
+
+    ``denoised = (z - sigma eps) / alpha``;
+    ``std = eta sqrt(sigma_next^2 / sigma^2 (1 - alpha^2 / alpha_next^2))``;
+    ``mean = alpha_next denoised + sqrt(sigma_next^2 - std^2) eps``.
+    """
+
+    def __init__(self, noise_level: float) -> None:
+        if noise_level < 0:
+            raise ValueError(f"noise_level must not be negative; got {noise_level}")
+        self.noise_level = float(noise_level)
+
+    def deterministic(self) -> DDIM:
+        """Deterministic DDIM."""
+        return DDIM(0.0)
+
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        noise: Tensor | None = None,
+        next_sample: Tensor | None = None,
+    ) -> Step:
+        """See :class:`Transition`; ``output`` is the predicted noise."""
+        epsilon, sample = output.float(), sample.float()
+        # Variances in float64: 1 - alpha^2 / alpha_next^2 cancels towards the end of the path.
+        alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
+        sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
+        variance = self.noise_level**2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
+        direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
+        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
+        mean = _per_sample(next_level.alpha, sample) * denoised + _per_sample(direction, sample) * epsilon
+        return _finish(mean, variance.sqrt().float(), denoised, noise, next_sample)
+
+
+_TRANSITIONS: dict[str, Callable[[float], Transition]] = {}
+
+
+def register(name: str, make: Callable[[float], Transition]) -> None:
+    """Make ``get(name, noise_level=...)`` return ``make(noise_level)``; a taken name raises ValueError."""
+    if name in _TRANSITIONS:
+        raise ValueError(f"transition {name!r} is registered already")
+    _TRANSITIONS[name] = make
+
+
+def names() -> list[str]:
+    """The registered transitions."""
+    return sorted(_TRANSITIONS)
+
+
+def get(name: str, *, noise_level: float = 0.0) -> Transition:
+    """The transition called ``name`` at ``noise_level``.
+
+    Raises:
+        ValueError: an unknown name, a negative noise level, or a noise level with the deterministic ``ode``.
+    """
+    if name not in _TRANSITIONS:
+        raise ValueError(f"unknown transition {name!r}; known: {', '.join(names())}")
+    return _TRANSITIONS[name](noise_level)
+
+
+def _ode(noise_level: float) -> Transition:
+    if noise_level != 0:
+        raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise_level}")
+    return FlowSDE(0.0)
+
+
+register("flow_sde", FlowSDE)
+register("ddim", DDIM)
+register("ode", _ode)
