@@ -1,0 +1,81 @@
+"""What a reward is asked and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+MediaKind = Literal["image", "video", "any"]
+
+
+@dataclass
+class RewardRequest:
+    """Samples to be scored.
+
+    prompts: B strings, the prompt each sample was drawn for.
+    media: uint8 [B, F, H, W, 3], RGB in 0..255; an image has F = 1.
+    fps: frames per second of a video, None for images.
+    metadata: B dicts, what else the prompt file says about each prompt; empty dicts when left out.
+
+    Raises ValueError when the shapes, the dtype or the lengths disagree.
+    """
+
+    prompts: list[str]
+    media: torch.Tensor
+    fps: float | None = None
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        media = self.media
+        if media.dtype != torch.uint8 or media.ndim != 5 or media.shape[-1] != 3:
+            raise ValueError(f"RewardRequest.media is {media.dtype} {list(media.shape)}; "
+                             "it must be uint8 [batch, frames, height, width, 3]")
+        if len(self.prompts) != len(media):
+            raise ValueError(f"RewardRequest has {len(self.prompts)} prompts for {len(media)} samples; "
+                             "give one prompt a sample, repeated within a group")
+        if not self.metadata:
+            self.metadata = [{} for _ in self.prompts]
+        if len(self.metadata) != len(self.prompts):
+            raise ValueError(f"RewardRequest has {len(self.metadata)} metadata entries for {len(self.prompts)} "
+                             "samples; give one dict a sample, or none at all")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass
+class RewardResult:
+    """Scores of one reward.
+
+    scores: for each of the reward's outputs float32 [B]; larger is better.
+    valid: bool [B]; False where the reward could not judge the sample. The score there is not used, so a reward never
+        has to make one up.
+    """
+
+    scores: dict[str, torch.Tensor]
+    valid: torch.Tensor
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A reward model. It may raise: `RewardSet` then masks its samples and says which reward failed and why.
+
+    outputs: names of its scores. media_kind: what it can look at, images (one frame), videos, or any of the two.
+    """
+
+    outputs: tuple[str, ...]
+    media_kind: MediaKind
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        """Score the samples of `request`; every output has float32 [B], in the order of the request."""
+        ...
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Move the weights, if there are any, and return self."""
+        ...
+
+    def close(self) -> None:
+        """Let go of weights, processes and connections."""
+        ...

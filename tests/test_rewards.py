@@ -1,0 +1,380 @@
+"""Rewards: what they answer, how they are found, and that none can invent a number or end the run."""
+
+import importlib.metadata
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
+from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
+from fastvideo_grpo.rewards.threshold import Threshold, above
+
+
+def request_of(batch=3, frames=1, prompt="a red circle", fill=128):
+    return RewardRequest([prompt] * batch, torch.full((batch, frames, 16, 16, 3), fill, dtype=torch.uint8))
+
+
+class Scripted:
+    """A reward that answers, or raises, what the test says."""
+
+    outputs = ("quality", "motion")
+    media_kind = "any"
+
+    def __init__(self, *, answer):
+        self.answer = answer
+
+    def score(self, request):
+        answer = self.answer() if callable(self.answer) else self.answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def to(self, device):
+        return self
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def scripted_kinds(monkeypatch):
+    kinds()  # own kinds register when first asked for: before the copy, not into it
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    register("scripted")(Scripted)
+
+
+def scripted_set(answer, **entry):
+    return RewardSet({"script": {"kind": "scripted", "params": {"answer": answer}, **entry}})
+
+
+def good_answer(quality=(1.0, 2.0, 3.0), motion=(4.0, 5.0, 6.0), valid=(True, True, True)):
+    return RewardResult({"quality": torch.tensor(quality), "motion": torch.tensor(motion)}, torch.tensor(valid))
+
+
+# --- requests
+
+
+@pytest.mark.parametrize("media", [
+    torch.zeros(1, 1, 8, 8, 3),
+    torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+    torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8),
+])
+def test_request_refuses_other_media(media):
+    with pytest.raises(ValueError, match=r"uint8 \[batch, frames, height, width, 3\]"):
+        RewardRequest(["a"], media)
+
+
+def test_request_refuses_other_lengths():
+    media = torch.zeros(2, 1, 8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="1 prompts for 2 samples"):
+        RewardRequest(["a"], media)
+    with pytest.raises(ValueError, match="1 metadata entries for 2 samples"):
+        RewardRequest(["a", "b"], media, metadata=[{}])
+    assert RewardRequest(["a", "b"], media).metadata == [{}, {}]
+
+
+# --- the set
+
+
+def test_scores_and_weights_are_named_model_and_output():
+    rewards = scripted_set(good_answer(), outputs={"quality": {"weight": 0.7}, "motion": {}})
+    assert rewards.names == ["script/quality", "script/motion"]
+    assert rewards.weights == {"script/quality": 0.7, "script/motion": 1.0}
+    batch = rewards.score(request_of())
+    assert batch.scores["script/quality"].tolist() == [1, 2, 3]
+    assert batch.scores["script/motion"].tolist() == [4, 5, 6]
+    assert batch.valid["script/motion"].all() and not batch.failures
+
+
+def test_outputs_left_out_are_all_outputs():
+    assert scripted_set(good_answer()).weights == {"script/quality": 1.0, "script/motion": 1.0}
+    assert scripted_set(good_answer(), outputs={"motion": {}}).names == ["script/motion"]
+
+
+def test_entries_may_be_objects():
+    entry = SimpleNamespace(kind="jpeg_size", checkpoint=None, params={"quality": 50},
+                            outputs={"jpeg_size": SimpleNamespace(weight=2.0, threshold=None)})
+    rewards = RewardSet({"size": entry})
+    assert rewards.weights == {"size/jpeg_size": 2.0}
+    assert rewards.rewards["size"].quality == 50
+
+
+def test_threshold_changes_scores_and_keeps_raw():
+    batch = scripted_set(good_answer(), outputs={"quality": {"threshold": 2.0}}).score(request_of())
+    assert batch.raw["script/quality"].tolist() == [1, 2, 3]
+    assert batch.scores["script/quality"].tolist() == [0, 0, 1]
+
+
+def test_samples_marked_invalid_are_masked_in_every_output():
+    batch = scripted_set(good_answer(valid=(True, False, True))).score(request_of())
+    for name in ("script/quality", "script/motion"):
+        assert batch.valid[name].tolist() == [True, False, True]
+        assert math.isnan(batch.scores[name][1]) and math.isnan(batch.raw[name][1])
+    assert len(batch.failures) == 1 and "script" in batch.failures[0] and "1 of 3" in batch.failures[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_mask_only_their_sample_and_output(bad):
+    answer = good_answer(quality=(1.0, bad, 3.0))
+    batch = scripted_set(answer, outputs={"quality": {"threshold": 0.0}, "motion": {}}).score(request_of())
+    assert batch.valid["script/quality"].tolist() == [True, False, True]
+    assert math.isnan(batch.scores["script/quality"][1])
+    assert batch.valid["script/motion"].all()
+    assert "script/quality" in batch.failures[0] and "NaN or infinity" in batch.failures[0]
+
+
+def test_a_reward_that_raises_is_masked_named_and_counted(caplog):
+    rewards = scripted_set(RuntimeError("no such weights"))
+    with caplog.at_level(logging.WARNING):
+        first, second = rewards.score(request_of()), rewards.score(request_of())
+    for batch in (first, second):
+        assert not batch.valid["script/quality"].any() and batch.scores["script/quality"].isnan().all()
+        assert "reward script: RuntimeError: no such weights (3 of 3 samples masked)" in batch.failures
+    assert rewards.failure_counts == {"reward script: RuntimeError: no such weights": 2}
+    assert len(caplog.records) == 1, "the same message is logged once"
+
+
+def test_a_failing_reward_leaves_the_others_alone():
+    rewards = RewardSet({
+        "broken": {"kind": "scripted", "params": {"answer": ValueError("x")}},
+        "size": {"kind": "jpeg_size"},
+    })
+    batch = rewards.score(request_of())
+    assert batch.valid["size/jpeg_size"].all()
+    assert not batch.valid["broken/quality"].any()
+
+
+@pytest.mark.parametrize("answer, text", [
+    (None, "NoneType"),
+    (RewardResult({"motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "lacks the output"),
+    (RewardResult({"quality": torch.zeros(3, 1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[3, 1]"),
+    (RewardResult({"quality": torch.zeros(1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[1]"),
+    (RewardResult({"quality": [0.0] * 3, "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "list"),
+    (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(3)), "valid is"),
+    (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(2, dtype=torch.bool)), "valid is"),
+])
+def test_answers_of_the_wrong_form_are_masked(answer, text):
+    batch = scripted_set(answer).score(request_of())
+    assert not batch.valid["script/quality"].any()
+    assert batch.scores["script/quality"].isnan().all()
+    assert text in batch.failures[0]
+
+
+def test_validity_is_per_output():
+    answer = RewardResult({"motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool))
+    batch = scripted_set(answer).score(request_of())
+    assert batch.valid["script/motion"].all() and not batch.valid["script/quality"].any()
+
+
+def test_ctrl_c_ends_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        scripted_set(KeyboardInterrupt()).score(request_of())
+
+
+def test_scores_carry_no_gradient_and_are_float32():
+    answer = RewardResult({"quality": torch.ones(3, dtype=torch.float16), "motion": torch.ones(3, requires_grad=True)},
+                          torch.ones(3, dtype=torch.bool))
+    batch = scripted_set(answer).score(request_of())
+    assert all(not s.requires_grad and s.dtype == torch.float32 for s in batch.scores.values())
+
+
+@pytest.mark.parametrize("models, text", [
+    ({}, "rewards.models is empty"),
+    ({"a/b": {"kind": "jpeg_size"}}, "may not hold '/'"),
+    ({"a": {}}, "rewards.models.a.kind"),
+    ({"a": {"kind": "jpg_size"}}, "did you mean 'jpeg_size'"),
+    ({"a": {"kind": "jpeg_size", "params": {"qualty": 3}}}, "rewards.models.a: .*'qualty'.*'quality'.*sign"),
+    ({"a": {"kind": "jpeg_size", "outputs": {"size": {}}}}, r"rewards.models.a.outputs.size: .*jpeg_size"),
+    ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"weight": math.nan}}}}, "weight is nan"),
+    ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"threshold": "high"}}}}, "threshold is 'high'"),
+    ({"a": {"kind": "jpeg_size", "checkpoint": "x.pt"}}, "takes no checkpoint"),
+])
+def test_a_wrong_configuration_is_refused_with_its_key(models, text):
+    with pytest.raises(ValueError, match=text):
+        RewardSet(models)
+
+
+def test_every_entry_is_checked_before_any_reward_is_made():
+    made = []
+    register("costly")(type("Costly", (Scripted, ), {"__init__": lambda self: made.append(self)}))
+    with pytest.raises(ValueError, match=r"rewards.models.second"):
+        RewardSet({"first": {"kind": "costly"}, "second": {"kind": "scripted"}})
+    assert not made
+
+
+def test_media_a_reward_cannot_look_at_are_refused():
+    rewards = scripted_set(good_answer())
+    rewards.check_frames(1)
+    rewards.check_frames(5)
+    rewards.rewards["script"].media_kind = "image"
+    with pytest.raises(ValueError, match=r"sample.frames is 5"):
+        rewards.check_frames(5)
+    rewards.rewards["script"].media_kind = "video"
+    with pytest.raises(ValueError, match=r"sample.frames is 1"):
+        rewards.check_frames(1)
+
+
+# --- the registry
+
+
+def test_own_kinds_are_known():
+    assert {"jpeg_size", "colour_match"} <= set(kinds())
+    assert create("jpeg_size", params={"sign": 1}).sign == 1
+
+
+def test_unknown_kind_names_the_nearest_and_all():
+    with pytest.raises(ValueError, match=r"'color_match'.*did you mean 'colour_match'.*colour_match, jpeg_size"):
+        create("color_match")
+
+
+def test_missing_parameter_and_checkpoint_are_named():
+    with pytest.raises(ValueError, match="needs the parameter 'answer'"):
+        create("scripted")
+
+    @register("heavy")
+    def heavy(checkpoint):
+        return Scripted(answer=checkpoint)
+
+    with pytest.raises(ValueError, match="needs a checkpoint"):
+        create("heavy")
+    with pytest.raises(ValueError, match="no parameter 'checkpoint'"):
+        create("heavy", params={"checkpoint": "here"})
+    assert create("heavy", checkpoint="there").answer == "there"
+
+
+def test_a_kind_registered_twice_is_refused():
+    with pytest.raises(ValueError, match="registered twice"):
+        register("jpeg_size")(Scripted)
+    register("scripted")(Scripted)  # the same class again, as after a reload, is no conflict
+
+
+@pytest.fixture
+def entry_points(monkeypatch):
+    points = []
+    monkeypatch.setattr(importlib.metadata, "entry_points",
+                        lambda group: [point for point in points if point.group == group])
+
+    def add(name, value):
+        points.append(importlib.metadata.EntryPoint(name, value, registry.ENTRY_POINT_GROUP))
+
+    return add
+
+
+def test_rewards_of_other_packages_are_found(entry_points):
+    entry_points("elsewhere", "fastvideo_grpo.rewards.jpeg_size:JpegSize")
+    assert "elsewhere" in kinds()
+    assert create("elsewhere", params={"quality": 10}).quality == 10
+
+
+def test_an_entry_point_that_cannot_be_imported_is_named(entry_points):
+    entry_points("elsewhere", "no_such_package:Reward")
+    with pytest.raises(ValueError, match=r"no_such_package:Reward.*ModuleNotFoundError"):
+        create("elsewhere")
+
+
+def test_an_entry_point_cannot_replace_an_own_kind(entry_points):
+    entry_points("jpeg_size", "fastvideo_grpo.rewards.colour_match:ColourMatch")
+    with pytest.raises(ValueError, match="offered more than once"):
+        create("jpeg_size")
+
+
+# --- jpeg_size
+
+
+def test_jpeg_size_prefers_small_files_unless_told_otherwise():
+    noise = torch.randint(0, 256, (1, 1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    request = RewardRequest(["plain", "noise"], torch.cat([torch.full_like(noise, 128), noise]))
+    small = create("jpeg_size").score(request)
+    large = create("jpeg_size", params={"sign": 1}).score(request)
+    plain, noisy = small.scores["jpeg_size"].tolist()
+    assert noisy < plain < 0, "sizes are in kilobytes, negative by default"
+    assert -20 < noisy < -2
+    assert torch.equal(large.scores["jpeg_size"], -small.scores["jpeg_size"])
+    assert small.valid.all()
+
+
+def test_jpeg_size_grows_with_quality_and_averages_frames():
+    noise = torch.randint(0, 256, (1, 1, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    plain = torch.full_like(noise, 90)
+
+    def size(media, quality):
+        reward = create("jpeg_size", params={"quality": quality, "sign": 1})
+        return reward.score(RewardRequest(["a"], media)).scores["jpeg_size"].item()
+
+    assert size(noise, 10) < size(noise, 95)
+    assert size(torch.cat([noise, plain], dim=1), 95) == pytest.approx((size(noise, 95) + size(plain, 95)) / 2)
+
+
+@pytest.mark.parametrize("params", [{"quality": 0}, {"quality": 101}, {"quality": 9.5}, {"sign": 0}, {"sign": "up"}])
+def test_jpeg_size_refuses_other_parameters(params):
+    with pytest.raises(ValueError, match="it must be"):
+        create("jpeg_size", params=params)
+
+
+# --- colour_match
+
+
+def painted(colour, rows=8):
+    """A grey 16x16 picture whose first `rows` rows have the colour."""
+    picture = np.full((16, 16, 3), 120, np.uint8)
+    picture[:rows] = PALETTE[colour]
+    return torch.from_numpy(picture)[None, None]
+
+
+def colour_score(media, prompt, **params):
+    return create("colour_match", params=params).score(RewardRequest([prompt], media)).scores["colour_match"].item()
+
+
+@pytest.mark.parametrize("colour", PALETTE)
+def test_colour_match_tells_the_palette_apart(colour):
+    for other in PALETTE:
+        assert colour_score(painted(other), f"a {colour} circle") == float(other == colour)
+
+
+def test_colour_match_is_the_fraction_of_saturated_pixels():
+    media = painted("red", rows=8)
+    media[0, 0, :2] = torch.tensor(PALETTE["blue"], dtype=torch.uint8)
+    assert colour_score(media, "a red circle") == pytest.approx(0.75)
+    assert colour_score(torch.cat([painted("red"), painted("blue")], dim=1), "a red circle") == pytest.approx(0.5)
+
+
+def test_colour_match_is_zero_without_enough_colour():
+    media = painted("red", rows=0)
+    assert colour_score(media, "a red circle") == 0.0
+    media[0, 0, 0, :4] = torch.tensor(PALETTE["red"], dtype=torch.uint8)
+    assert colour_score(media, "a red circle") == 0.0
+    assert colour_score(media, "a red circle", min_saturated=0.01) == 1.0
+
+
+def test_a_prompt_without_one_known_colour_is_invalid_not_zero():
+    media = painted("red").expand(4, -1, -1, -1, -1)
+    prompts = ["a circle", "a Red circle", "a reddish circle", "a red circle and a blue square"]
+    result = create("colour_match").score(RewardRequest(prompts, media))
+    assert result.valid.tolist() == [False, True, False, False]
+    assert result.scores["colour_match"][1] == 1.0
+    batch = RewardSet({"colour": {"kind": "colour_match"}}).score(RewardRequest(prompts, media))
+    assert batch.valid["colour/colour_match"].tolist() == [False, True, False, False]
+    assert colour_of("CYAN!") == list(PALETTE).index("cyan")
+
+
+# --- threshold
+
+
+def test_above_is_strict_and_keeps_nan():
+    scores = above(torch.tensor([0.4, 0.5, 0.6, math.nan]), 0.5)
+    assert scores[:3].tolist() == [0, 0, 1] and scores[3].isnan()
+    assert scores.dtype == torch.float32
+
+
+def test_threshold_wraps_one_output():
+    wrapped = Threshold(Scripted(answer=good_answer(valid=(True, False, True))), "motion", 4.5)
+    result = wrapped.score(request_of())
+    assert result.scores["motion"].tolist() == [0, 1, 1]
+    assert result.scores["quality"].tolist() == [1, 2, 3]
+    assert result.valid.tolist() == [True, False, True]
+    with pytest.raises(ValueError, match=r"no output 'speed'.*quality, motion"):
+        Threshold(wrapped, "speed", 1.0)
