@@ -441,7 +441,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         choices=("apply", "check", "revert", "manifest"),
         help="apply: patch FastVideo. check: say what is patched; exit code 1 if something is not. revert: give back "
-        "the original files. manifest: record the file hashes anew, after a patch was added or changed (for developers).",
+        "the original files. manifest: record the file hashes anew, after a patch changed (for developers).",
     )
     parser.add_argument(
         "--to",
