@@ -1,0 +1,364 @@
+"""Checkpoints on disk.
+
+    FOLDER/000100/trainer.json     iteration, versions, sha256 of every other file, and what the trainer adds
+    FOLDER/000100/...              whatever the trainer wrote
+    FOLDER/.saving-000100/         being written; never read
+    FOLDER/.replaced-000100/       an older 000100, out of the way for the moment of a rename
+    FOLDER/.removing-000050/       being deleted
+
+They appear by rename when complete, and are verified by checksum when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo.engines.parallel import World
+
+logger = logging.getLogger(__name__)
+
+TRAINER_JSON = "trainer.json"
+_RESERVED = ("iteration", "versions", "checksums", "checksum")
+_PACKAGES = ("fastvideo-grpo", "fastvideo", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that was asked for is missing, damaged or unreadable."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie; the same folder on every rank (a shared file system when there are several machines).
+        keep: how many to keep, at least 1.
+        world: the processes of the run; every method but `iterations` and `load_trainer_json` is called by all of them
+            together.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int, world: World | None = None) -> None:
+        if keep < 1:
+            raise ValueError(f"run.keep is {keep}; at least 1 checkpoint must be kept")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.world = world or World()
+        self._damaged: set[int] = set()
+
+    def path(self, iteration: int) -> Path:
+        """Where the checkpoint of an iteration lies, or would lie."""
+        return self.folder / f"{iteration:06d}"
+
+    def iterations(self) -> list[int]:
+        """Iterations of the complete checkpoints, rising. They are not verified."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+    def save(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> bool:
+        """Write the checkpoint of `iteration`; afterwards remove the oldest beyond `keep`.
+
+        Args:
+            iteration: number of finished iterations.
+            write: called on every rank with the same folder, which is empty; writes files of names no other rank uses.
+                What rank 0 returns goes into trainer.json. An OSError it raises must not leave other ranks waiting
+                inside it (`Engine.save` exchanges nothing).
+
+        Returns:
+            True when the checkpoint is there. False when the disk refused (full, over quota, read-only): the partial
+            folder is removed, earlier checkpoints stay, the error is logged, and the run can go on and save again
+            later.
+        """
+        target = self.path(iteration)
+        partial = self.folder / f".saving-{target.name}"
+        error = self._on_rank_0(lambda: self._make_partial(partial))
+        content: dict[str, Any] | None = None
+        if error is None:
+            local_error = None
+            try:
+                content = write(partial)
+            except OSError as failure:
+                local_error = _describe(failure)
+            error = self._agree(local_error)
+        checksums: dict[str, str] = {}
+        if error is None:
+            checksums, error = self._seal(partial)
+        if error is None:
+            error = self._on_rank_0(lambda: self._publish(partial, target, iteration, content or {}, checksums))
+        if error is not None:
+            if self.world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                whole = ", ".join(str(number) for number in self.iterations()) or "none"
+                logger.error(
+                    "checkpoint %s was not saved: %s. Checkpoints still there: %s. The run goes on; free space on the "
+                    "disk of %s (or lower run.keep) before the next save.",
+                    target.name,
+                    error,
+                    whole,
+                    self.folder,
+                )
+            self.world.barrier()
+            return False
+        self._damaged.discard(iteration)
+        if self.world.rank == 0:
+            self._remove_oldest(iteration)
+        self.world.barrier()
+        return True
+
+    def newest(self, required: bool = False) -> Path | None:
+        """The newest checkpoint whose checksums hold. Damaged ones are named in a warning, left as they are, and
+        skipped.
+
+        Args:
+            required: raise instead of returning None.
+
+        Raises:
+            CheckpointError: `required`, and none is whole.
+        """
+        found = self.world.broadcast_object(self.iterations())
+        for iteration in reversed(found):
+            problem = self._verify(iteration)
+            if problem is None:
+                self._damaged.discard(iteration)
+                return self.path(iteration)
+            self._damaged.add(iteration)
+            if self.world.rank == 0:
+                logger.warning("checkpoint %s is damaged and skipped: %s", self.path(iteration), problem)
+        if required:
+            state = f"{len(found)} found, all damaged ({', '.join(map(str, found))})" if found else "none found"
+            raise CheckpointError(
+                f"no whole checkpoint in {self.folder}: {state}; check run.dir, or start without resuming"
+            )
+        return None
+
+    def at(self, iteration: int) -> Path:
+        """The checkpoint of one iteration, verified.
+
+        Raises:
+            CheckpointError: it is missing or damaged; names the file and what is there instead.
+        """
+        found = self.world.broadcast_object(self.iterations())
+        if iteration not in found:
+            there = ", ".join(map(str, found)) or "none"
+            raise CheckpointError(f"no checkpoint of iteration {iteration} in {self.folder}; there are: {there}")
+        problem = self._verify(iteration)
+        if problem is not None:
+            others = ", ".join(str(number) for number in found if number != iteration) or "none"
+            raise CheckpointError(f"checkpoint {self.path(iteration)} is damaged: {problem}; others: {others}")
+        return self.path(iteration)
+
+    def clean(self) -> None:
+        """Remove what killed saves left behind. Call it once at the start of a run, when nobody is saving."""
+        if self.world.rank == 0 and self.folder.is_dir():
+            for entry in sorted(self.folder.iterdir()):
+                if entry.name.startswith(".replaced-"):
+                    target = self.folder / entry.name.removeprefix(".replaced-")
+                    if target.exists():
+                        shutil.rmtree(entry)
+                    else:  # killed between the two renames: the older one is the only one
+                        os.rename(entry, target)
+                elif entry.name.startswith((".saving-", ".removing-")):
+                    shutil.rmtree(entry)
+        self.world.barrier()
+
+    def _make_partial(self, partial: Path) -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def _seal(self, partial: Path) -> tuple[dict[str, str], str | None]:
+        """Hash every file and push it to the disk; the files are dealt over ranks."""
+        names = self.world.broadcast_object(_files(partial) if self.world.rank == 0 else None)
+        share: dict[str, str] = {}
+        local_error = None
+        try:
+            for name in names[self.world.rank :: self.world.size]:
+                share[name] = _sha256(partial / name, sync=True)
+        except OSError as failure:
+            local_error = _describe(failure)
+        checksums: dict[str, str] = {}
+        for part in self.world.all_gather_object(share):
+            checksums.update(part)
+        return dict(sorted(checksums.items())), self._agree(local_error)
+
+    def _publish(
+        self, partial: Path, target: Path, iteration: int, content: dict[str, Any], checksums: dict[str, str]
+    ) -> None:
+        clash = [key for key in _RESERVED if key in content]
+        if clash:
+            raise ValueError(f"trainer.json keys {clash} are written by the store; give them other names")
+        document = {**content, "iteration": iteration, "versions": _versions(), "checksums": checksums}
+        document["checksum"] = _document_checksum(document)
+        _write_synced(partial / TRAINER_JSON, json.dumps(document, indent=1).encode())
+        for directory in sorted({(partial / name).parent for name in checksums} | {partial}):
+            _sync_directory(directory)
+        replaced = self.folder / f".replaced-{target.name}"
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(target, replaced)
+        os.rename(partial, target)
+        _sync_directory(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _remove_oldest(self, saved: int) -> None:
+        # Known damaged ones do not count as kept: `keep` promises usable checkpoints.
+        older = [number for number in self.iterations() if number < saved and number not in self._damaged]
+        for number in older[: max(0, len(older) - (self.keep - 1))]:
+            removing = self.folder / f".removing-{number:06d}"
+            try:
+                os.rename(self.path(number), removing)
+                shutil.rmtree(removing)
+            except OSError as failure:
+                logger.warning(
+                    "old checkpoint %s could not be removed (%s); remove it by hand",
+                    self.path(number),
+                    _describe(failure),
+                )
+
+    def _verify(self, iteration: int) -> str | None:
+        """What is wrong with a checkpoint, the same answer on every rank; None when it is whole."""
+        folder = self.path(iteration)
+        document: dict[str, Any] | None = None
+        problem = None
+        if self.world.rank == 0:
+            try:
+                document = self.load_trainer_json(folder)
+            except CheckpointError as failure:
+                problem = str(failure)
+        document, problem = self.world.broadcast_object((document, problem))
+        if document is None:
+            return problem
+        names = sorted(document["checksums"])
+        for name in names[self.world.rank :: self.world.size]:
+            expected = document["checksums"][name]
+            try:
+                found = _sha256(folder / name)
+            except OSError as failure:
+                found = _describe(failure)
+            if found != expected:
+                problem = f"{name}: sha256 expected {expected}, found {found}"
+                break
+        return next((answer for answer in self.world.all_gather_object(problem) if answer), None)
+
+    @staticmethod
+    def load_trainer_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
+        """trainer.json of one checkpoint folder: what the trainer wrote, and `iteration`, `versions`, `checksums`,
+        `checksum`.
+
+        Raises:
+            CheckpointError: it is missing, is not JSON, or does not match its own checksum.
+        """
+        path = Path(folder) / TRAINER_JSON
+        try:
+            document = json.loads(path.read_bytes())
+        except OSError as failure:
+            raise CheckpointError(
+                f"{path} cannot be read: {_describe(failure)}; choose another checkpoint"
+            ) from failure
+        except ValueError as failure:
+            raise CheckpointError(f"{path} is not JSON ({failure}); choose another checkpoint") from failure
+        if not isinstance(document, dict) or any(key not in document for key in _RESERVED):
+            raise CheckpointError(
+                f"{path} lacks one of {', '.join(_RESERVED)}; it was not written by a checkpoint store"
+            )
+        expected = document["checksum"]
+        found = _document_checksum(document)
+        if found != expected:
+            raise CheckpointError(f"{path}: sha256 expected {expected}, found {found}; choose another checkpoint")
+        return document
+
+    def _on_rank_0(self, action: Callable[[], None]) -> str | None:
+        """Run on rank 0; the OSError's description, on every rank, or None."""
+        local_error = None
+        if self.world.rank == 0:
+            try:
+                action()
+            except OSError as failure:
+                local_error = _describe(failure)
+        return self._agree(local_error)
+
+    def _agree(self, local_error: str | None) -> str | None:
+        """The first rank's error, on every rank."""
+        answers = self.world.all_gather_object(local_error)
+        return next(
+            (
+                f"rank {rank}: {answer}" if self.world.size > 1 else answer
+                for rank, answer in enumerate(answers)
+                if answer
+            ),
+            None,
+        )
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that its name shows the old content or the new one, never a part: temporary sibling, fsync,
+    rename.
+
+    Raises:
+        OSError: the disk refused; the old file is untouched and the temporary one removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        _write_synced(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return digest
+
+
+def _document_checksum(document: dict[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    # Through JSON once, so that tuples, integer keys and the like hash as they will be read back.
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode()).hexdigest()
+
+
+def _describe(failure: OSError) -> str:
+    reason = failure.strerror or str(failure)
+    return f"{reason} ({failure.filename})" if failure.filename else reason
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

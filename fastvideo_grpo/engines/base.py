@@ -1,0 +1,382 @@
+"""What every engine promises (`Engine`), and what all of them share (`AdamWEngine`): warm-up, accumulation, EMA, exact
+state on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo_grpo.engines.ema import ExponentialMovingAverage
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.shards import ENGINE_JSON, EngineStateError, SavedTensors, read_engine_json, write_tensors
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    """Who moves the weights.
+
+    One update is `accumulate(n)`, n times `backward(loss)`, `step()`, on every rank alike. Trainable are the parameters
+    with requires_grad.
+
+    Attributes:
+        module: what the rollout and the replay call.
+        world: the processes of the run.
+        trainable_names: names of the trainable parameters, as in `named_parameters()` of the module that was handed in.
+        step_calls: calls of `step` so far; the warm-up counts these.
+        updates: calls of `step` that changed the weights.
+        skipped_updates: calls of `step` that changed nothing, because the gradient was not finite.
+    """
+
+    module: nn.Module
+    world: World
+    trainable_names: list[str]
+    step_calls: int
+    updates: int
+    skipped_updates: int
+
+    @property
+    def lr(self) -> float:
+        """Learning rate that the next call of `step` uses."""
+        ...
+
+    def accumulate(self, calls: int) -> None:
+        """Say that the next `calls` (>= 1) calls of `backward` make up one update. The number may differ from update to
+        update, but not from rank to rank: ZeRO 2 and 3 exchange gradients inside every call."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` (scalar). Gradients are summed, over calls and over ranks: divide the loss by the
+        number of valid pairs of the whole update beforehand."""
+        ...
+
+    def step(self) -> float:
+        """Clip to `max_grad_norm` and update the weights.
+
+        Returns:
+            Global L2 norm of the summed gradient before clipping; inf when it is not finite (NaN included). Then
+            weights, optimiser state and EMA stay as they are on every rank, the gradients are dropped, and
+            `skipped_updates` rises. Every call counts for the warm-up, skipped or not.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable weights, whole, as float32 CPU tensors, on every rank. All ranks call it."""
+        ...
+
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the trainable weights (whole, any dtype, same on every rank); optimiser state and EMA stay. All ranks
+        call it."""
+        ...
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the exact state: weights, optimiser, counters, EMA. All ranks call it with the same existing folder;
+        each writes its own files, without any exchange, so an OSError of one rank leaves no other waiting."""
+        ...
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote: bitwise the same state. Any engine, ZeRO stage and world size reads any other's
+        folder. All ranks call it."""
+        ...
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """The module with EMA weights inside the block; afterwards bitwise as before. All ranks enter and leave
+        together; no update inside."""
+        ...
+
+
+class AdamWEngine:
+    """Common part of the engines. A subclass says where its pieces of weights and moments lie.
+
+    The state of a parameter is float32: its weight and two moments (AdamW). A rank holds a `span` of it, (start, count)
+    in the flattened parameter, or nothing; the spans of all ranks tile the parameter. Saving writes spans, and loading
+    reads whatever span is needed from whoever wrote it.
+    """
+
+    kind = ""
+    zero_stage: int | None = None
+
+    def __init__(self, module: nn.Module, optim: Any, *, precision: str, world: World) -> None:
+        if precision not in DTYPES:
+            raise ValueError(f"model.precision is {precision!r}; allowed: {', '.join(DTYPES)}")
+        if optim.lr <= 0 or not math.isfinite(optim.lr):
+            raise ValueError(f"optim.lr is {optim.lr}; it must be a positive number")
+        self.optim = optim
+        self.precision = precision
+        self.world = world
+        self.step_calls = 0
+        self.updates = 0
+        self.skipped_updates = 0
+        self.ema: ExponentialMovingAverage | None = None
+        self._calls_left = 0
+        self._calls_made = 0
+        self._inside_ema = False
+        self._parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not self._parameters:
+            raise ValueError(
+                "the module has no trainable parameter: FastVideo loads them frozen; call requires_grad_(True) on the "
+                "transformer, or add LoRA layers"
+            )
+        self.trainable_names = list(self._parameters)
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        # Parameters only: buffers hold things like rotary frequencies, which bf16 would spoil.
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[precision])
+
+    # What a subclass provides.
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        """This rank's share of a parameter's state, (start, count) in elements; None when it has no share. It writes
+        its share when saving, and averages it for the EMA."""
+        raise NotImplementedError
+
+    def _held(self, name: str) -> tuple[int, int] | None:
+        """What this rank holds in memory: its share, or everything where the state is replicated."""
+        return self.span(name)
+
+    def _piece(self, name: str, part: str) -> Tensor:
+        """The held state, flat float32, sharing its memory. `part` is "weight" or one of MOMENTS."""
+        raise NotImplementedError
+
+    def _refresh_module(self) -> None:
+        """Copy the float32 weights into what the module computes with."""
+        raise NotImplementedError
+
+    def _fill_module(self, whole: Callable[[str], Tensor]) -> Callable[[], None]:
+        """Put other weights into the module, the float32 ones staying; returns what undoes it."""
+        raise NotImplementedError
+
+    def _adam_states(self) -> list[dict[str, Any]]:
+        """The AdamW state dictionaries of this rank, made (zeros) when there are none yet."""
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        raise NotImplementedError
+
+    def _update(self) -> float:
+        """Clip and step with the current `lr`; the norm, not finite when nothing was changed. Gradients are gone
+        afterwards."""
+        raise NotImplementedError
+
+    # What follows from it.
+
+    def _start_ema(self, device: str | torch.device) -> None:
+        if self.optim.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self.optim.ema_decay, device)
+            self.ema.start(self._local_weights())
+
+    def _local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.trainable_names:
+            if self.span(name) is not None:
+                yield name, self._piece(name, "weight").detach()
+
+    @property
+    def lr(self) -> float:
+        warmup = self.optim.warmup_steps or 0
+        return self.optim.lr * min(1.0, (self.step_calls + 1) / warmup) if warmup > 0 else self.optim.lr
+
+    def accumulate(self, calls: int) -> None:
+        if calls < 1:
+            raise ValueError(
+                f"accumulate({calls}): an update needs at least one call of backward; leave updates without samples "
+                "out on every rank"
+            )
+        if self._calls_made:
+            raise RuntimeError(
+                f"accumulate({calls}) after {self._calls_made} calls of backward; finish the update with step() first"
+            )
+        self._calls_left = calls
+
+    def backward(self, loss: Tensor) -> None:
+        if self._calls_left == 0:
+            raise RuntimeError(
+                f"backward call {self._calls_made + 1} of an update announced with accumulate({self._calls_made}); "
+                "announce the right number"
+            )
+        self._calls_left -= 1
+        self._calls_made += 1
+        self._backward(loss, last=self._calls_left == 0)
+
+    def step(self) -> float:
+        if self._inside_ema:
+            raise RuntimeError(
+                "step() while the module holds EMA weights; leave ema_weights() first (an error inside it may have "
+                "kept them in)"
+            )
+        if self._calls_left or not self._calls_made:
+            raise RuntimeError(
+                f"step() after {self._calls_made} calls of backward with {self._calls_left} announced calls missing"
+            )
+        self._calls_made = 0
+        norm = self._update()
+        self.step_calls += 1
+        if math.isfinite(norm):
+            self.updates += 1
+            if self.ema is not None:
+                self.ema.update(self._local_weights())
+            return norm
+        self.skipped_updates += 1
+        return math.inf
+
+    def _whole(self, name: str, piece: Tensor | None, device: torch.device | str) -> Tensor:
+        """A parameter's float32 state put together from all ranks' pieces, on every rank."""
+        held = self.span(name)
+        shape = self._shapes[name]
+        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
+        if held is not None and piece is not None:
+            whole[held[0] : held[0] + held[1]] = piece.detach().to(whole.device)
+        return self.world.all_reduce_sum_in_place(whole).view(shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            name: self._whole(name, self._piece(name, "weight") if self.span(name) else None, self.world.device).cpu()
+            for name in self.trainable_names
+        }
+
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        self._check_names({name: tuple(weight.shape) for name, weight in weights.items()}, "the given weights")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                held = self._held(name)
+                if held is not None:
+                    self._piece(name, "weight").copy_(weight.detach().reshape(-1)[held[0] : held[0] + held[1]])
+        self._refresh_module()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        if self._calls_made:
+            raise RuntimeError("save() in the middle of an update would lose its gradients; call step() first")
+        folder = Path(folder)
+        shares = [(name, self.span(name)) for name in self.trainable_names]
+
+        def write(part: str, keys: Mapping[str, Callable[[str], Tensor]]) -> None:
+            entries = {
+                prefix + name: (start, count, lambda name=name, get=get: get(name))
+                for prefix, get in keys.items()
+                for name, (start, count) in ((name, share) for name, share in shares if share is not None)
+            }
+            write_tensors(folder / f"{part}-{self.world.rank:05d}.safetensors", entries)
+
+        write("weights", {"": lambda name: self._piece(name, "weight")})
+        if self.updates:
+            write(
+                "optimizer", {f"{moment}.": lambda name, moment=moment: self._piece(name, moment) for moment in MOMENTS}
+            )
+        if self.ema is not None:
+            write("ema", {"": self.ema.piece})
+        if self.world.rank == 0:
+            description = {
+                "format": 1,
+                "kind": self.kind,
+                "zero_stage": self.zero_stage,
+                "world_size": self.world.size,
+                "precision": self.precision,
+                "step_calls": self.step_calls,
+                "updates": self.updates,
+                "skipped_updates": self.skipped_updates,
+                "ema_decay": None if self.ema is None else self.ema.decay,
+                "parameters": {name: list(shape) for name, shape in self._shapes.items()},
+            }
+            (folder / ENGINE_JSON).write_text(json.dumps(description, indent=1))
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        folder = Path(folder)
+        description = read_engine_json(folder)
+        self._check_names(
+            {name: tuple(shape) for name, shape in description["parameters"].items()}, str(folder / ENGINE_JSON)
+        )
+        world_size = description["world_size"]
+        with torch.no_grad():
+            weights = SavedTensors(folder, "weights", world_size)
+            for name in self.trainable_names:
+                self._read_piece(weights, name, name, "weight")
+            if description["updates"]:
+                moments = SavedTensors(folder, "optimizer", world_size)
+                states = self._adam_states()
+                for name in self.trainable_names:
+                    for moment in MOMENTS:
+                        self._read_piece(moments, f"{moment}.{name}", name, moment)
+            else:
+                states = self._adam_states() if self.updates else []
+                for state in states:
+                    for moment in MOMENTS:
+                        state[moment].zero_()
+            for state in states:
+                state["step"] = torch.tensor(float(description["updates"]), dtype=torch.float32)
+        self.step_calls = description["step_calls"]
+        self.updates = description["updates"]
+        self.skipped_updates = description["skipped_updates"]
+        self._calls_left = self._calls_made = 0
+        self._refresh_module()
+        if self.ema is not None:
+            if description["ema_decay"] is None:
+                logger.warning(
+                    "%s holds no EMA weights; the EMA (optim.ema_decay=%s) starts from the loaded weights",
+                    folder,
+                    self.ema.decay,
+                )
+                self.ema.start(self._local_weights())
+            else:
+                saved = SavedTensors(folder, "ema", world_size)
+                spans = ((name, self.span(name)) for name in self.trainable_names)
+                self.ema.start((name, saved.read(name, *span)) for name, span in spans if span is not None)
+        elif description["ema_decay"] is not None:
+            logger.warning("%s holds EMA weights, which are dropped because optim.ema_decay is null", folder)
+
+    def _read_piece(self, saved: SavedTensors, key: str, name: str, part: str) -> None:
+        held = self._held(name)
+        if held is not None:
+            self._piece(name, part).copy_(saved.read(key, *held))
+
+    def _check_names(self, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+        missing = [name for name in self.trainable_names if name not in shapes]
+        extra = [name for name in shapes if name not in self._shapes]
+        if missing or extra:
+            raise EngineStateError(
+                f"{source} does not fit the model's trainable parameters: {len(missing)} are missing ({missing[:3]}), "
+                f"{len(extra)} are not in the model ({extra[:3]}); use the model and model.lora settings it was saved "
+                "with"
+            )
+        for name, shape in shapes.items():
+            if tuple(self._shapes[name]) != tuple(shape):
+                raise EngineStateError(
+                    f"{source}: {name} has shape {tuple(shape)}, the model's is {tuple(self._shapes[name])}; "
+                    "use the model and model.lora settings it was saved with"
+                )
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            raise RuntimeError(
+                "there are no EMA weights: optim.ema_decay is null; set it (for instance 0.999) before training"
+            )
+        if self._inside_ema:
+            raise RuntimeError("ema_weights() inside ema_weights()")
+        ema = self.ema
+        self._inside_ema = True
+        restore = self._fill_module(
+            lambda name: self._whole(name, ema.piece(name) if self.span(name) else None, self.world.device)
+        )
+        try:
+            yield
+        except BaseException:
+            # Restoring can be an exchange between ranks: when only this one failed, it would wait for the others here.
+            if self.world.size > 1:
+                raise
+            restore()
+            self._inside_ema = False
+            raise
+        restore()
+        self._inside_ema = False
