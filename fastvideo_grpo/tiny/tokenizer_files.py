@@ -1,0 +1,170 @@
+"""Tokenizers small enough to commit, in the files that published ones have.
+
+Both know a short list of words as one token each and spell out everything else, so that any prompt is encoded. They are
+written rather than trained: the same files each time, whatever the library version.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo.tiny.shapes import COLOURS, SHAPES
+
+WORDS = (*COLOURS, *SHAPES, "a", "an", "and", "as", "at", "by", "cat", "dog", "from", "full", "in", "is", "light",
+         "night", "of", "on", "over", "photo", "picture", "sea", "snow", "the", "to", "tree", "two", "under", "water",
+         "white", "black", "with", "walks", "grass", "realistic", "style")
+
+CLIP_LENGTH = 77
+T5_LENGTH = 512
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- CLIP: byte-level BPE
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the merges in order of rank, laid out as CLIP's: bytes, bytes that end a word, merges, the two
+    special tokens last (the pooled embedding is read at the largest id)."""
+    letters = list(_byte_letters())
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        tokens = [*word[:-1], word[-1] + "</w>"]
+        for merge in merges:
+            tokens = _merge(tokens, merge)
+        while len(tokens) > 1:
+            merges.append((tokens[0], tokens[1]))
+            tokens = _merge(tokens, merges[-1])
+    merged = dict.fromkeys(left + right for left, right in merges)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *merged]
+    return {token: index for index, token in enumerate([*tokens, CLIP_START, CLIP_END])}, merges
+
+
+def write_clip_tokenizer(folder: Path) -> None:
+    """Write vocab.json, merges.txt, special_tokens_map.json and tokenizer_config.json."""
+    folder.mkdir(parents=True)
+    vocabulary, merges = clip_vocabulary()
+    write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    marks = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    start: dict[str, Any] = {"content": CLIP_START, **marks}
+    end: dict[str, Any] = {"content": CLIP_END, **marks, "normalized": False}
+    added = {str(vocabulary[token["content"]]): {**token, "special": True} for token in (start, end)}
+    write_json(folder / "special_tokens_map.json", {
+        "bos_token": start, "eos_token": end, "pad_token": CLIP_END, "unk_token": end})
+    write_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "bos_token": CLIP_START,
+        "clean_up_tokenization_spaces": False,  # published: true, which newer transformers ignore with a long warning
+        "do_lower_case": True,
+        "eos_token": CLIP_END,
+        "errors": "replace",
+        "model_max_length": CLIP_LENGTH,
+        "pad_token": CLIP_END,
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": CLIP_END,
+    })
+
+
+def _byte_letters() -> list[str]:
+    """The printable letters that stand for the 256 bytes in byte-level BPE: printable bytes are themselves, in that
+    order first, and the others follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]
+
+
+def _merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
+# --- T5: unigram
+
+
+T5_EXTRA_IDS = 100
+
+
+def t5_pieces() -> list[tuple[str, float]]:
+    """Pieces with their log-probability, special ones first; without the sentinels, as in a spiece.model."""
+    words = [("▁" + word, -5.0) for word in WORDS]
+    letters = [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0), *words, *letters]
+
+
+def t5_sentinels() -> list[str]:
+    return [f"<extra_id_{index}>" for index in range(T5_EXTRA_IDS)]
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    """Write spiece.model, tokenizer.json, special_tokens_map.json and tokenizer_config.json."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    folder.mkdir(parents=True)
+    pieces = t5_pieces()
+    (folder / "spiece.model").write_bytes(_sentencepiece_model(pieces))
+
+    sentinels = t5_sentinels()
+    # The sentinels count down: the last id of the vocabulary is <extra_id_0>.
+    tokenizer = Tokenizer(models.Unigram([*pieces, *((token, 0.0) for token in reversed(sentinels))], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)])
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    special = ["<pad>", "</s>", "<unk>", *sentinels]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    marks = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_json(folder / "special_tokens_map.json", {
+        "additional_special_tokens": sentinels,
+        **{name: {"content": token, **marks} for name, token in named.items()},
+    })
+    write_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": True,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {"content": token, **marks, "special": True} for token in special},
+        "additional_special_tokens": sentinels,
+        "clean_up_tokenization_spaces": True,
+        "eos_token": "</s>",
+        "extra_ids": T5_EXTRA_IDS,
+        "legacy": True,
+        "model_max_length": T5_LENGTH,
+        "pad_token": "<pad>",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "T5Tokenizer",
+        "unk_token": "<unk>",
+    })
+
+
+def _sentencepiece_model(pieces: list[tuple[str, float]]) -> bytes:
+    """The pieces as a sentencepiece model. No text normalisation: T5's NFKC table alone would be 240 kB."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2  # its names are made at import
+    model = proto.ModelProto()
+    kinds = {"<pad>": "CONTROL", "</s>": "CONTROL", "<unk>": "UNKNOWN"}
+    for piece, score in pieces:
+        kind = proto.ModelProto.SentencePiece.Type.Value(kinds.get(piece, "NORMAL"))
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id = 0, 1
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id = 2, -1
+    model.trainer_spec.pad_piece = "<pad>"
+    model.normalizer_spec.name = "identity"
+    return model.SerializeToString(deterministic=True)
