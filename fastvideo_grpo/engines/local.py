@@ -67,7 +67,7 @@ class LocalEngine(AdamWEngine):
         return (master if part == "weight" else self._adam.state[master][part]).detach().view(-1)
 
     def _adam_states(self) -> list[dict[str, Any]]:
-        return [_made(self._adam, master) for master in self._masters.values()]
+        return [made_state(self._adam, master) for master in self._masters.values()]
 
     def _refresh_module(self) -> None:
         for name, parameter in self._parameters.items():
@@ -126,7 +126,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> fl
     return value
 
 
-def _made(adam: torch.optim.AdamW, parameter: Tensor) -> dict[str, Any]:
+def made_state(adam: torch.optim.AdamW, parameter: Tensor) -> dict[str, Any]:
     """AdamW's state of one parameter, as its first step would make it."""
     state = adam.state[parameter]
     if not state:

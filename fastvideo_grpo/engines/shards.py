@@ -21,10 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastvideo_grpo.errors import UserError
+
 ENGINE_JSON = "engine.json"
 
 
-class EngineStateError(RuntimeError):
+class EngineStateError(UserError):
     """A saved engine folder is incomplete, unreadable, or of another model."""
 
 

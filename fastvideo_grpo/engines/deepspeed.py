@@ -1,0 +1,277 @@
+"""DeepSpeed's ZeRO under torchrun: gloo on CPUs, nccl on GPUs. `import deepspeed` happens when an engine is made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastvideo_grpo.engines.base import AdamWEngine
+from fastvideo_grpo.engines.local import clip_gradients, made_state
+from fastvideo_grpo.engines.parallel import World
+
+logger = logging.getLogger(__name__)
+
+# What follows from our own keys and from accumulate(); a deepspeed_json that says otherwise would be a second truth.
+_OWN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "data_types",
+)
+
+
+class DeepSpeedEngine(AdamWEngine):
+    """ZeRO 0 to 3 around torch's AdamW; equals `LocalEngine` up to the order of summation.
+
+    DeepSpeed averages gradients over ranks; the loss is multiplied by the world size beforehand, which undoes that
+    (exactly where the size is a power of two). Gradients are reduced and accumulated in float32 in every precision.
+
+    bf16 with `zero_stage` 0 runs as stage 1, and `zero_stage` then says 1: DeepSpeed has one optimiser for both
+    (BF16_Optimizer), which keeps the float32 masters and shards them over ranks.
+
+    Args:
+        module: a plain module, the same weights on every rank. Its parameters (not its buffers) are cast to `precision`
+            and moved to `world.device`. Trainable: those with requires_grad; frozen ones work at every stage.
+        optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay.
+        engine_cfg: zero_stage (0 to 3), offload ("none", "optimizer": AdamW's state and step on the CPU, "parameters":
+            the weights too, stage 3 only), micro_batch_size; deepspeed_json, if there: a file with further DeepSpeed
+            keys.
+        precision: "fp32" or "bf16".
+        world: from `World.current()`. Without a process group one of a single process is made.
+        ema_device: where the EMA weights lie.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another.
+    """
+
+    kind = "deepspeed"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: Any,
+        engine_cfg: Any,
+        *,
+        precision: str = "fp32",
+        world: World | None = None,
+        ema_device: str | torch.device = "cpu",
+    ) -> None:
+        world = world or World.current()
+        if not dist.is_initialized():
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            world = World.current(device=world.device.type)
+        self.zero_stage = _zero_stage(engine_cfg, precision)
+        super().__init__(module, optim, precision=precision, world=world)
+        deepspeed = _import_deepspeed(world.device)
+        self._adam = torch.optim.AdamW(
+            list(self._parameters.values()),
+            lr=optim.lr,
+            betas=tuple(optim.betas),
+            weight_decay=optim.weight_decay,
+            foreach=False,
+        )
+        config = deepspeed_config(optim, engine_cfg, precision, world)
+        chatter = io.StringIO()
+        with contextlib.redirect_stdout(chatter):  # it prints memory tables, whatever its log level
+            self.module, *_ = deepspeed.initialize(
+                model=module, optimizer=self._adam, config=config, dist_init_required=False
+            )
+        logger.debug("deepspeed.initialize: %s", chatter.getvalue())
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._start_ema(ema_device)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimiser around AdamW (stages 1 to 3)."""
+        return self.module.optimizer
+
+    @property
+    def _flat_buffers(self) -> list[Tensor]:
+        """This rank's float32 weights under ZeRO, which are what AdamW updates."""
+        if self.zero_stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        if hasattr(self._zero, "single_partition_of_fp32_groups"):
+            return self._zero.single_partition_of_fp32_groups
+        return self._zero.fp32_groups_flat_partition
+
+    def _fragment(self, name: str) -> tuple[Tensor, int, int, int] | None:
+        """Where this rank's float32 state of a parameter lies under ZeRO: (flat buffer, offset in it, start in the
+        flattened parameter, count)."""
+        parameter = self._parameters[name]
+        if self.zero_stage == 3:
+            group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = padded * self.world.rank
+            count = min(padded, self._shapes[name].numel() - start)  # the last ranks' partitions are padded
+            return (self._flat_buffers[group], offset, start, count) if count > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        buffer = self._flat_buffers[mapping.param_group_index]
+        address = mapping.lp_fragment_address
+        return buffer, mapping.hp_fragment_address.start, address.start, address.numel
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        if self.zero_stage == 0:  # replicated: dealt over ranks for the files and the EMA
+            owner = self.trainable_names.index(name) % self.world.size
+            return (0, self._shapes[name].numel()) if owner == self.world.rank else None
+        fragment = self._fragment(name)
+        return None if fragment is None else fragment[2:]
+
+    def _held(self, name: str) -> tuple[int, int] | None:
+        return (0, self._shapes[name].numel()) if self.zero_stage == 0 else self.span(name)
+
+    def _piece(self, name: str, part: str) -> Tensor:
+        if self.zero_stage == 0:
+            parameter = self._parameters[name]
+            return (parameter if part == "weight" else self._adam.state[parameter][part]).detach().view(-1)
+        fragment = self._fragment(name)
+        assert fragment is not None
+        buffer, offset, _, count = fragment
+        return (buffer if part == "weight" else self._adam.state[buffer][part]).detach()[offset : offset + count]
+
+    def _adam_states(self) -> list[dict[str, Any]]:
+        buffers = list(self._parameters.values()) if self.zero_stage == 0 else self._flat_buffers
+        return [made_state(self._adam, buffer) for buffer in buffers]
+
+    @torch.no_grad()
+    def _refresh_module(self) -> None:
+        zero = self._zero
+        if self.zero_stage in (1, 2):
+            zero.update_lp_params()
+        elif self.zero_stage == 3:
+            # As at the end of DeepSpeed's step: shards from the float32 weights, then the small ones it keeps whole.
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @torch.no_grad()
+    def _fill_module(self, whole: Callable[[str], Tensor]) -> Callable[[], None]:
+        if self.zero_stage == 0:  # no masters to come back from
+            kept = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            weight = whole(name)
+            if self.zero_stage == 3:
+                with self._gathered([parameter], modifier_rank=0):
+                    if self.world.rank == 0:
+                        parameter.data.copy_(weight)
+            else:
+                parameter.data.copy_(weight)
+        if self.zero_stage:
+            return self._refresh_module
+
+        def restore() -> None:
+            for name, parameter in self._parameters.items():
+                parameter.data.copy_(kept[name])
+
+        return restore
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def _update(self) -> float:
+        for group in self._adam.param_groups:
+            group["lr"] = self.lr
+        if self.zero_stage == 0:
+            # DeepSpeed guards and measures nothing here; the gradients are already whole and equal on every rank.
+            norm = clip_gradients(list(self._parameters.values()), self.optim.max_grad_norm)
+            if math.isfinite(norm):
+                self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+            return norm
+        self.module.step()
+        return math.inf if self._zero.overflow else float(self.module.get_global_grad_norm())
+
+
+def deepspeed_config(optim: Any, engine_cfg: Any, precision: str, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration for ours, with the keys of `engine_cfg.deepspeed_json` (a path) laid over it.
+
+    Raises:
+        ValueError: the file cannot be read or sets a key that ours decide.
+    """
+    stage = _zero_stage(engine_cfg, precision)
+    zero: dict[str, Any] = {"stage": stage}
+    # Pinned memory belongs to CUDA; on a CPU there is nothing to pin for.
+    cpu = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    if engine_cfg.offload != "none":
+        zero["offload_optimizer"] = dict(cpu)
+    if engine_cfg.offload == "parameters":
+        zero["offload_param"] = dict(cpu)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": engine_cfg.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the real number is announced per update
+        "gradient_clipping": float(optim.max_grad_norm or 0.0) if stage else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own is a C++ extension to be compiled
+        "wall_clock_breakdown": False,
+    }
+    path = getattr(engine_cfg, "deepspeed_json", None)
+    if path:
+        try:
+            extra = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as failure:
+            raise ValueError(f"engine.deepspeed_json {path} cannot be read: {failure}") from failure
+        taken = [key for key in extra if key in _OWN_KEYS] + [
+            f"zero_optimization.{key}" for key in extra.get("zero_optimization", {}) if key in zero
+        ]
+        if taken:
+            raise ValueError(
+                f"engine.deepspeed_json {path} sets {', '.join(taken)}, which follow from engine.*, optim.* and "
+                "model.precision; remove them there"
+            )
+        zero.update(extra.pop("zero_optimization", {}))
+        config.update(extra)
+    return config
+
+
+def _zero_stage(engine_cfg: Any, precision: str) -> int:
+    stage, offload = engine_cfg.zero_stage, engine_cfg.offload
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"engine.zero_stage is {stage!r}; allowed: 0, 1, 2, 3")
+    if offload not in ("none", "optimizer", "parameters"):
+        raise ValueError(f"engine.offload is {offload!r}; allowed: none, optimizer, parameters")
+    if offload == "parameters" and stage != 3:
+        raise ValueError(f"engine.offload=parameters needs engine.zero_stage=3, not {stage}; or use offload=optimizer")
+    if offload == "optimizer" and stage == 0:
+        raise ValueError("engine.offload=optimizer needs engine.zero_stage 1, 2 or 3, not 0; or use offload=none")
+    return 1 if stage == 0 and precision == "bf16" else stage
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    # Without this DeepSpeed guesses from what the machine has, not from what the run uses.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    extension_logger = logging.getLogger("torch.utils.cpp_extension")
+    level = extension_logger.level
+    extension_logger.setLevel(logging.ERROR)  # nothing is compiled here, so a CUDA toolkit without a GPU is no news
+    try:
+        import deepspeed
+    finally:
+        extension_logger.setLevel(level)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU it would compile a shared-memory all-reduce into the cache of the user: minutes, and only inference uses
+    # it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
