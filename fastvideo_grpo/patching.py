@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.resources import patches_dir
 
 APPLY_COMMAND = "fastvideo-grpo patch apply"
@@ -34,7 +35,7 @@ _KEPT = Path("fastvideo") / ".fastvideo_grpo"
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 
 
-class PatchError(RuntimeError):
+class PatchError(UserError):
     """FastVideo is missing, of another version, changed by somebody else, or not patched."""
 
 

@@ -1,0 +1,68 @@
+"""``fastvideo-grpo train``: check everything, load, train or resume."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo import plan
+from fastvideo_grpo.config import Config
+
+EPILOG = """\
+examples:
+  fastvideo-grpo train train_scripts/configs/flux_t2i_tiny.yaml
+  fastvideo-grpo train train_scripts/configs/flux_t2i_tiny.yaml run.iterations=10 optim.lr=1e-4
+  torchrun --nproc-per-node 8 -m fastvideo_grpo.cli train train_scripts/configs/flux_t2i_released.yaml
+  fastvideo-grpo train train_scripts/configs/flux_t2i_paper.yaml --dry-run --world-size 32
+
+A second start with the same run.dir resumes from its newest whole checkpoint, exactly.
+All keys, their defaults and meaning: docs/configuration.md."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes (default: this start's)")
+    parser.epilog = EPILOG
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0: all iterations are done."""
+    config = configuration.load(arguments.config, arguments.overrides)
+    if arguments.world_size is not None and not arguments.dry_run:
+        raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
+    ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    facts = plan.model_facts(config, published_if_missing=arguments.dry_run)
+    plan.check_run(config, facts, ranks)
+    if arguments.dry_run:
+        print(configuration.to_yaml(config))
+        print(plan.describe(config, facts, ranks))
+        return 0
+    train(config)
+    return 0
+
+
+def train(config: Config) -> None:
+    """Load the model and train; the configuration was checked."""
+    prepare_process(config)
+    from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.trainers.load import load_trainer
+
+    world = World.current(timeout_minutes=config.run.timeout_minutes)
+    trainer = load_trainer(config, world)
+    trainer.setup_training()
+    trainer.train()
+
+
+def prepare_process(config: Config) -> None:
+    """Threads and determinism of this process, before the model is loaded."""
+    import torch
+
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

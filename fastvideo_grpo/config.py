@@ -1,0 +1,437 @@
+"""The run configuration: dataclasses filled from YAML and dotted overrides, checked before anything is loaded.
+
+Every key's meaning stands beside it (``docs/configuration.md`` is printed from here). Checks that need the checkpoint's own
+configuration (patch size, channels) live in :mod:`fastvideo_grpo.plan`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.sampling import transitions
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot run. The message names each key, its value, what is allowed and a way out."""
+
+
+def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | list[str] | None = None, **bounds: float) -> Any:
+    """A configuration key: default, meaning, and what is allowed (``minimum``, ``above``, ``maximum``, ``choices``)."""
+    metadata = {"help": help, "choices": choices, **bounds}
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters in place of full weights."""
+
+    rank: int = _key(128, "inner dimension of each adapter", minimum=1)
+    alpha: float = _key(256.0, "the adapter's output is scaled by alpha / rank", above=0)
+    targets: list[str] = _key(
+        ATTENTION_PROJECTIONS, "linear layers that get an adapter: ends of module names (default: attention projections)"
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The model to train."""
+
+    kind: str = _key("flux", "model family", choices=["flux"])
+    path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
+    lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
+    precision: str = _key(
+        "bf16", "dtype the network runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
+    )
+    attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
+
+
+@dataclass
+class PromptsConfig:
+    """What to draw, and the cache of its text embeddings."""
+
+    path: str = _key(MISSING, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?})")
+    eval_path: str | None = _key(None, "prompts kept out of training, scored at each evaluation")
+    embeddings: str = _key(
+        "none", "folder of cached text embeddings (encoded once, text encoders then leave memory), or none: encode as needed"
+    )
+    embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
+    text_length: int = _key(512, "tokens the sequence text encoder (T5) pads and cuts prompts to", minimum=1)
+    seed: int = _key(0, "seed of the order in which prompts are drawn")
+
+
+@dataclass
+class SampleConfig:
+    """How a sample is drawn."""
+
+    height: int = _key(720, "pixels", minimum=1)
+    width: int = _key(720, "pixels", minimum=1)
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
+    shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
+    transition: str = _key("flow_sde", "sampler of the rollout", choices=transitions.names)
+    noise_level: float = _key(0.3, "epsilon_t of the SDE; 0 would leave nothing to learn from", above=0)
+    guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it)", minimum=0)
+    init_noise: str = _key(
+        "shared", "initial noise: shared by a prompt's group (the paper) or per_sample", choices=["shared", "per_sample"]
+    )
+
+
+@dataclass
+class BestOfConfig:
+    """Train on the best and worst of each group only."""
+
+    top: int = _key(MISSING, "samples of highest advantage", minimum=1)
+    bottom: int = _key(MISSING, "samples of lowest advantage", minimum=1)
+
+
+@dataclass
+class TimestepsConfig:
+    """Which timesteps an update trains on."""
+
+    strategy: str = _key("random", "random, first (noisiest), last, or all", choices=list(timesteps.STRATEGIES))
+    fraction: float = _key(0.6, "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all", above=0, maximum=1)
+    per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
+
+
+@dataclass
+class GRPOConfig:
+    """Algorithm 1."""
+
+    prompts_per_iteration: int = _key(32, "prompts drawn per iteration", minimum=1)
+    group_size: int = _key(12, "samples of each prompt, the paper's G", minimum=2)
+    best_of: BestOfConfig | None = _key(None, "train only on top and bottom samples of each group")
+    timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
+    clip_range: float = _key(1e-4, "clip range of the ratio", above=0)
+    advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this", above=0)
+    updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
+    kl_weight: float = _key(0.0, "weight of the KL to the starting weights; 0: none, and no second copy kept", minimum=0)
+    objective: str = _key("grpo", "what an update minimises", choices=objectives.names)
+
+
+@dataclass
+class OutputConfig:
+    """What one output of a reward counts for."""
+
+    weight: float = _key(1.0, "factor of its advantage; 0 only watches it")
+    threshold: float | None = _key(None, "score becomes 1 above this, else 0 (binary reward)")
+
+
+@dataclass
+class RewardConfig:
+    """One reward model."""
+
+    kind: str = _key(MISSING, "registered reward")
+    checkpoint: str | None = _key(None, "its weights, for kinds that have some")
+    params: dict[str, Any] = _key({}, "settings of this kind")
+    outputs: dict[str, OutputConfig] = _key({}, "outputs that count; none named: all, with weight 1")
+
+
+@dataclass
+class RewardsConfig:
+    """The reward models."""
+
+    max_invalid_fraction: float = _key(
+        0.1, "the run stops when more than this share of an iteration's scores failed", minimum=0, maximum=1
+    )
+    models: dict[str, RewardConfig] = _key({}, "name -> reward model")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = _key(1e-5, "learning rate", above=0)
+    betas: list[float] = _key([0.9, 0.999], "AdamW betas")
+    weight_decay: float = _key(1e-4, "decoupled weight decay", minimum=0)
+    max_grad_norm: float = _key(1.0, "gradients are clipped to this global norm", above=0)
+    warmup_steps: int = _key(0, "optimiser steps of linear warm-up", minimum=0)
+    ema_decay: float | None = _key(None, "decay of an exponential moving average of the weights", above=0, maximum=1)
+
+
+@dataclass
+class EngineConfig:
+    """Who moves the weights."""
+
+    kind: str = _key("local", "local: one process; deepspeed: torchrun, any number", choices=["local", "deepspeed"])
+    zero_stage: int = _key(2, "DeepSpeed ZeRO stage (deepspeed only)", minimum=0, maximum=3)
+    offload: str = _key(
+        "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
+    )
+    activation_checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+    micro_batch_size: int = _key(1, "samples of one prompt that go through the network together", minimum=1)
+
+
+@dataclass
+class RunConfig:
+    """Where and how long."""
+
+    dir: str = _key(MISSING, "folder of the run: metrics, samples, checkpoints; a second start resumes from it")
+    iterations: int = _key(300, "iterations of Algorithm 1", minimum=1)
+    seed: int = _key(0, "seed of all sampling noise and timestep choices")
+    save_every: int = _key(50, "iterations between checkpoints (the last iteration is always saved)", minimum=1)
+    keep: int = _key(3, "newest checkpoints kept", minimum=1)
+    eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)
+    eval_prompts: int = _key(32, "prompts of each set (training, kept out) scored at an evaluation", minimum=1)
+    eval_samples: int = _key(2, "samples per prompt at an evaluation", minimum=1)
+    sample_every: int = _key(50, "iterations between saved pictures of fixed prompts and noise; 0: never", minimum=0)
+    sample_prompts: int = _key(8, "prompts in those pictures", minimum=1)
+    deterministic: bool = _key(False, "deterministic GPU kernels (slower); exact resume on GPUs needs it")
+    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1)
+    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1)
+    wandb: str = _key("disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# Keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
+FREE_ON_RESUME = {
+    "model.path",
+    "prompts.embeddings",
+    "run.dir",
+    "run.iterations",
+    "run.save_every",
+    "run.keep",
+    "run.eval_every",
+    "run.eval_prompts",
+    "run.eval_samples",
+    "run.sample_every",
+    "run.sample_prompts",
+    "run.timeout_minutes",
+    "run.wandb",
+    "engine.kind",
+    "engine.zero_stage",
+    "engine.offload",
+    "prompts.eval_path",
+}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, and check every value on its own and against the others.
+
+    A top-level ``base: FILE`` (relative to the file) is read first and overridden. Relative paths in values are relative to
+    the working directory.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range, missing key, impossible combination.
+        FileNotFoundError: no such file.
+    """
+    merged = OmegaConf.merge(_read_yaml(Path(path)), _parse_overrides(overrides or []))
+    config = _to_dataclasses(merged)
+    check(config)
+    return config
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration file: {path}")
+    try:
+        raw = OmegaConf.load(path)
+    except Exception as error:  # yaml's errors have no common public class that says where
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of the sections {', '.join(f.name for f in fields(Config))}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    merged = OmegaConf.merge(_read_yaml(path.parent / str(base)), raw)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} must be written key=value, for example run.iterations=10")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
+        yield prefix + name
+        if inner is not None:
+            yield from _known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
+
+
+def _to_dataclasses(raw: Any) -> Config:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "")
+        if "not in" in str(error):
+            near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
+            section = key.rsplit(".", 1)[0] + "." if "." in key else ""
+            allowed = [k for k in _known_keys(Config) if k.startswith(section) and "." not in k[len(section) :]]
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}") from error
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _field_of(key: str) -> Any:
+    cls: Any = Config
+    found = None
+    for part in key.split("."):
+        if not is_dataclass(cls):
+            continue  # the name of a reward or of an output
+        found = next((f for f in fields(cls) if f.name == part), None)
+        if found is None:
+            return None
+        hint = get_type_hints(cls)[part]
+        cls = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), hint)
+    return found
+
+
+def _help_of(key: str) -> str:
+    found = _field_of(key)
+    return found.metadata.get("help", "") if found is not None else ""
+
+
+def _check_values(node: Any, prefix: str) -> Iterator[str]:
+    """Problems of single values, from the bounds and choices beside each key."""
+    for f in fields(node):
+        value, key, allowed = getattr(node, f.name), prefix + f.name, f.metadata
+        if is_dataclass(value):
+            yield from _check_values(value, key + ".")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if is_dataclass(item):
+                    yield from _check_values(item, f"{key}.{name}.")
+        elif value is None:
+            continue
+        elif allowed.get("choices") is not None:
+            known = allowed["choices"]() if callable(allowed["choices"]) else allowed["choices"]
+            if value not in known:
+                yield f"{key} is {value!r}; allowed: {', '.join(known)}"
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                yield f"{key} is {value}; it must be a finite number"
+            elif "minimum" in allowed and value < allowed["minimum"]:
+                yield f"{key} is {value}; it must be at least {allowed['minimum']}"
+            elif "above" in allowed and value <= allowed["above"]:
+                yield f"{key} is {value}; it must be above {allowed['above']}"
+            elif "maximum" in allowed and value > allowed["maximum"]:
+                yield f"{key} is {value}; it must be at most {allowed['maximum']}"
+
+
+def _check_combinations(config: Config) -> Iterator[str]:
+    grpo, sample = config.grpo, config.sample
+    if grpo.best_of is not None and grpo.best_of.top + grpo.best_of.bottom > grpo.group_size:
+        yield (
+            f"grpo.best_of takes {grpo.best_of.top} + {grpo.best_of.bottom} samples of a group of {grpo.group_size}: "
+            f"set grpo.group_size to at least {grpo.best_of.top + grpo.best_of.bottom}"
+        )
+    if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
+        yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
+    if sample.transition == "ode":
+        yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde"
+    if config.model.kind == "flux" and sample.transition == "ddim":
+        yield "sample.transition is 'ddim', but flux predicts a velocity; use flow_sde"
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
+    if config.optim.ema_decay == 1.0:
+        yield "optim.ema_decay is 1.0, an average that never moves; use 0.995, or null for none"
+    if not config.rewards.models:
+        yield "rewards.models is empty; name at least one reward, for example rewards.models.size.kind=jpeg_size"
+    weights = [o.weight for r in config.rewards.models.values() for o in r.outputs.values()]
+    if weights and not any(weights) and all(r.outputs for r in config.rewards.models.values()):
+        yield "every rewards.models.*.outputs.*.weight is 0; at least one must count"
+    if config.engine.kind == "local" and config.engine.offload != "none":
+        yield f"engine.offload is {config.engine.offload!r}, which needs engine.kind=deepspeed"
+    if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
+        yield "engine.offload is 'parameters', which needs engine.zero_stage=3"
+    if config.engine.offload == "optimizer" and config.engine.zero_stage == 0:
+        yield "engine.offload is 'optimizer', which needs engine.zero_stage of 1, 2 or 3"
+
+
+def check(config: Config) -> None:
+    """Raise :class:`ConfigError` naming every bad value and impossible combination."""
+    problems = list(_check_values(config, ""))
+    problems += [] if problems else list(_check_combinations(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain containers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested dicts."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def reference() -> str:
+    """Every key with default and meaning, as Markdown (docs/configuration.md)."""
+    lines = []
+    for section in fields(Config):
+        cls = get_type_hints(Config)[section.name]
+        lines += [f"## {section.name}", "", str(cls.__doc__), "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += list(_reference_rows(cls, section.name + "."))
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _reference_rows(cls: type, prefix: str) -> Iterator[str]:
+    for f in fields(cls):
+        hint = get_type_hints(cls)[f.name]
+        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
+        default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc]
+        shown = "required" if default == MISSING else "null" if default is None else str(default)
+        if is_dataclass(default):
+            shown = ""
+        known = f.metadata["choices"]
+        bounds = {"minimum": "at least", "above": "above", "maximum": "at most"}
+        limits = [f"{words} {f.metadata[name]}" for name, words in bounds.items() if name in f.metadata]
+        allowed = ", ".join((known() if callable(known) else known) if known is not None else limits)
+        yield f"| `{prefix}{f.name}` | {shown} | {allowed} | {f.metadata['help']} |"
+        if isinstance(inner, type):
+            yield from _reference_rows(inner, f"{prefix}{f.name}.{'NAME.' if isinstance(default, dict) else ''}")

@@ -1,0 +1,5 @@
+"""Errors whose message is all the user needs."""
+
+
+class UserError(Exception):
+    """Something the user can repair; the message says what and how, and the command line prints it without a traceback."""

@@ -1,0 +1,190 @@
+"""What a configuration will do, worked out before anything is loaded: checks at the model's size, and ``train --dry-run``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.grpo import timesteps
+from fastvideo_grpo.grpo.dealing import Dealing
+from fastvideo_grpo.prompts.files import read_prompts
+from fastvideo_grpo.published import BY_KIND
+
+COMPONENTS = {
+    "flux": {
+        "_class_name": "FluxPipeline",
+        "transformer": "FluxTransformer2DModel",
+        "folders": ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"],
+    }
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checkpoint's configuration files say; ``source`` names where they were read."""
+
+    source: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder_2: dict[str, Any]
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+
+def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelFacts:
+    """Read the checkpoint's configuration files.
+
+    Args:
+        published_if_missing: without the folder, take the published model's configuration (``--dry-run`` without weights).
+
+    Raises:
+        ConfigError: no such folder, another kind of checkpoint, or a missing component; says what was expected and found.
+    """
+    path = Path(config.model.path)
+    kind = config.model.kind
+    name, published = BY_KIND[kind]
+    if not path.exists() and published_if_missing:
+        return ModelFacts(
+            f"the published configuration of {name} ({path} is not there)",
+            *(published[component] for component in ("transformer", "vae", "text_encoder_2")),
+        )
+    index = path / "model_index.json"
+    if not index.is_file():
+        what = "has no model_index.json" if path.exists() else "does not exist"
+        raise ConfigError(
+            f"model.path={path} {what}; expected the diffusers folder of {name} (the script in train_scripts says where to "
+            f"get it), or make a tiny one: fastvideo-grpo tiny {kind} --out {path}"
+        )
+    expected = COMPONENTS[kind]
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != expected["_class_name"]:
+        raise ConfigError(
+            f"model.path={path} holds a {found} (model_index.json), but model.kind={kind} needs a {expected['_class_name']}"
+        )
+    missing = [folder for folder in expected["folders"] if not (path / folder).is_dir()]
+    if missing:
+        raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
+    parts = {}
+    for component in ("transformer", "vae", "text_encoder_2"):
+        file = path / component / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"model.path={path} lacks {component}/config.json; download the whole repository")
+        parts[component] = json.loads(file.read_text())
+    return ModelFacts(str(path), **parts)
+
+
+def dealing(config: Config, ranks: int) -> Dealing:
+    """How the configured iteration is cut into micro-batches and dealt to ``ranks`` processes."""
+    best = config.grpo.best_of
+    return Dealing(
+        config.grpo.prompts_per_iteration,
+        config.grpo.group_size,
+        config.grpo.group_size if best is None else best.top + best.bottom,
+        config.engine.micro_batch_size,
+        config.grpo.updates_per_iteration,
+        ranks,
+    )
+
+
+def check_run(config: Config, facts: ModelFacts, ranks: int) -> None:
+    """Raise :class:`ConfigError` for whatever this model, these sizes and this many processes rule out."""
+    problems = []
+    multiple = max(2 * facts.compression, 16)  # packing takes 2x2 latents; FastVideo's FLUX asks for multiples of 16
+    for key in ("height", "width"):
+        value = getattr(config.sample, key)
+        if value % multiple:
+            below, above = value // multiple * multiple, -(-value // multiple) * multiple
+            near = f"{below} or {above}" if below else str(above)
+            problems.append(f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}")
+    if config.engine.kind == "local" and ranks > 1:
+        problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
+    try:
+        dealing(config, ranks).check()
+    except ValueError as error:
+        problems.append(str(error))
+    if config.model.attention == "flash" and config.model.precision == "fp32":
+        problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
+    """What one iteration does and what it needs, for a person."""
+    import torch
+
+    trainable, total = count_parameters(config, facts)
+    sample, grpo = config.sample, config.grpo
+    dealt = dealing(config, ranks)
+    channels = int(facts.transformer["in_channels"])
+    tokens = (sample.height // facts.compression // 2) * (sample.width // facts.compression // 2)
+    per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+    prompts = read_prompts(config.prompts.path)
+    samples = grpo.prompts_per_iteration * grpo.group_size
+    rollouts = len(dealt.rollout(0))
+    trajectory = samples / ranks * (sample.steps + 1) * tokens * channels * 4
+    updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
+    bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
+    embedding = config.prompts.text_length * int(facts.text_encoder_2["d_model"]) * bytes_per
+    weights = total * (2 if config.model.precision == "bf16" else 4)
+    state = trainable * (12 if config.model.precision == "bf16" else 8) + trainable * 4
+    gpus = torch.cuda.device_count()
+    lines = [
+        f"model        {facts.source}: {total / 1e9:.3f} B parameters, {trainable / 1e9:.3f} B trained"
+        + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
+        f"memory       weights {_gib(weights)}; gradients, optimiser and float32 masters {_gib(state)} in all, before ZeRO "
+        "and offload; activations not counted",
+        f"sample       {sample.width}x{sample.height} pixels = {tokens} image tokens of {channels} channels, "
+        f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
+        f"(noise level {sample.noise_level}, shift {sample.shift})",
+        f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
+        f"{len(prompts) / grpo.prompts_per_iteration:.1f} iterations"
+        + (
+            f"; embeddings {_gib(embedding * len(prompts))} in {config.prompts.embeddings}"
+            if config.prompts.embeddings != "none"
+            else "; encoded as they come"
+        ),
+        f"processes    {ranks} ({config.engine.kind}"
+        + (f", ZeRO {config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "")
+        + f"); {gpus} GPUs here",
+        f"iteration    {grpo.prompts_per_iteration} prompts x {grpo.group_size} samples = {samples} samples "
+        f"({sample.init_noise} initial noise)",
+        f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
+        f"{rollouts * sample.steps} forwards a process; trajectories {_gib(trajectory)} a process",
+        f"  rewards    {', '.join(f'{name} ({reward.kind})' for name, reward in config.rewards.models.items())}",
+        f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
+        + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
+        + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample} forwards and backwards a process",
+        f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
+    ]
+    if grpo.prompts_per_iteration > len(prompts):
+        lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
+    return "\n".join(lines)
+
+
+def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
+    """(trained, all) parameters of the transformer, built at its real size on the meta device."""
+    import diffusers
+    import torch
+
+    from fastvideo_grpo.trainers.lora import add_lora
+
+    with torch.device("meta"):
+        # FastVideo's FLUX has diffusers' parameters one to one, and diffusers' class is imported in a fraction of the time.
+        module = getattr(diffusers, facts.transformer["_class_name"]).from_config(
+            {k: v for k, v in facts.transformer.items() if not k.startswith("_")}
+        )
+    total = sum(p.numel() for p in module.parameters())
+    if config.model.lora is not None:
+        add_lora(module, config.model.lora, seed=0)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, total
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""Prompts: files, the order in which they are drawn, and the cache of their text embeddings."""

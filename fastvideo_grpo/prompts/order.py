@@ -1,0 +1,27 @@
+"""The order in which prompts are drawn."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvideo_grpo.sampling.noise import generator
+
+
+class PromptOrder:
+    """Every prompt once per epoch, in an order that is a function of (seed, epoch): nothing to save, exact on resume."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+
+    def _epoch(self, epoch: int) -> list[int]:
+        return torch.randperm(self.count, generator=generator("prompt order", self.seed, epoch)).tolist()
+
+    def draw(self, iteration: int, prompts: int) -> list[int]:
+        """Indices of the ``prompts`` prompts of an iteration; epochs follow each other without a gap."""
+        drawn: list[int] = []
+        position = iteration * prompts
+        while len(drawn) < prompts:
+            epoch, offset = divmod(position + len(drawn), self.count)
+            drawn += self._epoch(epoch)[offset : offset + prompts - len(drawn)]
+        return drawn

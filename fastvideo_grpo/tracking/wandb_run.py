@@ -1,0 +1,49 @@
+"""Weights & Biases, on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo.checkpoints.store import write_atomic
+
+
+class WandbRun:
+    """A wandb run that a resumed training continues; with mode ``disabled`` nothing is imported and every call is a no-op.
+
+    Args:
+        mode: ``disabled``, ``offline`` (written under the run folder, uploaded with ``wandb sync``) or ``online``.
+        folder: the run's folder; the wandb id is kept in ``wandb.json`` there.
+    """
+
+    def __init__(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
+        self._run: Any = None
+        if mode == "disabled":
+            return
+        import wandb
+
+        self._wandb = wandb
+        known = folder / "wandb.json"
+        identity = json.loads(known.read_text())["id"] if known.is_file() else wandb.util.generate_id()
+        self._run = wandb.init(
+            project="fastvideo_grpo", name=folder.name, id=identity, resume="allow", mode=mode, dir=folder, config=config
+        )
+        write_atomic(known, json.dumps({"id": identity}).encode())
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log the metrics of an iteration, under its number."""
+        if self._run is not None:
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+            self._run.log(numbers, step=metrics["iteration"])
+
+    def log_pictures(self, iteration: int, files: list[Path], captions: list[str]) -> None:
+        """Log captioned pictures under an iteration."""
+        if self._run is not None:
+            pictures = [self._wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]
+            self._run.log({"samples": pictures}, step=iteration)
+
+    def finish(self) -> None:
+        """Flush and close."""
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,683 @@
+"""Algorithm 1, once, for every model.
+
+``GRPOTrainer.train`` reads beside SPEC section 2. What a model must say for itself are the methods that raise
+NotImplementedError; everything here works on the tensors they return.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo.checkpoints.store import CheckpointStore, write_atomic
+from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.engines.base import Engine
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
+from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.grpo.advantages import Advantages, group_advantages
+from fastvideo_grpo.grpo.selection import Row, best_of, regroup
+from fastvideo_grpo.plan import dealing
+from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
+from fastvideo_grpo.prompts.files import Prompt, read_prompts
+from fastvideo_grpo.prompts.order import PromptOrder
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.reward_set import RewardSet
+from fastvideo_grpo.sampling import noise, schedules, transitions
+from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.sampling.rollout import Trajectory
+from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.transitions import Transition
+from fastvideo_grpo.tracking.console import Console
+from fastvideo_grpo.tracking.metrics import MetricsLog
+from fastvideo_grpo.tracking.pictures import caption, save_samples
+from fastvideo_grpo.tracking.wandb_run import WandbRun
+from fastvideo_grpo.trainers.lora import add_lora, lora_disabled
+from fastvideo_grpo.trainers.replay import TrajectoryReplay
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TooManyInvalidRewards(UserError):
+    """More scores of an iteration failed than ``rewards.max_invalid_fraction`` allows."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch of samples: uint8 media ``[B, F, H, W, 3]`` and, if recorded, the trajectory."""
+
+    media: Tensor
+    trajectory: Trajectory | None
+
+
+@dataclass
+class Rollout:
+    """What this rank drew in an iteration, and what everybody's rewards say of it.
+
+    ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples.
+    ``scores``, ``valid``: reward name -> ``[P, G]``, all samples.
+    """
+
+    prompts: list[Prompt]
+    latents: dict[tuple[int, int], Tensor]
+    log_probs: dict[tuple[int, int], Tensor]
+    scores: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    valid: dict[str, Tensor]
+
+
+class GRPOTrainer:
+    """GRPO on a generator. A subclass loads the model, then calls :meth:`setup`."""
+
+    text_encoders: ClassVar[tuple[str, ...]] = ()
+    tokenizers: ClassVar[tuple[str, ...]] = ()
+
+    config: Config
+    world: World
+    engine: Engine | None = None
+
+    # --- what a model must say for itself -----------------------------------------------------------------------------
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """Conditioning of each prompt, tensors ``[1, ...]``. A prompt's must not depend on the others in the list."""
+        raise NotImplementedError
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's initial noise."""
+        raise NotImplementedError
+
+    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled. Calls ``self.network``."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
+        """Final latents -> uint8 ``[B, F, H, W, 3]`` on the CPU, or float in [0, 1] with gradients."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        conditioning: Conditioning,
+        initial: Tensor,
+        schedule: Schedule,
+        transition: Transition,
+        noise: Callable[[int], Tensor],
+        *,
+        record: bool,
+    ) -> tuple[Tensor, Trajectory | None]:
+        """From noise to media, through the model's own pipeline.
+
+        Args:
+            conditioning: tensors ``[B, ...]``.
+            initial: float32 ``[B, *latent_shape()]`` on the CPU.
+            noise: transition index -> its noise ``[B, ...]``, in the shape of the states.
+
+        Returns:
+            uint8 media ``[B, F, H, W, 3]`` on the CPU, and the trajectory if ``record``.
+        """
+        raise NotImplementedError
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network as loaded."""
+        raise NotImplementedError
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder the model was loaded from."""
+        raise NotImplementedError
+
+    def release_text_encoders(self) -> None:
+        """Let the text encoders leave memory: every embedding that will be asked for is cached."""
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around every forward and backward of the network."""
+        return nullcontext()
+
+    def make_schedule(self) -> Schedule:
+        """The sampling schedule; a model of another paradigm overrides it."""
+        return schedules.flow(self.config.sample.steps, self.config.sample.shift)
+
+    # --- setting up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, config: Config, world: World) -> None:
+        """Everything a loaded model needs to sample."""
+        self.config, self.world = config, world
+        self.dtype = DTYPES[config.model.precision]
+        self.schedule = self.make_schedule()
+        self.transition = transitions.get(config.sample.transition, noise_level=config.sample.noise_level)
+        self._conditioning: dict[str, Conditioning] = {}
+        self._cache: EmbeddingCache | None = None
+        if config.model.lora is not None:
+            add_lora(self.transformer, config.model.lora, config.run.seed)
+        else:
+            self.transformer.requires_grad_(True)
+        self.transformer.eval()
+
+    def setup_rewards(self) -> None:
+        """Make the configured rewards."""
+        try:
+            self.rewards = RewardSet(self.config.rewards.models)
+            self.rewards.check_frames(1)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.rewards.to(self.world.device)
+
+    def setup_training(self) -> None:
+        """Everything training needs besides: rewards, prompts, dealing, engine, checkpoints, logs; resumes if it can."""
+        config, world = self.config, self.world
+        self.folder = Path(config.run.dir)
+        self.console = Console(quiet=world.rank != 0)
+        self.setup_rewards()
+        self.prompts = read_prompts(config.prompts.path)
+        self.eval_prompts = read_prompts(config.prompts.eval_path) if config.prompts.eval_path else []
+        self.order = PromptOrder(len(self.prompts), config.prompts.seed)
+        self.dealing = dealing(config, world.size)
+        self.dealing.check()
+        self.objective = objectives.get(
+            config.grpo.objective,
+            clip_range=config.grpo.clip_range,
+            advantage_clip=config.grpo.advantage_clip,
+            kl_weight=config.grpo.kl_weight,
+        )
+        self.cache_embeddings([*self.prompts, *self.eval_prompts])
+        self._reference: nn.Module | None = None
+        if config.grpo.kl_weight > 0 and config.model.lora is None:
+            self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
+        self.engine = make_engine(self)
+        self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.first_iteration = self._resume()
+        if world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            header = json.dumps({"versions": versions(), "git_commit": git_commit()})
+            write_atomic(
+                self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode()
+            )
+        mode = config.run.wandb if world.rank == 0 else "disabled"
+        self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
+
+    def cache_embeddings(self, prompts: Sequence[Prompt]) -> None:
+        """With an embedding folder: encode what is missing there, and let the text encoders go."""
+        if self.config.prompts.embeddings == "none":
+            return
+        self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
+        with torch.no_grad(), self.forward_context():
+            self._cache.fill(prompts, self.encode, self.console.say, self.console.progress("encoding prompts"))
+        self.release_text_encoders()
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint of this run, if there is one; returns the iteration to go on with."""
+        self.store.clean()
+        newest = self.store.newest()
+        if newest is None:
+            if self.store.iterations():
+                raise ConfigError(
+                    f"every checkpoint in {self.store.folder} is damaged; to start over, choose another run.dir or move "
+                    "the folder away"
+                )
+            if self.world.rank == 0:
+                self.log.cut_back(0)
+            return 0
+        state = self.store.load_trainer_json(newest)
+        changed = [
+            key
+            for key in configuration.differences(state["config"], configuration.to_dict(self.config))
+            if key not in configuration.FREE_ON_RESUME and not key.startswith("prompts.path")
+        ]
+        if changed:
+            raise ConfigError(
+                f"run.dir={self.folder} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "
+                "Set them back, or choose another run.dir"
+            )
+        if state["prompts"] != prompts_digest(self.prompts):
+            raise ConfigError(
+                f"prompts.path={self.config.prompts.path} holds other prompts than when {self.folder} was started; restore the "
+                "file, or choose another run.dir"
+            )
+        assert self.engine is not None
+        self.engine.load(newest / "state")
+        iteration = int(state["iteration"])
+        if self.world.rank == 0:
+            self.log.cut_back(iteration)
+        self.console.say(f"resuming {self.folder} after iteration {iteration}")
+        return iteration
+
+    # --- the network ----------------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """What ``predict`` calls: the engine's module, or the reference while :meth:`reference_weights` is entered."""
+        if self._inside_reference and self._reference is not None:
+            return self._reference
+        return self.transformer if self.engine is None else self.engine.module
+
+    _reference: nn.Module | None = None
+    _inside_reference = False
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Within, the network is the starting one: LoRA switched off, or the frozen copy."""
+        self._inside_reference = True
+        try:
+            with lora_disabled(self.transformer) if self.config.model.lora is not None else nullcontext():
+                yield
+        finally:
+            self._inside_reference = False
+
+    def conditioning(self, prompt: Prompt, count: int) -> Conditioning:
+        """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous."""
+        if self._cache is not None:
+            one = self._cache.get(prompt)
+        elif prompt.id in self._conditioning:
+            one = self._conditioning[prompt.id]
+        else:
+            with torch.no_grad(), self.forward_context():
+                (one,) = self.encode([prompt])
+            # Kept for the update of the same iteration.
+            self._conditioning[prompt.id] = one
+        # An expanded view (stride 0) takes other kernels than a real batch: log-probs would differ in bf16.
+        return {name: t.to(self.world.device).repeat_interleave(count, dim=0).contiguous() for name, t in one.items()}
+
+    def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
+        """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
+        shape = self.latent_shape()
+        shared = self.config.sample.init_noise == "shared" and not deterministic
+        initial = noise.initial_noise(list(keys), shape, shared=shared)
+        transition = self.transition.deterministic() if deterministic else self.transition
+        media, trajectory = self.generate(
+            self.conditioning(prompt, len(keys)),
+            initial,
+            self.schedule,
+            transition,
+            lambda i: self.pack(noise.step_noise(list(keys), shape, i)),
+            record=not deterministic,
+        )
+        return Drawn(media, trajectory)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Noise in :meth:`latent_shape` -> the shape of the sampler's states, where a model packs them."""
+        return latents
+
+    # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Iterations of Algorithm 1, from where the run stands to ``run.iterations``.
+
+        Raises:
+            TooManyInvalidRewards: after saving what was trained so far.
+        """
+        config = self.config.run
+        if self.first_iteration >= config.iterations:
+            self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
+            return
+        saved = self.first_iteration
+        if self.first_iteration == 0:
+            self._evaluate_and_picture(0)
+        for iteration in range(self.first_iteration, config.iterations):
+            metrics: dict[str, Any] = {"iteration": iteration}
+            clock = _Clock()
+            groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
+            rollout = self.rollout(iteration, groups, clock)
+            try:
+                metrics.update(self._reward_metrics(rollout))
+            except TooManyInvalidRewards:
+                if saved != iteration:
+                    self._save(iteration)
+                raise
+            weights = self.rewards.weights
+            advantages = group_advantages(rollout.scores, rollout.valid, weights)
+            metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
+            chosen = self.select(advantages)
+            metrics.update(self.update(iteration, rollout, advantages, chosen, clock))
+            finished = iteration + 1
+            if config.eval_every and (finished % config.eval_every == 0 or finished == config.iterations):
+                with clock.phase("evaluation"):
+                    metrics.update(self.evaluate())
+            metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
+            metrics.update(memory_metrics(self.world))
+            if self.world.rank == 0:
+                self.log.append(metrics)
+                self.wandb.log(metrics)
+            self.console.iteration(finished, config.iterations, metrics)
+            if config.sample_every and (finished % config.sample_every == 0 or finished == config.iterations):
+                self.picture(finished)
+            if (finished % config.save_every == 0 or finished == config.iterations) and self._save(finished):
+                saved = finished
+        self.wandb.finish()
+        if saved != config.iterations:
+            raise RuntimeError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+
+    def rollout(self, iteration: int, groups: list[Prompt], clock: _Clock) -> Rollout:
+        """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores."""
+        latents: dict[tuple[int, int], Tensor] = {}
+        log_probs: dict[tuple[int, int], Tensor] = {}
+        names = self.rewards.names
+        shape = (len(groups), self.config.grpo.group_size)
+        table = torch.zeros(3, len(names), *shape, dtype=torch.float32)  # score, raw score, valid
+        self._conditioning.clear()
+        jobs = self.dealing.rollout(self.world.rank)
+        show = self.console.progress(f"iteration {iteration + 1}: sampling")
+        for done, (group, members) in enumerate(jobs, start=1):
+            prompt = groups[group]
+            keys = [SampleKey(self.config.run.seed, iteration, group, prompt.id, member) for member in members]
+            with clock.phase("rollout"):
+                drawn = self.draw(prompt, keys)
+            assert drawn.trajectory is not None
+            for row, member in enumerate(members):
+                latents[group, member] = drawn.trajectory.latents[row]
+                log_probs[group, member] = drawn.trajectory.log_probs[row]
+            with clock.phase("reward"):
+                count = len(members)
+                request = RewardRequest([prompt.text] * count, drawn.media, metadata=[prompt.metadata] * count)
+                scored = self.rewards.score(request)
+            for k, name in enumerate(names):
+                valid = scored.valid[name]
+                table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
+                table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
+                table[2, k, group, members] = valid.float()
+            show(done, len(jobs))
+        # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
+        table = self.world.all_gather_rows(table[None]).sum(0)
+        by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
+        valid = {name: part.bool() for name, part in by_name[2].items()}
+        return Rollout(groups, latents, log_probs, by_name[0], by_name[1], valid)
+
+    def _reward_metrics(self, rollout: Rollout) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        total, failed = 0, 0
+        for name in self.rewards.names:
+            valid = rollout.valid[name]
+            values = rollout.raw[name][valid].double()
+            invalid = int((~valid).sum())
+            total, failed = total + valid.numel(), failed + invalid
+            metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else math.nan
+            metrics[f"reward/{name}/std"] = values.std().item() if len(values) > 1 else math.nan
+            metrics[f"reward/{name}/max"] = values.max().item() if len(values) else math.nan
+            metrics[f"reward/{name}/invalid"] = invalid
+            if self.rewards.thresholds[name] is not None:
+                above = rollout.scores[name][valid].double()
+                metrics[f"reward/{name}/above_threshold"] = above.mean().item() if len(above) else math.nan
+        if failed > self.config.rewards.max_invalid_fraction * total:
+            reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
+            raise TooManyInvalidRewards(
+                f"{failed} of {total} scores of this iteration are invalid, more than rewards.max_invalid_fraction="
+                f"{self.config.rewards.max_invalid_fraction} allows: {'; '.join(sorted(set(reasons))) or 'no reason given'}. "
+                "What was trained before it is saved; repair the reward and start the same command again"
+            )
+        return metrics
+
+    def select(self, advantages: Advantages) -> list[list[list[Row]]]:
+        """Which members of each group are trained on: for each group its update micro-batches of rows."""
+        size, best = self.config.engine.micro_batch_size, self.config.grpo.best_of
+        chosen = []
+        for values, valid in zip(advantages.values, advantages.valid, strict=True):
+            members = [i for i, ok in enumerate(valid.tolist()) if ok]
+            if best is not None:
+                members = best_of(values, valid, best.top, best.bottom)
+            chosen.append(regroup(members, self.dealing.slots, size))
+        return chosen
+
+    def update(
+        self, iteration: int, rollout: Rollout, advantages: Advantages, chosen: list[list[list[Row]]], clock: _Clock
+    ) -> dict[str, Any]:
+        """Steps 5 and 6: the optimiser steps of an iteration, over replays of the rollout's micro-batches."""
+        engine = self.engine
+        assert engine is not None
+        grpo = self.config.grpo
+        stats = _Statistics()
+        norms, updates_before = [], engine.skipped_updates
+        with clock.phase("exchange"):
+            rows = self._fetch_rows(rollout, chosen)
+        lr = engine.lr
+        for update in range(grpo.updates_per_iteration):
+            pairs = self._valid_pairs(update, chosen)
+            if pairs == 0:
+                continue  # every sample of these prompts was masked, on all ranks alike
+            batches = self.dealing.update(update, self.world.rank)
+            per_sample = timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+            engine.accumulate(len(batches) * per_sample)
+            show = self.console.progress(f"iteration {iteration + 1}: update {update + 1}/{grpo.updates_per_iteration}")
+            for done, (group, k) in enumerate(batches, start=1):
+                members = chosen[group][k]
+                keys = [SampleKey(self.config.run.seed, iteration, group, rollout.prompts[group].id, r.member) for r in members]
+                when = timesteps.choose(
+                    keys, self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction, grpo.timesteps.per
+                )
+                latents = torch.stack([rows["latents", group, r.member] for r in members])
+                log_probs = torch.stack([rows["log_probs", group, r.member] for r in members])
+                samples = objectives.SampleBatch(
+                    advantages=advantages.values[group, [r.member for r in members]].to(self.world.device),
+                    log_probs=log_probs.gather(1, when).to(self.world.device),
+                    timesteps=when,
+                    weights=torch.tensor([r.weight for r in members], device=self.world.device),
+                )
+                conditioning = self.conditioning(rollout.prompts[group], len(members))
+                replay = TrajectoryReplay(self, latents, when, conditioning)
+                for i in range(per_sample):
+                    with clock.phase("update"), self.forward_context():
+                        loss, info = self.objective.loss(replay, samples, i)
+                        # Rows that only fill the micro-batch must not turn a NaN of theirs into a gradient.
+                        loss = torch.where(samples.weights > 0, loss * samples.weights, 0.0).sum() / pairs
+                        engine.backward(loss)
+                    stats.add(loss, info, samples.weights, first=update == 0)
+                show(done, len(batches))
+            with clock.phase("update"):
+                norms.append(engine.step())
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        return {
+            **stats.summary(self.world),
+            "train/grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "train/lr": lr,
+            "train/updates": len(finite),
+            "train/skipped_updates": grpo.updates_per_iteration - len(norms) + engine.skipped_updates - updates_before,
+        }
+
+    def _valid_pairs(self, update: int, chosen: list[list[list[Row]]]) -> int:
+        """(sample, timestep) pairs that count in an update, over all ranks."""
+        rows = sum(row.weight > 0 for group in self.dealing.groups_of(update) for batch in chosen[group] for row in batch)
+        grpo = self.config.grpo
+        return rows * timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+
+    def _fetch_rows(self, rollout: Rollout, chosen: list[list[list[Row]]]) -> dict[Any, Tensor]:
+        """The trajectories this rank trains on; best-of-N may put a sample with a rank that did not draw it."""
+        owners = self.dealing.owners()
+        wanted: list[list[Any]] = []
+        for rank in range(self.world.size):
+            keys = [
+                (what, group, row.member)
+                for update in range(self.config.grpo.updates_per_iteration)
+                for group, k in self.dealing.update(update, rank)
+                for row in chosen[group][k]
+                for what in ("latents", "log_probs")
+            ]
+            wanted.append(list(dict.fromkeys(keys)))
+        have = {("latents", *key): t for key, t in rollout.latents.items()}
+        have.update({("log_probs", *key): t for key, t in rollout.log_probs.items()})
+        owner = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
+        return self.world.exchange(have, wanted, owner)  # type: ignore[arg-type, return-value]
+
+    # --- watching it --------------------------------------------------------------------------------------------------------
+
+    def evaluation_sets(self) -> dict[str, list[Prompt]]:
+        """``train`` and, with ``prompts.eval_path``, ``heldout``: the prompts of each evaluation."""
+        sets = {"train": self.prompts[: self.config.run.eval_prompts]}
+        if self.eval_prompts:
+            sets["heldout"] = self.eval_prompts[: self.config.run.eval_prompts]
+        return sets
+
+    def evaluate(self) -> dict[str, float]:
+        """``eval/SET/MODEL/OUTPUT/{mean,stderr}`` on fixed prompts and noise, with the ODE sampler."""
+        metrics = {}
+        for name, prompts in self.evaluation_sets().items():
+            summary = sample_fixed(self, prompts, self.config.run.eval_samples, "evaluation").summary()
+            metrics.update({f"eval/{name}/{key}": value for key, value in summary.items()})
+        return metrics
+
+    def picture(self, iteration: int) -> FixedSamples:
+        """Save pictures of fixed prompts and noise in ``samples/ITERATION/``."""
+        prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
+        drawn = sample_fixed(self, prompts, 1, "pictures")
+        if self.world.rank == 0:
+            rewards = [
+                {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
+                for i in range(len(prompts))
+            ]
+            folder = self.folder / "samples" / f"{iteration:06d}"
+            save_samples(folder, drawn.media, [p.text for p in prompts], rewards)  # type: ignore[arg-type]
+            captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
+            self.wandb.log_pictures(max(iteration - 1, 0), [folder / f"{i:04d}.png" for i in range(len(prompts))], captions)
+        return drawn
+
+    def _evaluate_and_picture(self, iteration: int) -> None:
+        if self.config.run.eval_every:
+            metrics = self.evaluate()
+            if self.world.rank == 0:
+                write_atomic(self.folder / "evaluation_before.json", json.dumps(metrics, indent=1).encode())
+            self.console.evaluation("before training", metrics)
+        if self.config.run.sample_every:
+            self.picture(iteration)
+
+    def _save(self, iteration: int) -> bool:
+        engine = self.engine
+        assert engine is not None
+
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "state").mkdir(exist_ok=True)
+            engine.save(folder / "state")
+            return {
+                "config": configuration.to_dict(self.config),
+                "prompts": prompts_digest(self.prompts),
+                "git_commit": git_commit(),
+            }
+
+        return self.store.save(iteration, write)
+
+
+def embedding_cache(config: Config, checkpoint: Path, model: type[GRPOTrainer], world: World) -> EmbeddingCache:
+    """The configured cache, for the text encoders of this checkpoint."""
+    settings = {
+        "text_length": config.prompts.text_length,
+        "dtype": config.prompts.embedding_dtype,
+        "precision": config.model.precision,
+    }
+    identity = encoder_identity(checkpoint, [*model.text_encoders, *model.tokenizers], settings)
+    return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)
+
+
+def make_engine(trainer: GRPOTrainer) -> Engine:
+    """The configured engine around the trainer's network."""
+    config, world = trainer.config, trainer.world
+    module = trainer.transformer
+    if config.engine.activation_checkpointing:
+        from fastvideo.training.activation_checkpoint import apply_activation_checkpointing
+
+        module = apply_activation_checkpointing(module)
+    if config.engine.kind == "deepspeed":
+        from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, config.optim, config.engine, precision=config.model.precision, world=world)
+    from fastvideo_grpo.engines.local import LocalEngine
+
+    return LocalEngine(module, config.optim, precision=config.model.precision, device=world.device)
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Changes when a prompt, its id or the order of the file does."""
+    return hashlib.sha256("\x1e".join(f"{p.id}\x1f{p.text}" for p in prompts).encode()).hexdigest()
+
+
+class _Clock:
+    """Seconds per phase of an iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+class _Statistics:
+    """Per-row statistics of an iteration's updates, over the rows that count."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.rows = 0.0
+        self.loss = 0.0
+        self.deviation = 0.0
+        self.deviation_max = 0.0
+
+    def add(self, loss: Tensor, info: dict[str, Tensor], weights: Tensor, *, first: bool) -> None:
+        counted = weights > 0
+        self.rows += counted.sum().item()
+        self.loss += loss.item()
+        for name, values in info.items():
+            self.sums[name] += values[counted].double().sum().item()
+        if "ratio" in info and bool(counted.any()):
+            deviation = (info["ratio"][counted] - 1).abs().max().item()
+            self.deviation_max = max(self.deviation_max, deviation)
+            if first:
+                self.deviation = max(self.deviation, deviation)
+
+    def summary(self, world: World) -> dict[str, float]:
+        parts = world.all_gather_object((dict(self.sums), self.rows, self.loss, self.deviation, self.deviation_max))
+        rows = sum(part[1] for part in parts)
+        names = sorted({name for part in parts for name in part[0]} - {"ratio"})
+        labels = {"clipped": "clip_fraction"}
+        metrics = {
+            f"train/{labels.get(name, name)}": sum(part[0].get(name, 0.0) for part in parts) / rows if rows else math.nan
+            for name in names
+        }
+        return {
+            "train/loss": sum(part[2] for part in parts),
+            "train/ratio_first_update_max_dev": max(part[3] for part in parts),
+            "train/ratio_max_dev": max(part[4] for part in parts),
+            **metrics,
+        }
+
+
+def memory_metrics(world: World) -> dict[str, float]:
+    """Peak memory of rank 0 so far, in GiB: device memory on GPUs, resident memory on CPUs."""
+    if world.device.type == "cuda":
+        return {"memory/device_peak_gib": torch.cuda.max_memory_allocated(world.device) / 2**30}
+    import resource
+
+    return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    from importlib.metadata import version
+
+    names = ("fastvideo_grpo", "torch", "fastvideo", "diffusers", "transformers", "deepspeed")
+    return {name: version(name) for name in names}
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, or None for an installed package."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,159 @@
+"""What all trainers that are FastVideo pipelines share: loading on plain modules, and the swapped denoising stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastvideo_grpo.patching import require_patched
+
+require_patched()  # before FastVideo is imported: the message names the command that repairs it
+
+os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "WARNING")  # FastVideo narrates every component it loads
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from fastvideo.configs.pipelines.base import PipelineConfig  # noqa: E402
+from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
+from fastvideo.forward_context import set_forward_context  # noqa: E402
+from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
+from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from fastvideo_grpo.config import Config  # noqa: E402
+from fastvideo_grpo.engines.parallel import World  # noqa: E402
+from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
+from fastvideo_grpo.sampling.rollout import Trajectory  # noqa: E402
+from fastvideo_grpo.sampling.schedules import Schedule  # noqa: E402
+from fastvideo_grpo.sampling.transitions import Transition  # noqa: E402
+from fastvideo_grpo.trainers.base import GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.stages import RolloutRequest, RolloutStage  # noqa: E402
+
+logging.getLogger("fastvideo").setLevel(logging.WARNING)
+
+ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
+
+
+class FastVideoGRPOTrainer(GRPOTrainer):
+    """First base of a trainer whose second base is a FastVideo pipeline.
+
+    A subclass gives ``pipeline_config``, ``text_encoders`` and ``tokenizers`` (component names), ``conditioning_of``,
+    ``forward_batch`` and what :class:`GRPOTrainer` asks of every model.
+    """
+
+    text_encoders: ClassVar[tuple[str, ...]]
+    tokenizers: ClassVar[tuple[str, ...]]
+    _required_config_modules: list[str]
+
+    def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
+        """Load the checkpoint's components as plain modules on this process's device.
+
+        Args:
+            with_text_encoders: False leaves them on disk (all embeddings are cached).
+        """
+        if not dist.is_initialized():
+            # FastVideo wants process groups even for one process; this one needs no port.
+            dist.init_process_group(
+                "nccl" if world.device.type == "cuda" else "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timedelta(minutes=config.run.timeout_minutes),
+            )
+        args = FastVideoArgs(
+            model_path=config.model.path,
+            pipeline_config=self.pipeline_config(config),
+            num_gpus=world.size,
+            tp_size=1,
+            sp_size=1,
+            attention_backend=ATTENTION_BACKENDS[config.model.attention],
+            use_fsdp_inference=False,
+            dit_cpu_offload=False,
+            dit_layerwise_offload=False,
+            text_encoder_cpu_offload=False,
+            image_encoder_cpu_offload=False,
+            vae_cpu_offload=False,
+            pin_cpu_memory=False,
+        )
+        components = list(type(self)._required_config_modules)  # a copy: loading edits the list
+        if not with_text_encoders:
+            components = [name for name in components if name not in (*self.text_encoders, *self.tokenizers)]
+        ComposedPipelineBase.__init__(self, config.model.path, args, required_config_modules=components)  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+        # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
+        # not rounded on its way, and predict() casts to what the network computes in.
+        args.pipeline_config.dit_precision = "fp32"
+        self.get_module("vae").requires_grad_(False)
+        for name in self.text_encoders if with_text_encoders else ():
+            self.get_module(name).requires_grad_(False)
+        self.setup(config, world)
+
+    @classmethod
+    def pipeline_config(cls, config: Config) -> PipelineConfig:
+        """FastVideo's configuration of this model with our precisions and sizes."""
+        raise NotImplementedError
+
+    def conditioning_of(self, batch: ForwardBatch) -> Conditioning:
+        """The network's conditioning ``[B, ...]``, from a batch that went through FastVideo's conditioning stages."""
+        raise NotImplementedError
+
+    def forward_batch(self, conditioning: Conditioning, initial: Tensor) -> ForwardBatch:
+        """A batch of given embeddings (each ``[B, ...]``) and initial noise, ready for FastVideo's stages."""
+        raise NotImplementedError
+
+    def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
+        """FastVideo's stages, with the denoising stage replaced."""
+        super().create_pipeline_stages(fastvideo_args)  # type: ignore[misc]
+        position = self._stages.index(self.denoising_stage)  # type: ignore[has-type]
+        stage = RolloutStage(self)
+        stage._pipeline_stage_name = "denoising_stage"
+        self._stages[position] = stage
+        self._stage_name_mapping["denoising_stage"] = stage
+        self.denoising_stage = stage
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.get_module("transformer")  # type: ignore[no-any-return]
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.model_path)
+
+    def release_text_encoders(self) -> None:
+        for name in self.text_encoders:
+            self.modules.pop(name, None)
+        self.text_encoding_stage.text_encoders = [None] * len(self.text_encoders)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.
+        return set_forward_context(current_timestep=0, attn_metadata=None)
+
+    def generate(
+        self,
+        conditioning: Conditioning,
+        initial: Tensor,
+        schedule: Schedule,
+        transition: Transition,
+        noise: Callable[[int], Tensor],
+        *,
+        record: bool,
+    ) -> tuple[Tensor, Trajectory | None]:
+        """One pass through all of FastVideo's stages, ours in the middle; see :meth:`GRPOTrainer.generate`."""
+        batch = self.forward_batch(conditioning, initial)
+        request = RolloutRequest(schedule, transition, noise, record)
+        batch.extra["rollout"] = request
+        with self.forward_context():
+            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)  # type: ignore[arg-type]
+        return self.to_media(batch.output), request.trajectory
+
+    @staticmethod
+    def to_media(pixels: Tensor) -> Tensor:
+        """FastVideo's float ``[B, 3, F, H, W]`` in [0, 1] -> uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers."""
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()

@@ -1,0 +1,30 @@
+"""From a configuration to the trainer of its model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.prompts.files import read_prompts
+from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache
+
+TRAINERS = {"flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer")}
+
+
+def trainer_class(kind: str) -> type[GRPOTrainer]:
+    """The trainer of a ``model.kind``; only its own module is imported."""
+    module, name = TRAINERS[kind]
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def load_trainer(config: Config, world: World) -> GRPOTrainer:
+    """Load the checkpoint. Text encoders stay on disk when every prompt's embedding is cached already."""
+    cls = trainer_class(config.model.kind)
+    with_text_encoders = True
+    if config.prompts.embeddings != "none":
+        paths = [config.prompts.path, *([config.prompts.eval_path] if config.prompts.eval_path else [])]
+        prompts = [prompt for path in paths for prompt in read_prompts(path)]
+        with_text_encoders = bool(embedding_cache(config, Path(config.model.path), cls, world).missing(prompts))
+    return cls(config, world, with_text_encoders=with_text_encoders)  # type: ignore[call-arg]
