@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _RESERVED = ("iteration", "versions", "checksums", "checksum")
 _PACKAGES = ("fastvideo-grpo", "fastvideo", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that was asked for is missing, damaged or unreadable."""
 
 
@@ -134,9 +135,7 @@ class CheckpointStore:
                 logger.warning("checkpoint %s is damaged and skipped: %s", self.path(iteration), problem)
         if required:
             state = f"{len(found)} found, all damaged ({', '.join(map(str, found))})" if found else "none found"
-            raise CheckpointError(
-                f"no whole checkpoint in {self.folder}: {state}; check run.dir, or start without resuming"
-            )
+            raise CheckpointError(f"no whole checkpoint in {self.folder}: {state}; check run.dir, or start without resuming")
         return None
 
     def at(self, iteration: int) -> Path:
@@ -189,9 +188,7 @@ class CheckpointStore:
             checksums.update(part)
         return dict(sorted(checksums.items())), self._agree(local_error)
 
-    def _publish(
-        self, partial: Path, target: Path, iteration: int, content: dict[str, Any], checksums: dict[str, str]
-    ) -> None:
+    def _publish(self, partial: Path, target: Path, iteration: int, content: dict[str, Any], checksums: dict[str, str]) -> None:
         clash = [key for key in _RESERVED if key in content]
         if clash:
             raise ValueError(f"trainer.json keys {clash} are written by the store; give them other names")
@@ -260,15 +257,11 @@ class CheckpointStore:
         try:
             document = json.loads(path.read_bytes())
         except OSError as failure:
-            raise CheckpointError(
-                f"{path} cannot be read: {_describe(failure)}; choose another checkpoint"
-            ) from failure
+            raise CheckpointError(f"{path} cannot be read: {_describe(failure)}; choose another checkpoint") from failure
         except ValueError as failure:
             raise CheckpointError(f"{path} is not JSON ({failure}); choose another checkpoint") from failure
         if not isinstance(document, dict) or any(key not in document for key in _RESERVED):
-            raise CheckpointError(
-                f"{path} lacks one of {', '.join(_RESERVED)}; it was not written by a checkpoint store"
-            )
+            raise CheckpointError(f"{path} lacks one of {', '.join(_RESERVED)}; it was not written by a checkpoint store")
         expected = document["checksum"]
         found = _document_checksum(document)
         if found != expected:
@@ -289,11 +282,7 @@ class CheckpointStore:
         """The first rank's error, on every rank."""
         answers = self.world.all_gather_object(local_error)
         return next(
-            (
-                f"rank {rank}: {answer}" if self.world.size > 1 else answer
-                for rank, answer in enumerate(answers)
-                if answer
-            ),
+            (f"rank {rank}: {answer}" if self.world.size > 1 else answer for rank, answer in enumerate(answers) if answer),
             None,
         )
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,8 @@ class Engine(Protocol):
     Attributes:
         module: what the rollout and the replay call.
         world: the processes of the run.
-        trainable_names: names of the trainable parameters, as in `named_parameters()` of the module that was handed in.
+        trainable_names: names of the trainable parameters, as in `named_parameters()` of the module that was handed in,
+            without what activation checkpointing adds to them.
         step_calls: calls of `step` so far; the warm-up counts these.
         updates: calls of `step` that changed the weights.
         skipped_updates: calls of `step` that changed nothing, because the gradient was not finite.
@@ -123,7 +125,12 @@ class AdamWEngine:
         self._calls_left = 0
         self._calls_made = 0
         self._inside_ema = False
-        self._parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        # Activation checkpointing renames what it wraps; a saved state fits with and without it.
+        self._parameters = {
+            name.replace("_checkpoint_wrapped_module.", ""): parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
         if not self._parameters:
             raise ValueError(
                 "the module has no trainable parameter: FastVideo loads them frozen; call requires_grad_(True) on the "
@@ -259,23 +266,18 @@ class AdamWEngine:
         if self._calls_made:
             raise RuntimeError("save() in the middle of an update would lose its gradients; call step() first")
         folder = Path(folder)
-        shares = [(name, self.span(name)) for name in self.trainable_names]
-
-        def write(part: str, keys: Mapping[str, Callable[[str], Tensor]]) -> None:
-            entries = {
-                prefix + name: (start, count, lambda name=name, get=get: get(name))
-                for prefix, get in keys.items()
-                for name, (start, count) in ((name, share) for name, share in shares if share is not None)
-            }
-            write_tensors(folder / f"{part}-{self.world.rank:05d}.safetensors", entries)
-
-        write("weights", {"": lambda name: self._piece(name, "weight")})
+        shares = [(name, share) for name in self.trainable_names if (share := self.span(name)) is not None]
+        parts: dict[str, dict[str, tuple[int, int, Callable[[], Tensor]]]] = {
+            "weights": {name: (*share, partial(self._piece, name, "weight")) for name, share in shares}
+        }
         if self.updates:
-            write(
-                "optimizer", {f"{moment}.": lambda name, moment=moment: self._piece(name, moment) for moment in MOMENTS}
-            )
+            parts["optimizer"] = {
+                f"{moment}.{name}": (*share, partial(self._piece, name, moment)) for moment in MOMENTS for name, share in shares
+            }
         if self.ema is not None:
-            write("ema", {"": self.ema.piece})
+            parts["ema"] = {name: (*share, partial(self.ema.piece, name)) for name, share in shares}
+        for part, pieces in parts.items():
+            write_tensors(folder / f"{part}-{self.world.rank:05d}.safetensors", pieces)
         if self.world.rank == 0:
             description = {
                 "format": 1,
@@ -294,9 +296,7 @@ class AdamWEngine:
     def load(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         description = read_engine_json(folder)
-        self._check_names(
-            {name: tuple(shape) for name, shape in description["parameters"].items()}, str(folder / ENGINE_JSON)
-        )
+        self._check_names({name: tuple(shape) for name, shape in description["parameters"].items()}, str(folder / ENGINE_JSON))
         world_size = description["world_size"]
         with torch.no_grad():
             weights = SavedTensors(folder, "weights", world_size)
@@ -359,9 +359,7 @@ class AdamWEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         if self.ema is None:
-            raise RuntimeError(
-                "there are no EMA weights: optim.ema_decay is null; set it (for instance 0.999) before training"
-            )
+            raise RuntimeError("there are no EMA weights: optim.ema_decay is null; set it (for instance 0.999) before training")
         if self._inside_ema:
             raise RuntimeError("ema_weights() inside ema_weights()")
         ema = self.ema

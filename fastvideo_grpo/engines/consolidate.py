@@ -32,10 +32,7 @@ def weights_from_checkpoint(folder: str | os.PathLike[str], which: str = "model"
     description = read_engine_json(folder)
     if which == "ema" and description["ema_decay"] is None:
         raise EngineStateError(
-            f"{folder} holds no EMA weights (optim.ema_decay was null); ask for 'model', or train with "
-            "optim.ema_decay set"
+            f"{folder} holds no EMA weights (optim.ema_decay was null); ask for 'model', or train with optim.ema_decay set"
         )
     saved = SavedTensors(folder, "weights" if which == "model" else "ema", description["world_size"])
-    return {
-        name: saved.read(name, 0, math.prod(shape)).view(shape) for name, shape in description["parameters"].items()
-    }
+    return {name: saved.read(name, 0, math.prod(shape)).view(shape) for name, shape in description["parameters"].items()}

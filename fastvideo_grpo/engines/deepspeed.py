@@ -87,12 +87,11 @@ class DeepSpeedEngine(AdamWEngine):
             weight_decay=optim.weight_decay,
             foreach=False,
         )
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, torchrun or not
         config = deepspeed_config(optim, engine_cfg, precision, world)
         chatter = io.StringIO()
         with contextlib.redirect_stdout(chatter):  # it prints memory tables, whatever its log level
-            self.module, *_ = deepspeed.initialize(
-                model=module, optimizer=self._adam, config=config, dist_init_required=False
-            )
+            self.module, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=config, dist_init_required=False)
         logger.debug("deepspeed.initialize: %s", chatter.getvalue())
         self._gathered = deepspeed.zero.GatheredParameters
         self._start_ema(ema_device)
@@ -120,7 +119,7 @@ class DeepSpeedEngine(AdamWEngine):
             start = padded * self.world.rank
             count = min(padded, self._shapes[name].numel() - start)  # the last ranks' partitions are padded
             return (self._flat_buffers[group], offset, start, count) if count > 0 else None
-        mapping = parameter._hp_mapping
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed hangs it on
         if mapping is None:
             return None
         buffer = self._flat_buffers[mapping.param_group_index]

@@ -117,8 +117,7 @@ class World:
         """
         if rows.device.type != "cpu" or rows.dim() == 0:
             raise ValueError(
-                f"all_gather_rows takes CPU tensors [n, ...], got shape {tuple(rows.shape)} on {rows.device}; call "
-                ".cpu() first"
+                f"all_gather_rows takes CPU tensors [n, ...], got shape {tuple(rows.shape)} on {rows.device}; call .cpu() first"
             )
         if not self.distributed:
             return rows
@@ -171,18 +170,13 @@ class World:
         """
         if len(wanted) != self.size:
             raise ValueError(
-                f"exchange: `wanted` has {len(wanted)} lists for {self.size} ranks; give one list (possibly empty) "
-                "per rank"
+                f"exchange: `wanted` has {len(wanted)} lists for {self.size} ranks; give one list (possibly empty) per rank"
             )
         unowned = sorted({repr(key) for keys in wanted for key in keys if not 0 <= owner.get(key, -1) < self.size})
         if unowned:
-            raise ValueError(
-                f"exchange: no rank owns {', '.join(unowned[:5])}; every wanted key needs an entry in `owner`"
-            )
+            raise ValueError(f"exchange: no rank owns {', '.join(unowned[:5])}; every wanted key needs an entry in `owner`")
         # All ranks build the same list, so a transfer's index can serve as its tag.
-        transfers = [
-            (reader, key) for reader, keys in enumerate(wanted) for key in dict.fromkeys(keys) if owner[key] != reader
-        ]
+        transfers = [(reader, key) for reader, keys in enumerate(wanted) for key in dict.fromkeys(keys) if owner[key] != reader]
         mine = {key for keys in wanted for key in keys if owner[key] == self.rank}
         sent_keys = {key for _, key in transfers if owner[key] == self.rank}
         missing = sorted(repr(key) for key in mine if key not in rows)
@@ -194,9 +188,7 @@ class World:
             if lacks:
                 raise ValueError(f"exchange: rank {rank} owns {', '.join(lacks[:5])} but has no such row")
             if off_cpu:
-                raise ValueError(
-                    f"exchange: rank {rank} holds {', '.join(off_cpu[:5])} on a device; rows must be CPU tensors"
-                )
+                raise ValueError(f"exchange: rank {rank} holds {', '.join(off_cpu[:5])} on a device; rows must be CPU tensors")
             layouts.update(part)
 
         received: dict[Hashable, Tensor] = {}
@@ -213,13 +205,15 @@ class World:
                 buffer = rows[key].detach().contiguous().reshape(-1).view(torch.uint8)
                 pending.append((dist.isend(buffer, dst=reader, group=self.cpu_group, tag=tag), buffer))
         for work, _ in pending:
-            work.wait()
+            if work is not None:
+                work.wait()
         return {key: rows[key] if owner[key] == self.rank else received[key] for key in wanted[self.rank]}
 
 
 def _gloo_group(timeout_minutes: float) -> dist.ProcessGroup:
     global _cpu_group, _cpu_group_of
     default = dist.group.WORLD
+    assert default is not None
     if _cpu_group is None or _cpu_group_of is not default:
         if dist.get_backend() == "gloo":
             _cpu_group = default

@@ -56,7 +56,7 @@ def write_tensors(path: Path, entries: Mapping[str, tuple[int, int, Callable[[],
             piece = get().detach().to("cpu", torch.float32).contiguous()
             if piece.numel() != count:
                 raise ValueError(f"{path.name}: piece {key} has {piece.numel()} elements, announced {count}")
-            file.write(memoryview(piece.numpy()).cast("B") if count else b"")
+            file.write(piece.numpy().data)
 
 
 def read_engine_json(folder: Path) -> dict[str, Any]:
@@ -70,8 +70,7 @@ def read_engine_json(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except OSError as failure:
         raise EngineStateError(
-            f"{path} cannot be read ({failure.strerror}); give the folder that holds engine.json and "
-            "weights-*.safetensors"
+            f"{path} cannot be read ({failure.strerror}); give the folder that holds engine.json and weights-*.safetensors"
         ) from failure
     except ValueError as failure:
         raise EngineStateError(f"{path} is not JSON ({failure}); use another checkpoint") from failure
