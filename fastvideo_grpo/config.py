@@ -229,6 +229,7 @@ FREE_ON_RESUME = {
     "engine.kind",
     "engine.zero_stage",
     "engine.offload",
+    "engine.activation_checkpointing",
     "prompts.eval_path",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class WandbRun:
 
         self._wandb = wandb
         known = folder / "wandb.json"
-        identity = json.loads(known.read_text())["id"] if known.is_file() else wandb.util.generate_id()
+        identity = json.loads(known.read_text())["id"] if known.is_file() else secrets.token_hex(4)
         self._run = wandb.init(
             project="fastvideo_grpo", name=folder.name, id=identity, resume="allow", mode=mode, dir=folder, config=config
         )

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +280,20 @@ class GRPOTrainer:
                 yield
         finally:
             self._inside_reference = False
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put trained weights (names without wrappers) into the network, before there is an engine.
+
+        Raises:
+            UserError: they are those of another model, or LoRA on one side only.
+        """
+        trained = {name for name, p in self.transformer.named_parameters() if p.requires_grad}
+        if set(weights) != trained:
+            wrong = sorted(trained.symmetric_difference(weights))
+            raise UserError(
+                f"the checkpoint's weights do not fit {self.checkpoint}: {len(wrong)} names are on one side only, first {wrong[0]}"
+            )
+        self.transformer.load_state_dict(weights, strict=False)
 
     def conditioning(self, prompt: Prompt, count: int) -> Conditioning:
         """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous."""

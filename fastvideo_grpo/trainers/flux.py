@@ -52,6 +52,8 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         t5 = self.get_module("text_encoder_2")
         if t5 is not None:
             # Loading resets T5's tokenizer arguments (28 tokens for the real model); and diffusers' FLUX shows T5 no mask.
+            # On CPUs FastVideo keeps T5's norms in float32, which then meet bf16 weights.
+            t5.to(next(t5.parameters()).dtype)
             pipeline.text_encoder_configs[1].tokenizer_kwargs.update(padding="max_length", truncation=True)
             t5.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True

@@ -1,0 +1,88 @@
+"""``fastvideo-grpo sample``: pictures from a configuration's model, or from a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo import plan
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.errors import UserError
+
+EPILOG = """\
+examples:
+  fastvideo-grpo sample runs/flux --prompt "a red circle" --samples 4
+  fastvideo-grpo sample runs/flux --prompts prompts.txt --weights ema --out pictures
+  fastvideo-grpo sample train_scripts/configs/flux_t2i_tiny.yaml --prompt "a red circle" sample.steps=20
+
+The ODE sampler is used, on noise that depends on run.seed, the prompt and the sample's number: the same command on two
+checkpoints gives pictures that compare. Each picture is scored by the configured rewards."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN|CONFIG", help="a run folder (trained weights), or a YAML file (the model it starts from)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
+    parser.add_argument("--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training")
+    parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
+    parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
+    parser.epilog = EPILOG
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw, score, save."""
+    from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint, open_run
+    from fastvideo_grpo.prompts.files import Prompt, read_prompts, text_id
+
+    checkpoint: RunCheckpoint | None = None
+    if Path(arguments.source).is_dir():
+        if arguments.weights == "start":
+            config = configuration.load(Path(arguments.source) / "config.yaml", arguments.overrides)
+        else:
+            checkpoint = open_run(arguments.source, arguments.iteration, arguments.overrides)
+            config = checkpoint.config
+    else:
+        if arguments.weights in ("model", "ema") or arguments.iteration is not None:
+            raise UserError("--weights and --iteration need a run folder; a configuration has its starting weights only")
+        config = configuration.load(arguments.source, arguments.overrides)
+    if arguments.samples < 1:
+        raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
+    prompts = [Prompt(text_id(text), text) for text in arguments.prompt]
+    if arguments.prompts or not prompts:
+        prompts += read_prompts(arguments.prompts or config.prompts.eval_path or config.prompts.path)
+    # One process draws, whatever trained the weights, and encodes only what it is asked for.
+    config.engine.kind, config.engine.offload = "local", "none"
+    config.prompts.embeddings = "none"
+    plan.check_run(config, plan.model_facts(config), ranks=1)
+    sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
+    print(f"{len(prompts) * arguments.samples} pictures in {arguments.out}; all of them: {sheet}")
+    return 0
+
+
+def draw(config: Config, checkpoint: object, which: str, prompts: list, samples: int, out: Path) -> Path:  # type: ignore[type-arg]
+    """Load the model, draw and save; returns the grid's path."""
+    import math
+
+    from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
+    from fastvideo_grpo.commands.train import prepare_process
+    from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.tracking.pictures import save_samples
+    from fastvideo_grpo.trainers.load import load_trainer
+
+    prepare_process(config)
+    trainer = load_trainer(config, World.current())
+    trainer.setup_rewards()
+    if isinstance(checkpoint, RunCheckpoint):
+        trainer.load_weights(checkpoint.weights(which))
+    drawn = sample_fixed(trainer, prompts, samples, "sample")
+    rewards = [
+        {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
+        for i in range(len(drawn.media))
+    ]
+    texts = [prompt.text for prompt in prompts for _ in range(samples)]
+    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4))  # type: ignore[arg-type]
+    return out / "grid.png"

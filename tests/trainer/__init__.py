@@ -1,0 +1,1 @@
+"""Tests of the trainer: they import FastVideo (half a minute, once for all of them)."""

@@ -1,0 +1,45 @@
+"""The tiny random FLUX, and trainers on it, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer import runs
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """A random FLUX in the published on-disk form."""
+    from fastvideo_grpo.tiny.flux import write_flux
+
+    return write_flux(tmp_path_factory.mktemp("checkpoints") / "tiny-flux")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Thread counts change sums; the forked runs use one thread too."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_trainer(tiny_flux, tmp_path) -> Callable[..., Any]:
+    """``make_trainer(section__key=value, ...)`` -> a FluxGRPOTrainer in this process, ready to train."""
+
+    def make(train: bool = True, **overrides: Any) -> Any:
+        from fastvideo_grpo import config as configuration
+        from fastvideo_grpo.engines.parallel import World
+        from fastvideo_grpo.trainers.load import load_trainer
+
+        empty = tmp_path / "empty.yaml"
+        empty.write_text("{}")
+        config = configuration.load(empty, runs.settings(tmp_path, tiny_flux, **overrides))
+        trainer = load_trainer(config, World())
+        trainer.setup_training() if train else trainer.setup_rewards()
+        return trainer
+
+    return make

@@ -1,0 +1,233 @@
+"""The loop on one process: ratio one, micro-batches, embeddings, rewards that fail, KL, EMA."""
+
+import json
+
+import pytest
+import torch
+
+from fastvideo_grpo.rewards.base import RewardResult
+from tests.trainer import runs
+
+FLAVOURS = {
+    "plain": {},
+    "lora": {"model__lora__rank": 4, "model__lora__alpha": 8.0, "optim__lr": 1e-2},
+    "best of": {"grpo__best_of__top": 1, "grpo__best_of__bottom": 2},
+    "activation checkpointing": {"engine__activation_checkpointing": True},
+    "kl": {"grpo__kl_weight": 0.1},
+    "per group": {"grpo__timesteps__per": "group", "sample__init_noise": "per_sample"},
+}
+
+
+def _lines(trainer):
+    return trainer.log.read()
+
+
+# Every flavour at one micro-batch size and every size in one flavour here; the whole matrix in `make test-all`.
+QUICK = [("plain", 1), ("plain", 2), ("plain", 4), *((flavour, 2) for flavour in FLAVOURS if flavour != "plain")]
+REST = [(f, size) for f in FLAVOURS for size in (1, 2, 4) if (f, size) not in QUICK]
+
+
+@pytest.mark.parametrize("flavour,micro_batch", [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour, micro_batch):
+    """Promise 1, bitwise in float32; from the second update of an iteration on, ratios differ from one."""
+    trainer = make_trainer(engine__micro_batch_size=micro_batch, **{"optim__lr": 1e-3, **FLAVOURS[flavour]})
+    trainer.train()
+    for line in _lines(trainer):
+        assert line["train/ratio_first_update_max_dev"] == 0.0
+        assert line["train/ratio_max_dev"] > 0.0
+        assert line["train/updates"] == 2 and line["train/skipped_updates"] == 0
+
+
+def test_ratio_is_one_in_bf16(make_trainer):
+    trainer = make_trainer(model__precision="bf16", optim__lr=1e-3)
+    trainer.train()
+    assert max(line["train/ratio_first_update_max_dev"] for line in _lines(trainer)) <= 1e-6
+    assert next(trainer.transformer.parameters()).dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in trainer.engine.state_dict().values())
+
+
+def test_the_same_run_at_every_micro_batch_size(make_trainer, tmp_path):
+    """Promise 3 for micro-batches: same samples, same weights to rounding.
+
+    Other batch shapes round differently, and AdamW divides a gradient that is nothing but rounding by its own size: of
+    480,000 weights a handful may move by a learning rate in another direction, all others agree to 1e-6.
+    """
+    results = {}
+    for size in (1, 2, 4):
+        trainer = make_trainer(engine__micro_batch_size=size, run__dir=tmp_path / f"run{size}")
+        trainer.train()
+        results[size] = trainer.engine.state_dict(), _lines(trainer)
+    for size in (2, 4):
+        differences = torch.cat([(w - results[1][0][name]).abs().flatten() for name, w in results[size][0].items()])
+        assert (differences > 1e-6).double().mean() < 1e-4 and differences.max() < 6 * 2 * 1e-5
+        for ours, one in zip(results[size][1], results[1][1], strict=True):
+            expected = one["reward/pixels/brightness/mean"]
+            assert ours["reward/pixels/brightness/mean"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_training_moves_every_weight_that_the_output_depends_on(make_trainer):
+    trainer = make_trainer(optim__lr=1e-3, run__iterations=1)
+    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    trainer.train()
+    still = [name for name, p in trainer.transformer.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+def test_lora_trains_adapters_only_and_starts_as_the_model(make_trainer):
+    from fastvideo_grpo.trainers.lora import LoRALinear, lora_disabled
+
+    trainer = make_trainer(**FLAVOURS["lora"], run__iterations=1)
+    layers = {name: m for name, m in trainer.transformer.named_modules() if isinstance(m, LoRALinear)}
+    # 2 double blocks of 8 projections, 2 single blocks of 3
+    assert len(layers) == 2 * 8 + 2 * 3
+    frozen = {n: p.detach().clone() for n, p in trainer.transformer.named_parameters() if "lora_" not in n}
+    keys, prompt = _keys(trainer)
+    before = trainer.draw(prompt, keys, deterministic=True).media
+    trainer.train()
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.transformer.named_parameters() if n in frozen)
+    assert all(layer.lora_B.abs().max() > 0 for layer in layers.values())
+    with lora_disabled(trainer.transformer):
+        assert torch.equal(trainer.draw(prompt, keys, deterministic=True).media, before)
+    assert not torch.equal(trainer.draw(prompt, keys, deterministic=True).media, before)
+
+
+def _keys(trainer):
+    from fastvideo_grpo.sampling.noise import SampleKey
+
+    prompt = trainer.prompts[0]
+    return [SampleKey(0, 0, 0, prompt.id, member) for member in range(2)], prompt
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_kl_is_zero_at_the_start_and_grows_as_the_policy_leaves_the_reference(make_trainer, lora):
+    trainer = make_trainer(**{"grpo__kl_weight": 0.01, "optim__lr": 1e-3, **(FLAVOURS["lora"] if lora else {})})
+    trainer.config.grpo.updates_per_iteration = 2
+    trainer.train()
+    kl = [line["train/kl"] for line in _lines(trainer)]
+    assert kl[0] < kl[-1] and kl[-1] > 0
+
+
+def test_a_large_kl_weight_holds_the_policy_back(make_trainer, tmp_path):
+    kl = {}
+    for weight in (1e-4, 1e4):
+        trainer = make_trainer(grpo__kl_weight=weight, optim__lr=1e-3, run__iterations=4, run__dir=tmp_path / str(weight))
+        trainer.train()
+        kl[weight] = _lines(trainer)[-1]["train/kl"]
+    assert kl[1e4] < 0.5 * kl[1e-4]
+
+
+def test_cached_embeddings_give_the_same_run_as_encoding_and_free_the_text_encoders(make_trainer, tmp_path):
+    runs_ = {}
+    for name, extra in {
+        "none": {},
+        "cached": {"prompts__embeddings": tmp_path / "embeddings", "prompts__embedding_dtype": "fp32"},
+        "found": {"prompts__embeddings": tmp_path / "embeddings", "prompts__embedding_dtype": "fp32"},
+    }.items():
+        trainer = make_trainer(run__dir=tmp_path / name, **extra)
+        assert (trainer.get_module("text_encoder") is None) == (name != "none")
+        trainer.train()
+        runs_[name] = trainer.engine.state_dict()
+    assert runs.same_bits(runs_["none"], runs_["cached"]) and runs.same_bits(runs_["none"], runs_["found"])
+    (folder,) = (tmp_path / "embeddings").iterdir()
+    index = json.loads((folder / "index.json").read_text())
+    assert len(index["prompts"]) == len(runs.PROMPTS)
+
+
+class _Faulty:
+    """A reward that answers NaN for some samples and raises for some requests."""
+
+    outputs, media_kind = ("score",), "any"
+
+    def __init__(self, bad):
+        self.bad, self.calls = bad, 0
+
+    def score(self, request):
+        self.calls += 1
+        if self.bad(self.calls) == "raise":
+            raise OSError("scorer lost")
+        scores = request.media.float().mean((1, 2, 3, 4))
+        if self.bad(self.calls) == "nan":
+            scores[0] = float("nan")
+        return RewardResult({"score": scores}, torch.ones(len(scores), dtype=torch.bool))
+
+    def to(self, device):
+        return self
+
+    def close(self):
+        pass
+
+
+def _with_reward(trainer, reward):
+    trainer.rewards.rewards["pixels"] = reward
+    trainer.rewards.weights = {"pixels/score": 1.0}
+    trainer.rewards.thresholds = {"pixels/score": None}
+
+
+def test_failed_rewards_mask_their_samples_and_are_counted(make_trainer):
+    """Promise 5: 8 requests of 2 samples an iteration; the second raises (2 samples), the fifth has one NaN."""
+    trainer = make_trainer(rewards__max_invalid_fraction=0.5, run__iterations=1, optim__lr=1e-3)
+    _with_reward(trainer, _Faulty(lambda call: {2: "raise", 5: "nan"}.get(call)))
+    trainer.train()
+    (line,) = _lines(trainer)
+    assert line["reward/pixels/score/invalid"] == 3
+    assert line["train/ratio_first_update_max_dev"] == 0.0 and line["train/updates"] == 2
+    assert any("scorer lost" in failure for failure in trainer.rewards.failure_counts)
+
+
+def test_too_many_failed_rewards_stop_the_run_with_what_was_trained_saved(make_trainer):
+    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
+
+    trainer = make_trainer(rewards__max_invalid_fraction=0.1, run__iterations=5, run__save_every=4)
+    _with_reward(trainer, _Faulty(lambda call: "raise" if call > 8 else None))  # from the second iteration on
+    with pytest.raises(TooManyInvalidRewards, match="16 of 16 scores.*scorer lost"):
+        trainer.train()
+    assert trainer.store.iterations() == [1] and len(_lines(trainer)) == 1
+
+
+def test_a_prompt_whose_samples_all_failed_leaves_the_update_to_the_others(make_trainer):
+    trainer = make_trainer(rewards__max_invalid_fraction=1.0, run__iterations=1)
+    _with_reward(trainer, _Faulty(lambda call: "raise" if call <= 4 else None))  # both prompts of the first update
+    trainer.train()
+    (line,) = _lines(trainer)
+    assert line["train/updates"] == 1 and line["train/skipped_updates"] == 1
+
+
+def test_groups_without_spread_do_not_move_the_weights(make_trainer):
+    trainer = make_trainer(run__iterations=1, optim__weight_decay=0.0)
+    before = trainer.engine.state_dict()
+
+    class Constant(_Faulty):
+        def score(self, request):
+            return RewardResult({"score": torch.full((len(request),), 0.3)}, torch.ones(len(request), dtype=torch.bool))
+
+    _with_reward(trainer, Constant(None))
+    trainer.train()
+    assert _lines(trainer)[0]["advantage/zero_spread_groups"] == 4
+    assert runs.same_bits(trainer.engine.state_dict(), before)
+
+
+def test_evaluation_is_on_fixed_noise_and_pictures_are_saved_with_rewards(make_trainer, tmp_path):
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("a magenta square\n")
+    trainer = make_trainer(
+        prompts__eval_path=heldout, run__eval_every=1, run__eval_samples=3, run__sample_every=2, run__iterations=2
+    )
+    assert trainer.evaluate() == trainer.evaluate()
+    trainer.train()
+    before = json.loads((trainer.folder / "evaluation_before.json").read_text())
+    line = _lines(trainer)[-1]
+    for name in ("eval/train/pixels/brightness/mean", "eval/heldout/pixels/brightness/stderr"):
+        assert name in before and name in line
+    index = json.loads((trainer.folder / "samples" / "000002" / "index.json").read_text())
+    assert index[0]["prompt"] == "a magenta square" and "pixels/brightness" in index[0]["rewards"]
+    assert (trainer.folder / "samples" / "000000" / "grid.png").is_file()
+
+
+def test_wandb_offline_writes_a_run_that_a_resumed_training_continues(make_trainer):
+    trainer = make_trainer(run__wandb="offline", run__iterations=2, run__sample_every=1)
+    trainer.train()
+    identity = json.loads((trainer.folder / "wandb.json").read_text())["id"]
+    trainer = make_trainer(run__wandb="offline", run__iterations=3, run__sample_every=1)
+    trainer.train()
+    assert json.loads((trainer.folder / "wandb.json").read_text())["id"] == identity
+    assert len(list((trainer.folder / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
