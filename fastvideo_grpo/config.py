@@ -56,9 +56,7 @@ class ModelConfig:
     kind: str = _key("flux", "model family", choices=["flux"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
-    precision: str = _key(
-        "bf16", "dtype the network runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
-    )
+    precision: str = _key("bf16", "dtype the network runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"])
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
 
 
@@ -274,11 +272,11 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
     return OmegaConf.from_dotlist(overrides)
 
 
-def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
+def _known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(cls).items():
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
         yield prefix + name
-        if inner is not None:
+        if isinstance(inner, type):
             yield from _known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
 
 
@@ -293,8 +291,7 @@ def _to_dataclasses(raw: Any) -> Config:
         key = str(getattr(error, "full_key", None) or "")
         if "not in" in str(error):
             near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
-            section = key.rsplit(".", 1)[0] + "." if "." in key else ""
-            allowed = [k for k in _known_keys(Config) if k.startswith(section) and "." not in k[len(section) :]]
+            allowed = [f.name for f in fields(_section_of(key.rpartition(".")[0]))]
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}") from error
         raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})") from error
@@ -302,23 +299,25 @@ def _to_dataclasses(raw: Any) -> Config:
     return config
 
 
-def _field_of(key: str) -> Any:
+def _section_of(key: str) -> type[Any]:
+    """The dataclass that holds the keys under a dotted key (of a reward or an output: under its name)."""
     cls: Any = Config
-    found = None
-    for part in key.split("."):
-        if not is_dataclass(cls):
-            continue  # the name of a reward or of an output
-        found = next((f for f in fields(cls) if f.name == part), None)
-        if found is None:
-            return None
-        hint = get_type_hints(cls)[part]
-        cls = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), hint)
-    return found
+    named = False  # the next part is the name of a reward or an output
+    for part in key.split(".") if key else []:
+        if named:
+            named = False
+            continue
+        hint = get_type_hints(cls).get(part)
+        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
+        if inner is None:
+            break
+        cls, named = inner, "dict" in str(hint)
+    return cls
 
 
 def _help_of(key: str) -> str:
-    found = _field_of(key)
-    return found.metadata.get("help", "") if found is not None else ""
+    section, _, name = key.rpartition(".")
+    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if f.name == name), "")
 
 
 def _check_values(node: Any, prefix: str) -> Iterator[str]:
@@ -421,11 +420,11 @@ def reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _reference_rows(cls: type, prefix: str) -> Iterator[str]:
+def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
     for f in fields(cls):
         hint = get_type_hints(cls)[f.name]
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default_factory is NO_DEFAULT else f.default_factory()
         shown = "required" if default == MISSING else "null" if default is None else str(default)
         if is_dataclass(default):
             shown = ""
@@ -436,3 +435,9 @@ def _reference_rows(cls: type, prefix: str) -> Iterator[str]:
         yield f"| `{prefix}{f.name}` | {shown} | {allowed} | {f.metadata['help']} |"
         if isinstance(inner, type):
             yield from _reference_rows(inner, f"{prefix}{f.name}.{'NAME.' if isinstance(default, dict) else ''}")
+
+
+if __name__ == "__main__":
+    print("# Configuration\n\nEvery key of a run, as `fastvideo_grpo/config.py` defines it; this page is printed from there")
+    print("(`python -m fastvideo_grpo.config > docs/configuration.md`).\n")
+    print(reference(), end="")

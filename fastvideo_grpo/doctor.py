@@ -104,9 +104,7 @@ def _torch(report: Report) -> None:
     if flash is None:
         report.add("attention", "sdpa; flash-attn is not installed (optional: pip install fastvideo-grpo[flash])")
     else:
-        report.add(
-            "attention", f"flash (flash-attn {flash}) and sdpa" if cuda else f"sdpa; flash-attn {flash} needs a GPU"
-        )
+        report.add("attention", f"flash (flash-attn {flash}) and sdpa" if cuda else f"sdpa; flash-attn {flash} needs a GPU")
     backends = {
         "gloo": dist.is_available() and dist.is_gloo_available(),
         "nccl": dist.is_available() and dist.is_nccl_available() and cuda,

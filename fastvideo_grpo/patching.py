@@ -132,9 +132,7 @@ def _patched_contents(originals: Mapping[str, bytes]) -> dict[str, bytes]:
     for patch in _patch_files():
         for path, hunks in _read_patch(patch).items():
             if path not in contents:
-                raise PatchError(
-                    f"{patch.name} changes {path}, which manifest.json does not name. Run `{_MANIFEST_COMMAND}`."
-                )
+                raise PatchError(f"{patch.name} changes {path}, which manifest.json does not name. Run `{_MANIFEST_COMMAND}`.")
             contents[path] = _apply_hunks(contents[path], hunks, f"{patch.name} on {path}")
     return {path: text.encode("utf-8") for path, text in contents.items()}
 
@@ -347,9 +345,7 @@ def apply(root: str | Path | None = None) -> list[str]:
     patched = _patched_contents({path: originals[path] for path in manifest["files"]})
     for path, data in patched.items():
         if _sha256(data) != manifest["files"][path]["patched"]:
-            raise PatchError(
-                f"patches/manifest.json does not fit the patches: {path} differs. Run `{_MANIFEST_COMMAND}`."
-            )
+            raise PatchError(f"patches/manifest.json does not fit the patches: {path} differs. Run `{_MANIFEST_COMMAND}`.")
     # A file that an earlier set patched and this one does not goes back to its original.
     contents = {item.path: patched.get(item.path, originals[item.path]) for item in todo}
     written = _written(folder)
@@ -425,9 +421,7 @@ def write_manifest(root: str | Path | None = None) -> Path:
                 raise PatchError(f"{patch.name} changes {path}, which is not in {folder}.")
             originals[path] = source.read_bytes()
     patched = _patched_contents(originals)
-    files = {
-        path: {"original": _sha256(originals[path]), "patched": _sha256(patched[path])} for path in sorted(originals)
-    }
+    files = {path: {"original": _sha256(originals[path]), "patched": _sha256(patched[path])} for path in sorted(originals)}
     target = patches_dir() / "manifest.json"
     target.write_text(json.dumps({"fastvideo": version, "files": files}, indent=2) + "\n", encoding="utf-8")
     return target

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.prompts.files import read_prompts
 from fastvideo_grpo.published import BY_KIND
+from fastvideo_grpo.rewards.reward_set import check_entry
 
 COMPONENTS = {
     "flux": {
@@ -92,9 +95,29 @@ def dealing(config: Config, ranks: int) -> Dealing:
     )
 
 
-def check_run(config: Config, facts: ModelFacts, ranks: int) -> None:
-    """Raise :class:`ConfigError` for whatever this model, these sizes and this many processes rule out."""
+def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = True) -> None:
+    """Raise :class:`ConfigError` for whatever this model, these sizes and this many processes rule out.
+
+    Args:
+        here: the run will start on this machine: what it needs must be installed and its files present.
+    """
     problems = []
+    if config.model.kind == "flux" and config.prompts.text_length > 512:
+        problems.append(f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens")
+    for key, prompts in (("path", config.prompts.path), ("eval_path", config.prompts.eval_path)):
+        try:
+            if prompts is not None:
+                read_prompts(prompts)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"prompts.{key}: {error}")
+    if here:
+        for name, reward in config.rewards.models.items():
+            if reward.checkpoint is not None and not Path(reward.checkpoint).exists():
+                problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist")
+        if config.model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+            problems.append(
+                "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
+            )
     multiple = max(2 * facts.compression, 16)  # packing takes 2x2 latents; FastVideo's FLUX asks for multiples of 16
     for key in ("height", "width"):
         value = getattr(config.sample, key)
@@ -104,10 +127,13 @@ def check_run(config: Config, facts: ModelFacts, ranks: int) -> None:
             problems.append(f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}")
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
-    try:
-        dealing(config, ranks).check()
-    except ValueError as error:
-        problems.append(str(error))
+    checks = [dealing(config, ranks).check]
+    checks += [partial(check_entry, name, entry) for name, entry in config.rewards.models.items()]
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
     if config.model.attention == "flash" and config.model.precision == "fp32":
         problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
     if problems:

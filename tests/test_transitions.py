@@ -177,9 +177,7 @@ def test_log_prob_is_the_mean_gaussian_log_density():
     torch.manual_seed(0)
     z, u, noise = torch.randn(2, 9), torch.randn(2, 9), torch.randn(2, 9)
     index = torch.tensor([1, 1])
-    step = transitions.get("flow_sde", noise_level=0.5).step(
-        u, z, schedule.at(index), schedule.at(index + 1), noise=noise
-    )
+    step = transitions.get("flow_sde", noise_level=0.5).step(u, z, schedule.at(index), schedule.at(index + 1), noise=noise)
     density = torch.distributions.Normal(step.mean, step.std.view(-1, 1)).log_prob(step.next_sample).mean(1)
     torch.testing.assert_close(step.log_prob, density)
 

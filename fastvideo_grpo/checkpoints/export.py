@@ -77,7 +77,7 @@ def write_lora(weights: Mapping[str, Tensor], lora: LoRAConfig, out: Path, dtype
     FluxPipeline.save_lora_weights(
         str(out),
         transformer_lora_layers=layers,
-        transformer_lora_adapter_metadata=metadata,  # type: ignore[arg-type]
+        transformer_lora_adapter_metadata=metadata,
     )
 
 

@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if lora is not None and not arguments.merge_lora:
         if arguments.pipeline:
-            raise UserError("--pipeline needs full weights: add --merge-lora, or leave it out and load the adapters by themselves")
+            raise UserError(
+                "--pipeline needs full weights: add --merge-lora, or leave it out and load the adapters by themselves"
+            )
         export.write_lora(weights, lora, out, dtype)
         how = f'FluxPipeline.from_pretrained("{start}").load_lora_weights("{out}")'
     else:

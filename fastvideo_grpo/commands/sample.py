@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import plan
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
+    from fastvideo_grpo.prompts.files import Prompt
 
 EPILOG = """\
 examples:
@@ -21,12 +26,18 @@ checkpoints gives pictures that compare. Each picture is scored by the configure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN|CONFIG", help="a run folder (trained weights), or a YAML file (the model it starts from)")
+    parser.add_argument(
+        "source", metavar="RUN|CONFIG", help="a run folder (trained weights), or a YAML file (the model it starts from)"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)"
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
-    parser.add_argument("--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training")
+    parser.add_argument(
+        "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
+    )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
     parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
     parser.epilog = EPILOG
@@ -34,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, score, save."""
-    from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint, open_run
+    from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.prompts.files import Prompt, read_prompts, text_id
 
     checkpoint: RunCheckpoint | None = None
@@ -62,11 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def draw(config: Config, checkpoint: object, which: str, prompts: list, samples: int, out: Path) -> Path:  # type: ignore[type-arg]
+def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
     """Load the model, draw and save; returns the grid's path."""
     import math
 
-    from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
     from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
@@ -76,7 +86,7 @@ def draw(config: Config, checkpoint: object, which: str, prompts: list, samples:
     prepare_process(config)
     trainer = load_trainer(config, World.current())
     trainer.setup_rewards()
-    if isinstance(checkpoint, RunCheckpoint):
+    if checkpoint is not None:
         trainer.load_weights(checkpoint.weights(which))
     drawn = sample_fixed(trainer, prompts, samples, "sample")
     rewards = [
@@ -84,5 +94,5 @@ def draw(config: Config, checkpoint: object, which: str, prompts: list, samples:
         for i in range(len(drawn.media))
     ]
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4))  # type: ignore[arg-type]
+    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4))
     return out / "grid.png"

@@ -23,8 +23,12 @@ All keys, their defaults and meaning: docs/configuration.md."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes (default: this start's)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes (default: this start's)"
+    )
     parser.epilog = EPILOG
 
 
@@ -35,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
     ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     facts = plan.model_facts(config, published_if_missing=arguments.dry_run)
-    plan.check_run(config, facts, ranks)
+    plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
         print(plan.describe(config, facts, ranks))

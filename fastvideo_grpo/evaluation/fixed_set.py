@@ -60,7 +60,10 @@ def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, 
         media = trainer.draw(prompts[p], keys, deterministic=True).media
         request = RewardRequest([prompts[p].text] * len(media), media, metadata=[prompts[p].metadata] * len(media))
         scored = trainer.rewards.score(request)
-        parts[p, start] = media, {name: torch.where(scored.valid[name], scored.scores[name], torch.nan) for name in scored.scores}
+        parts[p, start] = (
+            media,
+            {name: torch.where(scored.valid[name], scored.scores[name], torch.nan) for name in scored.scores},
+        )
     gathered: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
     for part in world.all_gather_object(parts):
         gathered.update(part)

@@ -21,9 +21,7 @@ class Advantages:
     zero_spread: Tensor
 
 
-def group_advantages(
-    rewards: Mapping[str, Tensor], valid: Mapping[str, Tensor], weights: Mapping[str, float]
-) -> Advantages:
+def group_advantages(rewards: Mapping[str, Tensor], valid: Mapping[str, Tensor], weights: Mapping[str, float]) -> Advantages:
     """``A_i = sum_k w_k (r_i^k - mean_k) / std_k`` with mean and unbiased std over the valid samples of the group.
 
     A sample counts only if every reward of nonzero weight scored it. A reward with max == min over a group (a group of

@@ -106,10 +106,7 @@ class Dealing:
     def owners(self) -> dict[tuple[int, int], int]:
         """(group, member) -> the rank whose rollout drew it."""
         return {
-            (group, member): rank
-            for rank in range(self.ranks)
-            for group, members in self.rollout(rank)
-            for member in members
+            (group, member): rank for rank in range(self.ranks) for group, members in self.rollout(rank) for member in members
         }
 
 

@@ -43,7 +43,5 @@ def choose(keys: list[SampleKey], steps: int, strategy: str, fraction: float, pe
         return torch.arange(n).repeat(len(keys), 1)
     if strategy == "last":
         return torch.arange(trainable - n, trainable).repeat(len(keys), 1)
-    rows = [
-        torch.randperm(trainable, generator=key.generator("timesteps", shared=per == "group"))[:n] for key in keys
-    ]
+    rows = [torch.randperm(trainable, generator=key.generator("timesteps", shared=per == "group"))[:n] for key in keys]
     return torch.stack(rows)

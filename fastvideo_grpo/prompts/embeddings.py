@@ -144,8 +144,7 @@ class EmbeddingCache:
 
     def _stored(self, conditioning: Conditioning) -> Conditioning:
         return {
-            name: t.to("cpu", self.dtype if t.is_floating_point() else t.dtype).contiguous()
-            for name, t in conditioning.items()
+            name: t.to("cpu", self.dtype if t.is_floating_point() else t.dtype).contiguous() for name, t in conditioning.items()
         }
 
     def get(self, prompt: Prompt) -> Conditioning:

@@ -63,9 +63,7 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device).view(-1, *([1] * (like.ndim - 1)))
 
 
-def _finish(
-    mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None
-) -> Step:
+def _finish(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None) -> Step:
     """Draw or replay under ``N(mean, std^2)``; ``std`` is ``[B]`` on the CPU."""
     if noise is not None and next_sample is not None:
         raise ValueError("give noise (to draw) or next_sample (to replay), not both")
@@ -83,9 +81,7 @@ def _finish(
         scale = _per_sample(safe, mean)
         # The drawn sample counts as data: gradients flow through the mean only.
         squared = (next_sample.detach() - mean) ** 2
-        log_prob = (-squared / (2 * scale**2)).flatten(1).mean(1) - (
-            safe.log() + 0.5 * math.log(2 * math.pi)
-        ).to(mean.device)
+        log_prob = (-squared / (2 * scale**2)).flatten(1).mean(1) - (safe.log() + 0.5 * math.log(2 * math.pi)).to(mean.device)
     return Step(next_sample, mean, std.to(mean.device), denoised, log_prob)
 
 

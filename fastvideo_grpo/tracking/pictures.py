@@ -71,7 +71,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def save_samples(
-    folder: Path, media: Tensor, prompts: Sequence[str], rewards: Sequence[dict[str, float]], columns: int = 4
+    folder: Path, media: Tensor, prompts: Sequence[str], rewards: Sequence[dict[str, Any]], columns: int = 4
 ) -> Image.Image:
     """Write ``0000.png`` ..., ``grid.png`` and ``index.json`` (file, prompt, rewards); returns the grid.
 
@@ -95,7 +95,6 @@ def save_samples(
 def caption(prompt: str, rewards: dict[str, Any]) -> str:
     """The prompt, and a line per reward."""
     lines = [
-        f"{name.rpartition('/')[2]} {score:.3f}" if score is not None else f"{name} invalid"
-        for name, score in rewards.items()
+        f"{name.rpartition('/')[2]} {score:.3f}" if score is not None else f"{name} invalid" for name, score in rewards.items()
     ]
     return "\n".join([prompt if len(prompt) <= 80 else prompt[:77] + "...", *lines])

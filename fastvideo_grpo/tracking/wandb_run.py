@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from fastvideo_grpo.checkpoints.store import write_atomic
 
@@ -28,7 +28,13 @@ class WandbRun:
         known = folder / "wandb.json"
         identity = json.loads(known.read_text())["id"] if known.is_file() else secrets.token_hex(4)
         self._run = wandb.init(
-            project="fastvideo_grpo", name=folder.name, id=identity, resume="allow", mode=mode, dir=folder, config=config
+            project="fastvideo_grpo",
+            name=folder.name,
+            id=identity,
+            resume="allow",
+            mode=cast(Literal["offline", "online"], mode),
+            dir=folder,
+            config=config,
         )
         write_atomic(known, json.dumps({"id": identity}).encode())
 

@@ -207,9 +207,7 @@ class GRPOTrainer:
         if world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
-            write_atomic(
-                self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode()
-            )
+            write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
         mode = config.run.wandb if world.rank == 0 else "disabled"
         self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
 
@@ -291,7 +289,8 @@ class GRPOTrainer:
         if set(weights) != trained:
             wrong = sorted(trained.symmetric_difference(weights))
             raise UserError(
-                f"the checkpoint's weights do not fit {self.checkpoint}: {len(wrong)} names are on one side only, first {wrong[0]}"
+                f"the checkpoint's weights do not fit {self.checkpoint}: {len(wrong)} names are on one side "
+                f"only, first {wrong[0]}"
             )
         self.transformer.load_state_dict(weights, strict=False)
 
@@ -410,8 +409,8 @@ class GRPOTrainer:
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
-        valid = {name: part.bool() for name, part in by_name[2].items()}
-        return Rollout(groups, latents, log_probs, by_name[0], by_name[1], valid)
+        scored_ok = {name: part.bool() for name, part in by_name[2].items()}
+        return Rollout(groups, latents, log_probs, by_name[0], by_name[1], scored_ok)
 
     def _reward_metrics(self, rollout: Rollout) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
@@ -525,7 +524,7 @@ class GRPOTrainer:
         have = {("latents", *key): t for key, t in rollout.latents.items()}
         have.update({("log_probs", *key): t for key, t in rollout.log_probs.items()})
         owner = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
-        return self.world.exchange(have, wanted, owner)  # type: ignore[arg-type, return-value]
+        return self.world.exchange(have, wanted, owner)  # type: ignore[arg-type]
 
     # --- watching it --------------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,8 @@ logging.getLogger("fastvideo").setLevel(logging.WARNING)
 ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
 
 
-class FastVideoGRPOTrainer(GRPOTrainer):
-    """First base of a trainer whose second base is a FastVideo pipeline.
+class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
+    """First base of a trainer whose second base is a FastVideo pipeline: ``class X(FastVideoGRPOTrainer, XPipeline)``.
 
     A subclass gives ``pipeline_config``, ``text_encoders`` and ``tokenizers`` (component names), ``conditioning_of``,
     ``forward_batch`` and what :class:`GRPOTrainer` asks of every model.
@@ -83,8 +83,8 @@ class FastVideoGRPOTrainer(GRPOTrainer):
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
         if not with_text_encoders:
             components = [name for name in components if name not in (*self.text_encoders, *self.tokenizers)]
-        ComposedPipelineBase.__init__(self, config.model.path, args, required_config_modules=components)  # type: ignore[arg-type]
-        self.post_init()  # type: ignore[attr-defined]
+        ComposedPipelineBase.__init__(self, config.model.path, args, required_config_modules=components)
+        self.post_init()
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
         # not rounded on its way, and predict() casts to what the network computes in.
         args.pipeline_config.dit_precision = "fp32"
@@ -108,8 +108,8 @@ class FastVideoGRPOTrainer(GRPOTrainer):
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
         """FastVideo's stages, with the denoising stage replaced."""
-        super().create_pipeline_stages(fastvideo_args)  # type: ignore[misc]
-        position = self._stages.index(self.denoising_stage)  # type: ignore[has-type]
+        super().create_pipeline_stages(fastvideo_args)
+        position = self._stages.index(self._stage_name_mapping["denoising_stage"])
         stage = RolloutStage(self)
         stage._pipeline_stage_name = "denoising_stage"
         self._stages[position] = stage
@@ -118,7 +118,7 @@ class FastVideoGRPOTrainer(GRPOTrainer):
 
     @property
     def transformer(self) -> nn.Module:
-        return self.get_module("transformer")  # type: ignore[no-any-return]
+        return self.get_module("transformer")
 
     @property
     def checkpoint(self) -> Path:
@@ -150,7 +150,7 @@ class FastVideoGRPOTrainer(GRPOTrainer):
         request = RolloutRequest(schedule, transition, noise, record)
         batch.extra["rollout"] = request
         with self.forward_context():
-            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)  # type: ignore[arg-type]
+            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         return self.to_media(batch.output), request.trajectory
 
     @staticmethod

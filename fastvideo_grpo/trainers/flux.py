@@ -113,7 +113,7 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         text = conditioning["encoder_hidden_states"].to(device, dtype)
         _, height, width = self.latent_shape()
         guidance = None
-        if self.transformer.fastvideo_config.arch_config.guidance_embeds:
+        if self.get_module("transformer").fastvideo_config.arch_config.guidance_embeds:
             guidance = torch.full((len(sample),), self.config.sample.guidance_scale, device=device)
         return self.network(
             hidden_states=sample.to(dtype),

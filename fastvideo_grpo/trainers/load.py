@@ -16,7 +16,7 @@ TRAINERS = {"flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer")}
 def trainer_class(kind: str) -> type[GRPOTrainer]:
     """The trainer of a ``model.kind``; only its own module is imported."""
     module, name = TRAINERS[kind]
-    return getattr(import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(import_module(module), name)
 
 
 def load_trainer(config: Config, world: World) -> GRPOTrainer:

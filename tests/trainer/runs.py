@@ -82,7 +82,9 @@ def run(overrides: list[str], *, processes: int = 1, kill: Kill | None = None) -
     for worker in stuck:
         worker.kill()
         worker.join()
-    assert not stuck, f"{len(stuck)} of {processes} processes did not finish in {TIMEOUT} s:\n{_output_file(overrides).read_text()}"
+    assert not stuck, (
+        f"{len(stuck)} of {processes} processes did not finish in {TIMEOUT} s:\n{_output_file(overrides).read_text()}"
+    )
     print(_output_file(overrides).read_text())  # pytest shows it when the test fails
     return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
 

@@ -1,0 +1,214 @@
+"""The configuration: every wrong key and value stops at once and says what would work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo import plan
+from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.tiny.flux import write_flux
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = """
+model: {path: model}
+prompts: {path: prompts.txt}
+rewards: {models: {size: {kind: jpeg_size}}}
+run: {dir: runs/x}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    return lambda *overrides: configuration.load(file, list(overrides))
+
+
+def test_yaml_then_overrides(load):
+    config = load("grpo.group_size=8", "optim.lr=3e-4", "model.lora.rank=4", "run.iterations=7")
+    assert (config.grpo.group_size, config.optim.lr, config.run.iterations) == (8, 3e-4, 7)
+    assert config.model.lora.rank == 4 and config.model.lora.alpha == 256 and load().model.lora is None
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("grpo.grup_size=8", "unknown key grpo.grup_size: did you mean grpo.group_size"),
+        ("rewards.models.size.outputs.jpeg_size.wieght=1", "keys here: weight, threshold"),
+        ("rewards.models.size.knd=x", "keys here: kind, checkpoint, params, outputs"),
+        ("nothing=1", "keys here: model, prompts"),
+        ("grpo.group_size=many", "grpo.group_size.*could not be converted to Integer"),
+        ("grpo.group_size=1", "grpo.group_size is 1; it must be at least 2"),
+        ("optim.lr=0", "optim.lr is 0.0; it must be above 0"),
+        ("optim.lr=nan", "finite"),
+        ("grpo.timesteps.fraction=1.5", "at most 1"),
+        ("model.kind=fluxx", "allowed: flux"),
+        ("sample.transition=euler", "allowed: ddim, flow_sde, ode"),
+        ("sample.transition=ode", "no log-prob"),
+        ("sample.transition=ddim", "predicts a velocity"),
+        ("grpo.timesteps.strategy=all", "must be 1.0"),
+        ("grpo.best_of={top: 8, bottom: 8}", "at least 16"),
+        ("optim.betas=[0.9]", "two numbers"),
+        ("optim.ema_decay=1.0", "never moves"),
+        ("engine.offload=optimizer", "engine.kind=deepspeed"),
+        ("rewards.models.size.outputs={jpeg_size: {weight: 0}}", "at least one must count"),
+    ],
+)
+def test_wrong_keys_and_values_stop_with_a_way_out(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(override)
+
+
+def test_missing_keys_are_named_with_their_meaning(tmp_path):
+    (tmp_path / "x.yaml").write_text("run: {dir: x}")
+    with pytest.raises(ConfigError, match=r"missing: model.path .checkpoint folder.*; prompts.path"):
+        configuration.load(tmp_path / "x.yaml")
+
+
+def test_no_rewards(tmp_path):
+    (tmp_path / "x.yaml").write_text(MINIMAL.replace("{size: {kind: jpeg_size}}", "{}"))
+    with pytest.raises(ConfigError, match="name at least one reward"):
+        configuration.load(tmp_path / "x.yaml")
+
+
+def test_all_problems_of_values_are_told_at_once(load):
+    with pytest.raises(ConfigError) as error:
+        load("optim.lr=-1", "sample.steps=1", "model.precision=fp16")
+    assert all(key in str(error.value) for key in ("optim.lr", "sample.steps", "model.precision"))
+
+
+def test_override_without_equals_sign_and_missing_file(load, tmp_path):
+    with pytest.raises(ConfigError, match="key=value"):
+        load("run.iterations")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
+        configuration.load(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        configuration.load(tmp_path / "bad.yaml")
+
+
+def test_base_is_read_first(tmp_path):
+    (tmp_path / "base.yaml").write_text(MINIMAL)
+    (tmp_path / "more.yaml").write_text("base: base.yaml\ngrpo: {group_size: 6}\n")
+    config = configuration.load(tmp_path / "more.yaml")
+    assert config.grpo.group_size == 6 and config.model.path == "model"
+
+
+def test_written_yaml_reads_back_equal(load, tmp_path):
+    config = load("model.lora.rank=4", "grpo.best_of={top: 2, bottom: 3}")
+    (tmp_path / "written.yaml").write_text(configuration.to_yaml(config))
+    assert configuration.load(tmp_path / "written.yaml") == config
+
+
+def test_reference_page_is_current():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert configuration.reference() in page, "run: python -m fastvideo_grpo.config > docs/configuration.md"
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_flux(tmp_path_factory.mktemp("plan") / "flux")
+
+
+@pytest.fixture
+def run_config(load, checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    fixed = [f"model.path={checkpoint}", f"prompts.path={tmp_path / 'prompts.txt'}", "prompts.text_length=16"]
+
+    def make(*overrides):
+        return load(*fixed, *overrides)
+
+    return make
+
+
+def _check(config, ranks=1):
+    plan.check_run(config, plan.model_facts(config), ranks)
+
+
+def test_a_good_configuration_passes(run_config):
+    _check(run_config())
+
+
+@pytest.mark.parametrize(
+    "overrides,ranks,message",
+    [
+        (["sample.height=100"], 1, "sample.height is 100; it must be a multiple of 16 for this model: 96 or 112"),
+        ([], 2, "set engine.kind=deepspeed"),
+        (["engine.micro_batch_size=5"], 1, "engine.micro_batch_size=4 or 6"),
+        (["engine.kind=deepspeed"], 7, "cannot be dealt evenly to 7 processes.*grpo.prompts_per_iteration=28 or 56"),
+        (["grpo.updates_per_iteration=5"], 1, "grpo.updates_per_iteration=4 or 8"),
+        (["model.attention=flash", "model.precision=fp32"], 1, "bf16"),
+        (["model.attention=flash"], 1, "flash-attn is not installed"),
+        (["prompts.path=nowhere.txt"], 1, "prompts.path: no such prompt file"),
+        (["prompts.text_length=600"], 1, "at most 512"),
+        (["rewards.models.size.kind=jpg_size"], 1, "jpeg_size"),
+        (["rewards.models.size.params={qality: 3}"], 1, "quality"),
+        (["rewards.models.size.outputs={score: {weight: 1}}"], 1, "jpeg_size"),
+    ],
+)
+def test_what_the_model_and_the_processes_rule_out(run_config, overrides, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        _check(run_config(*overrides), ranks)
+
+
+def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match=r"does not exist.*fastvideo-grpo tiny flux"):
+        plan.model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ConfigError, match=r"holds a StableDiffusionPipeline.*needs a FluxPipeline"):
+        plan.model_facts(run_config(f"model.path={other}"))
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match=r"lacks the folders transformer, vae"):
+        plan.model_facts(run_config(f"model.path={other}"))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+PROCESSES = {
+    "flux_t2i_paper": 32,
+    "flux_t2i_paper_lora": 8,
+    "flux_t2i_released": 16,
+    "flux_t2i_released_8gpu": 8,
+    "flux_t2i_released_lora": 8,
+    "flux_t2i_tiny": 1,
+    "flux_t2i_tiny_lora": 1,
+}
+
+
+def test_every_recipe_is_listed_here():
+    assert {path.stem for path in (ROOT / "train_scripts" / "configs").glob("*.yaml")} == set(PROCESSES)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    facts = plan.model_facts(config, published_if_missing=True)
+    plan.check_run(config, facts, PROCESSES[name], here=False)
+    text = plan.describe(config, facts, PROCESSES[name])
+    if "tiny" not in name:
+        assert "11.901 B parameters" in text
+        assert ("LoRA rank 128" in text) == ("lora" in name)
+        assert "2025 image tokens of 64 channels, 512 text tokens" in text
+
+
+def test_dry_run_from_the_command_line_loads_nothing_heavy():
+    """``--help`` and errors come at once: neither FastVideo nor DeepSpeed is imported."""
+    code = (
+        "import sys; from fastvideo_grpo import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'fastvideo', 'deepspeed', 'diffusers', 'transformers', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" in done.stdout and "examples:" in done.stdout
