@@ -7,6 +7,7 @@ NotImplementedError; everything here works on the tensors they return.
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -200,12 +201,13 @@ class GRPOTrainer:
         self._reference: nn.Module | None = None
         if config.grpo.kl_weight > 0 and config.model.lora is None:
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
+        if world.rank == 0:
+            self._lock = lock_folder(self.folder)
         self.engine = make_engine(self)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.first_iteration = self._resume()
         if world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
         mode = config.run.wandb if world.rank == 0 else "disabled"
@@ -339,13 +341,14 @@ class GRPOTrainer:
         config = self.config.run
         if self.first_iteration >= config.iterations:
             self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
+            self.unlock()
             return
         saved = self.first_iteration
         if self.first_iteration == 0:
             self._evaluate_and_picture(0)
         for iteration in range(self.first_iteration, config.iterations):
             metrics: dict[str, Any] = {"iteration": iteration}
-            clock = _Clock()
+            clock = Clock()
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
             try:
@@ -374,10 +377,16 @@ class GRPOTrainer:
             if (finished % config.save_every == 0 or finished == config.iterations) and self._save(finished):
                 saved = finished
         self.wandb.finish()
+        self.unlock()
         if saved != config.iterations:
             raise RuntimeError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
 
-    def rollout(self, iteration: int, groups: list[Prompt], clock: _Clock) -> Rollout:
+    def unlock(self) -> None:
+        """Let another process train in this run's folder."""
+        if self.world.rank == 0:
+            self._lock.close()
+
+    def rollout(self, iteration: int, groups: list[Prompt], clock: Clock) -> Rollout:
         """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores."""
         latents: dict[tuple[int, int], Tensor] = {}
         log_probs: dict[tuple[int, int], Tensor] = {}
@@ -448,7 +457,7 @@ class GRPOTrainer:
         return chosen
 
     def update(
-        self, iteration: int, rollout: Rollout, advantages: Advantages, chosen: list[list[list[Row]]], clock: _Clock
+        self, iteration: int, rollout: Rollout, advantages: Advantages, chosen: list[list[list[Row]]], clock: Clock
     ) -> dict[str, Any]:
         """Steps 5 and 6: the optimiser steps of an iteration, over replays of the rollout's micro-batches."""
         engine = self.engine
@@ -524,7 +533,7 @@ class GRPOTrainer:
         have = {("latents", *key): t for key, t in rollout.latents.items()}
         have.update({("log_probs", *key): t for key, t in rollout.log_probs.items()})
         owner = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
-        return self.world.exchange(have, wanted, owner)  # type: ignore[arg-type]
+        return self.world.exchange(have, wanted, owner)
 
     # --- watching it --------------------------------------------------------------------------------------------------------
 
@@ -553,7 +562,7 @@ class GRPOTrainer:
                 for i in range(len(prompts))
             ]
             folder = self.folder / "samples" / f"{iteration:06d}"
-            save_samples(folder, drawn.media, [p.text for p in prompts], rewards)  # type: ignore[arg-type]
+            save_samples(folder, drawn.media, [p.text for p in prompts], rewards)
             captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
             self.wandb.log_pictures(max(iteration - 1, 0), [folder / f"{i:04d}.png" for i in range(len(prompts))], captions)
         return drawn
@@ -616,7 +625,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("\x1e".join(f"{p.id}\x1f{p.text}" for p in prompts).encode()).hexdigest()
 
 
-class _Clock:
+class Clock:
     """Seconds per phase of an iteration."""
 
     def __init__(self) -> None:
@@ -668,6 +677,21 @@ class _Statistics:
             "train/ratio_max_dev": max(part[4] for part in parts),
             **metrics,
         }
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold ``folder/lock`` as long as the returned file is open (the kernel lets go of it when the process ends).
+
+    Raises:
+        UserError: another process trains in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is training in {folder}; wait for it, stop it, or choose another run.dir") from error
+    return file
 
 
 def memory_metrics(world: World) -> dict[str, float]:

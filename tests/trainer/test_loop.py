@@ -1,6 +1,8 @@
 """The loop on one process: ratio one, micro-batches, embeddings, rewards that fail, KL, EMA."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,3 +233,27 @@ def test_wandb_offline_writes_a_run_that_a_resumed_training_continues(make_train
     trainer.train()
     assert json.loads((trainer.folder / "wandb.json").read_text())["id"] == identity
     assert len(list((trainer.folder / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
+
+
+def test_two_trainings_in_one_folder_are_refused(make_trainer):
+    from fastvideo_grpo.errors import UserError
+
+    first = make_trainer()
+    with pytest.raises(UserError, match="another process is training"):
+        make_trainer()
+    first.unlock()
+    make_trainer()
+
+
+def test_importing_a_trainer_on_an_unpatched_fastvideo_stops_before_fastvideo_is_imported():
+    code = (
+        "import sys; from fastvideo_grpo import patching\n"
+        "def unpatched(): raise patching.PatchError(patching.APPLY_COMMAND)\n"
+        "patching.require_patched = unpatched\n"
+        "try: import fastvideo_grpo.trainers.flux\n"
+        "except patching.PatchError as error: assert 'fastvideo-grpo patch apply' in str(error)\n"
+        "else: raise AssertionError('imported')\n"
+        "assert 'fastvideo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
