@@ -57,7 +57,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2},
     },
     "demo": {
-        "vae_channels": [16, 32, 32], "vae_groups": 8, "latent_channels": 8, "pixels": SIZE,
+        "vae_channels": [16, 16, 32], "vae_groups": 8, "latent_channels": 4, "pixels": SIZE,
         "clip": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1},
         "t5": {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_heads": 2, "num_layers": 1},
     },
