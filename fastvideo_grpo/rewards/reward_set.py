@@ -51,7 +51,7 @@ class RewardSet:
             raise ValueError("rewards.models is empty; name at least one reward, of kind "
                              f"{', '.join(registry.kinds())}")
         for model, entry in models.items():
-            _check_entry(model, entry)
+            check_entry(model, entry)
         self.rewards: dict[str, Reward] = {}
         self.weights: dict[str, float] = {}
         self.thresholds: dict[str, float | None] = {}
@@ -164,7 +164,8 @@ def _get(entry: Any, key: str) -> Any:
     return entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None)
 
 
-def _check_entry(model: str, entry: Any) -> None:
+def check_entry(model: str, entry: Any) -> None:
+    """Raise ValueError, with the key, for a wrong entry of `rewards.models`; loads nothing and opens no file."""
     if "/" in model:
         raise ValueError(f"rewards.models has the name '{model}'; a name may not hold '/', which joins it to an output")
     kind = _get(entry, "kind")
