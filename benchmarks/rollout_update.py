@@ -37,7 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = World.current().device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, one thread"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, one thread"
+    )
     print(f"machine: {name}, {os.cpu_count()} cores; torch {torch.__version__}")
     print("tokens  micro-batch  rollout s/sample  bare  ratio   update s/sample  bare  ratio")
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +52,13 @@ def main() -> None:
                     f"{row[2]:17.4f} {row[3]:5.3f} {row[2] / row[3]:6.2f}",
                     flush=True,
                 )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations: int) -> tuple[float, float, float, float]:

@@ -21,7 +21,7 @@ examples:
   fastvideo-grpo sample runs/flux --prompts prompts.txt --weights ema --out pictures
   fastvideo-grpo sample train_scripts/configs/flux_t2i_tiny.yaml --prompt "a red circle" sample.steps=20
 
-The ODE sampler is used, on noise that depends on run.seed, the prompt and the sample's number: the same command on two
+The ODE sampler is used, on noise that depends on the prompt and the sample's number only: the same command on two
 checkpoints gives pictures that compare. Each picture is scored by the configured rewards."""
 
 

@@ -44,7 +44,9 @@ class FixedSamples:
 
 
 def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, stream: str) -> FixedSamples:
-    """Draw ``samples`` of each prompt with the ODE sampler from noise keyed by (seed, prompt, member), and score them.
+    """Draw ``samples`` of each prompt with the ODE sampler from noise keyed by (prompt, member), and score them.
+
+    Not by the run's seed: runs of several seeds are judged on the same noise.
 
     All ranks call it and get the same result; each does a share of the prompts.
     """
@@ -56,7 +58,7 @@ def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, 
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
         p, start = jobs[min(turn * world.size + world.rank, len(jobs) - 1)]
         members = list(range(start, min(start + size, samples)))
-        keys = [SampleKey(trainer.config.run.seed, 0, 0, prompts[p].id, member, stream) for member in members]
+        keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
         media = trainer.draw(prompts[p], keys, deterministic=True).media
         request = RewardRequest([prompts[p].text] * len(media), media, metadata=[prompts[p].metadata] * len(media))
         scored = trainer.rewards.score(request)

@@ -1,0 +1,64 @@
+"""The commands a user starts: the demo, and a train script on two processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvideo_grpo import cli
+from fastvideo_grpo.resources import data_dir
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_the_demo_learns_on_training_and_kept_out_prompts(tmp_path, capsys, seed):
+    assert (data_dir() / "tiny-flux-shapes" / "model_index.json").is_file()
+    assert cli.main(["demo", "--seed", str(seed), "--out", str(tmp_path / "demo")]) == 0
+    printed = capsys.readouterr().out
+    number = r"(\d\.\d+) ± (\d\.\d+)"
+    before, error_before, after, error_after = map(
+        float, re.search(rf"training prompts: colour/colour_match {number} -> {number}", printed).groups()
+    )
+    assert before < 0.6 and after >= 0.70
+    before, error_before, after, error_after = map(
+        float, re.search(rf"kept-out prompts: colour/colour_match {number} -> {number}", printed).groups()
+    )
+    assert after - before > 2 * (error_before**2 + error_after**2) ** 0.5
+    for name in ("before_after.png", "curve.png", "metrics.jsonl", "config.yaml"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+    assert "wrong on purpose" in printed and "noise level is 1.0" in printed and "make demo REWARD=jpeg_size" in printed
+
+
+@pytest.mark.parametrize("reward", ["threshold", "jpeg_size"])
+def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
+    command = ["demo", "--reward", reward, "--iterations", "2", "--out", str(tmp_path / "demo"), "run.eval_samples=2"]
+    assert cli.main(command) == 0
+    assert f"make demo REWARD={reward}" not in capsys.readouterr().out
+    key = {"threshold": "reward/colour/colour_match/above_threshold", "jpeg_size": "reward/size/jpeg_size/mean"}[reward]
+    lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and key in lines[0]
+
+
+def test_the_train_script_on_two_processes_and_again(tmp_path):
+    """The tiny recipe from the script, on torchrun and DeepSpeed; a second start finds its work done."""
+    environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}
+    command = ["bash", "train_scripts/flux_t2i.sh", "tiny", f"run.dir={tmp_path / 'run'}", "run.iterations=2"]
+    for said in ("iteration 2/2", "has its 2 iterations"):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+    index = json.loads((tmp_path / "run" / "samples" / "000002" / "index.json").read_text())
+    assert len(index) == 4
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_train_script_says_what_it_needs(tmp_path):
+    done = subprocess.run(
+        ["bash", "train_scripts/flux_t2i.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ}
+    )
+    assert done.returncode == 2 and "released_8gpu" in done.stderr
