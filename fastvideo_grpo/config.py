@@ -7,6 +7,7 @@ configuration (patch size, channels) live in :mod:`fastvideo_grpo.plan`.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
@@ -56,7 +57,9 @@ class ModelConfig:
     kind: str = _key("flux", "model family", choices=["flux"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
-    precision: str = _key("bf16", "dtype the network runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"])
+    precision: str = _key(
+        "bf16", "dtype the network is loaded and runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
+    )
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
 
 
@@ -145,7 +148,7 @@ class RewardsConfig:
     """The reward models."""
 
     max_invalid_fraction: float = _key(
-        0.1, "the run stops when more than this share of an iteration's scores failed", minimum=0, maximum=1
+        0.1, "the run stops when more than this share of an iteration's samples could not be scored", minimum=0, maximum=1
     )
     models: dict[str, RewardConfig] = _key({}, "name -> reward model")
 
@@ -171,6 +174,7 @@ class EngineConfig:
     offload: str = _key(
         "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
     )
+    deepspeed_json: str | None = _key(None, "a DeepSpeed configuration file whose keys are added to ours (deepspeed only)")
     activation_checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
     micro_batch_size: int = _key(1, "samples of one prompt that go through the network together", minimum=1)
 
@@ -209,27 +213,29 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-# Keys that may differ when a run is resumed: they change what is kept and shown, not what is computed.
-FREE_ON_RESUME = {
+# Keys that may differ when a run is resumed: they change where things lie, what is kept and shown and how the work is
+# spread, not what is computed. (The checkpoint, the prompts and the embeddings' dtype are compared by content.)
+FREE_ON_RESUME = [
     "model.path",
-    "prompts.embeddings",
+    "prompts.path",
+    "prompts.eval_path",
+    "rewards.max_invalid_fraction",
+    "rewards.models.*.checkpoint",
+    "rewards.models.*.params.tokenizer",
+    "engine.kind",
+    "engine.zero_stage",
+    "engine.offload",
+    "engine.deepspeed_json",
+    "engine.activation_checkpointing",
     "run.dir",
     "run.iterations",
     "run.save_every",
     "run.keep",
-    "run.eval_every",
-    "run.eval_prompts",
-    "run.eval_samples",
-    "run.sample_every",
-    "run.sample_prompts",
+    "run.eval_*",
+    "run.sample_*",
     "run.timeout_minutes",
     "run.wandb",
-    "engine.kind",
-    "engine.zero_stage",
-    "engine.offload",
-    "engine.activation_checkpointing",
-    "prompts.eval_path",
-}
+]
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -397,16 +403,26 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two nested dicts."""
-    found = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(prefix + key)
-    return found
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def changed_on_resume(old: dict[str, Any], config: Config) -> list[str]:
+    """Keys that forbid to go on with a run that was started with the settings ``old`` (from :func:`to_dict`).
+
+    Keys that a later version added count as their defaults.
+    """
+    known = {*_known_keys(Config)}
+    before = _flat(to_dict(_to_dataclasses(OmegaConf.create({k: v for k, v in old.items() if k in known}))))
+    after = _flat(to_dict(config))
+    for flat in (before, after):
+        # Which folder does not matter; whether embeddings passed through the cache's dtype does.
+        flat["prompts.embeddings"] = flat["prompts.embeddings"] == "none"
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    return [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)]
 
 
 def reference() -> str:

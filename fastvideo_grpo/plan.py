@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
@@ -19,7 +20,6 @@ from fastvideo_grpo.rewards.reward_set import check_entry
 COMPONENTS = {
     "flux": {
         "_class_name": "FluxPipeline",
-        "transformer": "FluxTransformer2DModel",
         "folders": ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"],
     }
 }
@@ -95,25 +95,29 @@ def dealing(config: Config, ranks: int) -> Dealing:
     )
 
 
-def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = True) -> None:
+def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = True, training: bool = True) -> None:
     """Raise :class:`ConfigError` for whatever this model, these sizes and this many processes rule out.
 
     Args:
         here: the run will start on this machine: what it needs must be installed and its files present.
+        training: False only draws pictures: training prompts and dealing do not matter.
     """
     problems = []
     if config.model.kind == "flux" and config.prompts.text_length > 512:
         problems.append(f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens")
-    for key, prompts in (("path", config.prompts.path), ("eval_path", config.prompts.eval_path)):
-        try:
-            if prompts is not None:
-                read_prompts(prompts)
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(f"prompts.{key}: {error}")
+    if training:
+        for key, prompts in (("path", config.prompts.path), ("eval_path", config.prompts.eval_path)):
+            try:
+                if prompts is not None:
+                    read_prompts(prompts)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(f"prompts.{key}: {error}")
     if here:
         for name, reward in config.rewards.models.items():
             if reward.checkpoint is not None and not Path(reward.checkpoint).exists():
                 problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist")
+        if config.engine.deepspeed_json is not None and not Path(config.engine.deepspeed_json).is_file():
+            problems.append(f"engine.deepspeed_json={config.engine.deepspeed_json} is no file")
         if config.model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
             problems.append(
                 "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
@@ -127,7 +131,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}")
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
-    checks = [dealing(config, ranks).check]
+    checks = [dealing(config, ranks).check] if training else []
     checks += [partial(check_entry, name, entry) for name, entry in config.rewards.models.items()]
     for check in checks:
         try:
@@ -136,8 +140,26 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(str(error))
     if config.model.attention == "flash" and config.model.precision == "fp32":
         problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
+    if not problems and config.model.lora is not None:
+        count_parameters(config, facts)  # a wrong model.lora.targets is told here, not after loading
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_folder(config: Config) -> None:
+    """Raise :class:`ConfigError` if ``run.dir`` holds another run, from its newest checkpoint, before anything is loaded."""
+    from fastvideo_grpo.checkpoints.resume import check_resumable
+    from fastvideo_grpo.prompts.embeddings import encoder_identity
+
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep)
+    for iteration in store.iterations()[-1:]:
+        try:
+            state = store.load_trainer_json(store.path(iteration))
+        except CheckpointError:
+            return  # damaged: resuming will name it and take the one before
+        check_resumable(
+            state, config, read_prompts(config.prompts.path), encoder_identity(Path(config.model.path), ["transformer"], {})
+        )
 
 
 def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
@@ -161,10 +183,14 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     state = trainable * (12 if config.model.precision == "bf16" else 8) + trainable * 4
     gpus = torch.cuda.device_count()
     lines = [
-        f"model        {facts.source}: {total / 1e9:.3f} B parameters, {trainable / 1e9:.3f} B trained"
+        f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
         + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
         f"memory       weights {_gib(weights)}; gradients, optimiser and float32 masters {_gib(state)} in all, before ZeRO "
-        "and offload; activations not counted",
+        "and offload"
+        + (f"; frozen reference {_gib(weights)} on each device" if config.grpo.kl_weight and not config.model.lora else "")
+        + (f"; EMA {_gib(4 * trainable)} of host memory in all" if config.optim.ema_decay else "")
+        + "; activations, VAE, text encoders and rewards not counted",
+        f"disk         {_gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
         f"sample       {sample.width}x{sample.height} pixels = {tokens} image tokens of {channels} channels, "
         f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
         f"(noise level {sample.noise_level}, shift {sample.shift})",
@@ -210,6 +236,10 @@ def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
         add_lora(module, config.model.lora, seed=0)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, total
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
 
 
 def _gib(size: float) -> str:

@@ -24,7 +24,6 @@ FLUX_1_DEV: dict[str, dict[str, Any]] = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     },
-    "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
     "text_encoder_2": {"d_model": 4096, "num_layers": 24},
 }
 """black-forest-labs/FLUX.1-dev: the keys this project reads."""

@@ -12,8 +12,8 @@
 # Started again, it resumes from the newest checkpoint of its run.dir.
 #
 # What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/FLUX.1-dev              huggingface-cli download black-forest-labs/FLUX.1-dev --local-dir checkpoints/FLUX.1-dev
-#   checkpoints/HPS_v2.1_compressed.pt  huggingface-cli download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
+#   checkpoints/FLUX.1-dev              hf download black-forest-labs/FLUX.1-dev --local-dir checkpoints/FLUX.1-dev
+#   checkpoints/HPS_v2.1_compressed.pt  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
 #   a prompt list                       set prompts.path (one prompt a line); data/prompts/flux_examples.txt is an example
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,7 +44,8 @@ for argument in "$@"; do
   fi
 done
 
-# One process a GPU; without a GPU, one process.
+# One process a GPU; without a GPU, and for the tiny recipes (too small to be dealt to many), one process.
+if [[ $NAME == tiny* ]]; then GPUS=${GPUS:-1}; fi
 GPUS=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 if [ "$GPUS" -lt 1 ]; then GPUS=1; fi
 NNODES=${NNODES:-1}

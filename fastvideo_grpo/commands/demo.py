@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,26 +79,25 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_process(config)
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
-    sets = {"training prompts": trainer.prompts, "kept-out prompts": trainer.eval_prompts}
     show = [*trainer.prompts[:6], *trainer.eval_prompts[:4]]
-    before = {name: sample_fixed(trainer, prompts, config.run.eval_samples, "evaluation") for name, prompts in sets.items()}
     pictures_before = sample_fixed(trainer, show, 1, "pictures")
     trainer.train()
-    after = {name: sample_fixed(trainer, prompts, config.run.eval_samples, "evaluation") for name, prompts in sets.items()}
     pictures_after = sample_fixed(trainer, show, 1, "pictures")
+    before = json.loads((folder / "evaluation_before.json").read_text())
+    after = trainer.log.read()[-1]
 
     grid = _before_after(folder, len(trainer.prompts[:6]), pictures_before, pictures_after)
     curve = _curve(folder, trainer.log.read())
     print(
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
-    for name in sets:
-        old, new = before[name].summary(), after[name].summary()
+    for name, label in (("train", "training prompts"), ("heldout", "kept-out prompts")):
         for reward in trainer.rewards.names:
-            print(
-                f"  {name}: {reward} {old[f'{reward}/mean']:.3f} ± {old[f'{reward}/stderr']:.3f} -> "
-                f"{new[f'{reward}/mean']:.3f} ± {new[f'{reward}/stderr']:.3f}"
+            old, new = (
+                f"{metrics[f'eval/{name}/{reward}/mean']:.3f} ± {metrics[f'eval/{name}/{reward}/stderr']:.3f}"
+                for metrics in (before, after)
             )
+            print(f"  {label}: {reward} {old} -> {new}")
     print(f"\nbefore and after   {grid}\ncurve              {curve}\nmetrics            {folder / 'metrics.jsonl'}")
     print(f"took {time.monotonic() - started:.0f} s\n\ntry next:")
     for other in REWARDS:
@@ -135,8 +135,6 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
 
 def _curve(folder: Path, lines: list[dict[str, Any]]) -> Path:
     """Reward of the training samples per iteration, and the evaluations."""
-    import json
-
     import matplotlib
 
     matplotlib.use("Agg")

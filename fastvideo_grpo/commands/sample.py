@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
     parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
+    parser.add_argument("--no-rewards", action="store_true", help="do not score the pictures (reward models need not be there)")
     parser.epilog = EPILOG
 
 
@@ -67,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
     config.engine.kind, config.engine.offload = "local", "none"
     config.prompts.embeddings = "none"
-    plan.check_run(config, plan.model_facts(config), ranks=1)
+    if arguments.no_rewards:
+        config.rewards.models = {}
+    plan.check_run(config, plan.model_facts(config), ranks=1, training=False)
     sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
     print(f"{len(prompts) * arguments.samples} pictures in {arguments.out}; all of them: {sheet}")
     return 0
@@ -85,7 +88,8 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
 
     prepare_process(config)
     trainer = load_trainer(config, World.current())
-    trainer.setup_rewards()
+    if config.rewards.models:
+        trainer.setup_rewards()
     if checkpoint is not None:
         trainer.load_weights(checkpoint.weights(which))
     drawn = sample_fixed(trainer, prompts, samples, "sample")

@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
-    parser.add_argument(
-        "--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes (default: this start's)"
-    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes")
     parser.epilog = EPILOG
 
 
@@ -44,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(configuration.to_yaml(config))
         print(plan.describe(config, facts, ranks))
         return 0
+    plan.check_folder(config)
     train(config)
     return 0
 

@@ -59,16 +59,19 @@ def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, 
         p, start = jobs[min(turn * world.size + world.rank, len(jobs) - 1)]
         members = list(range(start, min(start + size, samples)))
         keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
-        media = trainer.draw(prompts[p], keys, deterministic=True).media
-        request = RewardRequest([prompts[p].text] * len(media), media, metadata=[prompts[p].metadata] * len(media))
-        scored = trainer.rewards.score(request)
-        parts[p, start] = (
-            media,
-            {name: torch.where(scored.valid[name], scored.scores[name], torch.nan) for name in scored.scores},
-        )
+        drawn = trainer.draw(prompts[p], keys, deterministic=True)
+        scores: dict[str, Tensor] = {}
+        if trainer.config.rewards.models:
+            count = len(members)
+            request = RewardRequest([prompts[p].text] * count, drawn.media, metadata=[prompts[p].metadata] * count)
+            scored = trainer.rewards.score(request)
+            scores = {n: torch.where(scored.valid[n] & drawn.finite, scored.scores[n], torch.nan) for n in scored.scores}
+        parts[p, start] = drawn.media, scores
     gathered: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
     for part in world.all_gather_object(parts):
         gathered.update(part)
     media = torch.cat([gathered[job][0] for job in jobs])
-    scores = {name: torch.cat([gathered[job][1][name] for job in jobs]) for name in trainer.rewards.names}
-    return FixedSamples(list(prompts), samples, media, scores)
+    names = list(gathered[jobs[0]][1])
+    return FixedSamples(
+        list(prompts), samples, media, {name: torch.cat([gathered[job][1][name] for job in jobs]) for name in names}
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from fastvideo_grpo.checkpoints.store import write_atomic
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.files import Prompt
 
 Conditioning = dict[str, Tensor]
@@ -58,6 +61,10 @@ def _key(prompt: Prompt) -> str:
     return hashlib.sha256(f"{prompt.id}\x1f{prompt.text}".encode()).hexdigest()[:32]
 
 
+class EmbeddingCacheError(UserError, OSError):
+    """Embeddings cannot be written."""
+
+
 class EmbeddingCache:
     """Embeddings on disk, shared by the ranks (one file system).
 
@@ -78,6 +85,9 @@ class EmbeddingCache:
         self._shard_of = world.broadcast_object(self._shard_of)
 
     def _scan(self) -> None:
+        for left in self.folder.glob(".*.saving-*"):  # of a killed run; younger ones may be another run's work
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
         index = self.folder / "index.json"
         listed = json.loads(index.read_text())["prompts"] if index.is_file() else {}
         present = {path.name for path in self.folder.glob("*.safetensors")}
@@ -102,7 +112,7 @@ class EmbeddingCache:
         The first prompt tells the size of all; the free disk is checked before the rest is encoded.
 
         Raises:
-            OSError: too little free disk; the message says how much is needed.
+            EmbeddingCacheError: too little free disk (the message says how much is needed), or a rank could not write.
         """
         missing = self.missing(prompts)
         if not missing:
@@ -118,12 +128,31 @@ class EmbeddingCache:
             )
             enough = size < 0.95 * free
         if not self.world.broadcast_object(enough if self.world.rank == 0 else None):
-            raise OSError(
+            raise EmbeddingCacheError(
                 f"prompts.embeddings: {_gigabytes(size)} are needed in {self.folder} and less is free; point it at another "
                 "disk, or set prompts.embeddings=none to encode prompts as they come"
             )
         mine = missing[self.world.rank :: self.world.size]
-        # Ranks must encode the same number of times (a sharded encoder would wait): shares differ by one at most.
+        error = None
+        try:
+            self._encode_share(mine, encode, progress)
+        except OSError as failure:  # every rank has to hear of it, or the others wait for this one
+            error = f"prompts.embeddings: rank {self.world.rank} cannot write to {self.folder}: {failure}"
+        errors = [text for text in self.world.all_gather_object(error) if text is not None]
+        if errors:
+            raise EmbeddingCacheError(errors[0])
+        if self.world.rank == 0:
+            self._scan()
+            index = {"encoder": self.folder.name, "dtype": str(self.dtype), "prompts": self._shard_of}
+            write_atomic(self.folder / "index.json", json.dumps(index, indent=1).encode())
+        self._shard_of = self.world.broadcast_object(self._shard_of)
+
+    def _encode_share(
+        self,
+        mine: Sequence[Prompt],
+        encode: Callable[[list[Prompt]], list[Conditioning]],
+        progress: Callable[[int, int], None],
+    ) -> None:
         for start in range(0, len(mine), PROMPTS_PER_SHARD):
             batch = mine[start : start + PROMPTS_PER_SHARD]
             tensors = {}
@@ -132,15 +161,9 @@ class EmbeddingCache:
                 tensors.update({f"{_key(prompt)}/{name}": t for name, t in self._stored(embedding).items()})
                 progress(done, len(mine))
             content = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:16]
-            temporary = self.folder / f".{content}.saving-{self.world.rank}"
+            temporary = self.folder / f".{content}.saving-{os.getpid()}"
             save_file(tensors, temporary)
             temporary.rename(self.folder / f"{content}.safetensors")
-        self.world.barrier()
-        if self.world.rank == 0:
-            self._scan()
-            index = {"encoder": self.folder.name, "dtype": str(self.dtype), "prompts": self._shard_of}
-            write_atomic(self.folder / "index.json", json.dumps(index, indent=1).encode())
-        self._shard_of = self.world.broadcast_object(self._shard_of)
 
     def _stored(self, conditioning: Conditioning) -> Conditioning:
         return {

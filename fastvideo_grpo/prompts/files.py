@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.errors import UserError
+
+
+class PromptFileError(UserError, ValueError):
+    """A prompt file that cannot be read; the message names file and line."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -28,13 +34,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown extension, no prompts, a bad line (file and line are named), or an id given twice.
+        PromptFileError: unknown extension, no prompts, a bad line (file and line are named), or an id given twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such prompt file: {path}")
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl")
+        raise PromptFileError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl")
     prompts: list[Prompt] = []
     lines_of: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -45,10 +51,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         prompt = Prompt(text_id(line), line) if path.suffix == ".txt" else _from_json(line, where)
         first = lines_of.setdefault(prompt.id, number)
         if first != number:
-            raise ValueError(f"{where}: the prompt id {prompt.id!r} stands in line {first} already; ids must differ")
+            raise PromptFileError(f"{where}: the prompt id {prompt.id!r} stands in line {first} already; ids must differ")
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{path} holds no prompts")
+        raise PromptFileError(f"{path} holds no prompts")
     return prompts
 
 
@@ -56,9 +62,9 @@ def _from_json(line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise PromptFileError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ValueError(f'{where}: each line must be an object with a non-empty "prompt"; got {line[:80]}')
+        raise PromptFileError(f'{where}: each line must be an object with a non-empty "prompt"; got {line[:80]}')
     text = entry["prompt"]
     metadata = {key: value for key, value in entry.items() if key not in ("prompt", "id")}
     return Prompt(str(entry.get("id", text_id(text))), text, metadata)

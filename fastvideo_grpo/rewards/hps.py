@@ -31,7 +31,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _FILE = "HPS_v2.1_compressed.pt"
 _GET_CHECKPOINT = (
     f"the weights are {_FILE} of xswu/HPSv2 on Hugging Face: "
-    f"huggingface-cli download xswu/HPSv2 {_FILE} --local-dir checkpoints"
+    f"hf download xswu/HPSv2 {_FILE} --local-dir checkpoints"
 )
 _GET_TOKENIZER = (
     "set it to a folder with CLIP's vocab.json and merges.txt, such as the folder 'tokenizer' of a FLUX.1 or "

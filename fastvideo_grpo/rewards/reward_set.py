@@ -74,7 +74,7 @@ class RewardSet:
         for model, reward in self.rewards.items():
             unfit = {"image": frames > 1, "video": frames == 1}.get(reward.media_kind, False)
             if unfit:
-                raise ValueError(f"rewards.models.{model} scores {reward.media_kind}s, but sample.frames is {frames}; "
+                raise ValueError(f"rewards.models.{model} scores {reward.media_kind}s, but the model makes {frames} frame(s); "
                                  f"use a reward for {'images' if frames == 1 else 'videos'}")
 
     def score(self, request: RewardRequest) -> ScoredBatch:

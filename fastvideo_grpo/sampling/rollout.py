@@ -39,7 +39,7 @@ def rollout(
     Args:
         predict: the network, ``(sample [B, ...], level) -> output [B, ...]``.
         initial: initial noise ``[B, ...]``, float32, on the device to sample on.
-        noise: step index -> noise ``[B, ...]`` of that transition; asked for only where noise is added.
+        noise: step index -> noise ``[B, ...]`` of that transition; not asked for when the noise level is 0.
         record: False keeps no trajectory (evaluation).
 
     Returns:

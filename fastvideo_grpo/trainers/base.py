@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import hashlib
+import functools
 import json
 import logging
 import math
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo import config as configuration
+from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
 from fastvideo_grpo.checkpoints.store import CheckpointStore, write_atomic
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
@@ -57,14 +58,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TooManyInvalidRewards(UserError):
-    """More scores of an iteration failed than ``rewards.max_invalid_fraction`` allows."""
+    """More samples of an iteration could not be scored than ``rewards.max_invalid_fraction`` allows."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of samples: uint8 media ``[B, F, H, W, 3]`` and, if recorded, the trajectory."""
+    """A micro-batch of samples.
+
+    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU; ``finite`` bool ``[B]``: whether the final latents are (NaN pixels would
+    become a black picture, which a reward would score); ``trajectory``, if it was recorded.
+    """
 
     media: Tensor
+    finite: Tensor
     trajectory: Trajectory | None
 
 
@@ -93,6 +99,7 @@ class GRPOTrainer:
     config: Config
     world: World
     engine: Engine | None = None
+    rewards: RewardSet
 
     # --- what a model must say for itself -----------------------------------------------------------------------------
 
@@ -121,16 +128,14 @@ class GRPOTrainer:
         noise: Callable[[int], Tensor],
         *,
         record: bool,
-    ) -> tuple[Tensor, Trajectory | None]:
+    ) -> Drawn:
         """From noise to media, through the model's own pipeline.
 
         Args:
             conditioning: tensors ``[B, ...]``.
             initial: float32 ``[B, *latent_shape()]`` on the CPU.
             noise: transition index -> its noise ``[B, ...]``, in the shape of the states.
-
-        Returns:
-            uint8 media ``[B, F, H, W, 3]`` on the CPU, and the trajectory if ``record``.
+            record: keep the trajectory.
         """
         raise NotImplementedError
 
@@ -201,17 +206,30 @@ class GRPOTrainer:
         self._reference: nn.Module | None = None
         if config.grpo.kl_weight > 0 and config.model.lora is None:
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
-        if world.rank == 0:
-            self._lock = lock_folder(self.folder)
+        self._lock = self._on_rank_0(lambda: lock_folder(self.folder))
         self.engine = make_engine(self)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self._transformer_identity = encoder_identity(self.checkpoint, ["transformer"], {})
         self.first_iteration = self._resume()
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
         mode = config.run.wandb if world.rank == 0 else "disabled"
         self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
+
+    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result of ``action`` (None elsewhere); what it raises for the user, every rank raises."""
+        result, error = None, None
+        if self.world.rank == 0:
+            try:
+                result = action()
+            except UserError as failure:
+                error = str(failure)
+        error = self.world.broadcast_object(error)
+        if error is not None:
+            raise UserError(error)
+        return result
 
     def cache_embeddings(self, prompts: Sequence[Prompt]) -> None:
         """With an embedding folder: encode what is missing there, and let the text encoders go."""
@@ -236,21 +254,7 @@ class GRPOTrainer:
                 self.log.cut_back(0)
             return 0
         state = self.store.load_trainer_json(newest)
-        changed = [
-            key
-            for key in configuration.differences(state["config"], configuration.to_dict(self.config))
-            if key not in configuration.FREE_ON_RESUME and not key.startswith("prompts.path")
-        ]
-        if changed:
-            raise ConfigError(
-                f"run.dir={self.folder} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "
-                "Set them back, or choose another run.dir"
-            )
-        if state["prompts"] != prompts_digest(self.prompts):
-            raise ConfigError(
-                f"prompts.path={self.config.prompts.path} holds other prompts than when {self.folder} was started; restore the "
-                "file, or choose another run.dir"
-            )
+        check_resumable(state, self.config, self.prompts, self._transformer_identity)
         assert self.engine is not None
         self.engine.load(newest / "state")
         iteration = int(state["iteration"])
@@ -316,7 +320,7 @@ class GRPOTrainer:
         shared = self.config.sample.init_noise == "shared" and not deterministic
         initial = noise.initial_noise(list(keys), shape, shared=shared)
         transition = self.transition.deterministic() if deterministic else self.transition
-        media, trajectory = self.generate(
+        return self.generate(
             self.conditioning(prompt, len(keys)),
             initial,
             self.schedule,
@@ -324,7 +328,6 @@ class GRPOTrainer:
             lambda i: self.pack(noise.step_noise(list(keys), shape, i)),
             record=not deterministic,
         )
-        return Drawn(media, trajectory)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Noise in :meth:`latent_shape` -> the shape of the sampler's states, where a model packs them."""
@@ -369,7 +372,8 @@ class GRPOTrainer:
             metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
             metrics.update(memory_metrics(self.world))
             if self.world.rank == 0:
-                self.log.append(metrics)
+                with keep_going(self.log.path):
+                    self.log.append(metrics)
                 self.wandb.log(metrics)
             self.console.iteration(finished, config.iterations, metrics)
             if config.sample_every and (finished % config.sample_every == 0 or finished == config.iterations):
@@ -402,15 +406,18 @@ class GRPOTrainer:
             with clock.phase("rollout"):
                 drawn = self.draw(prompt, keys)
             assert drawn.trajectory is not None
+            sound = self._sound(drawn, drawn.trajectory)
             for row, member in enumerate(members):
-                latents[group, member] = drawn.trajectory.latents[row]
-                log_probs[group, member] = drawn.trajectory.log_probs[row]
+                states, densities = drawn.trajectory.latents[row], drawn.trajectory.log_probs[row]
+                # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
+                latents[group, member] = states if sound[row] else torch.zeros_like(states)
+                log_probs[group, member] = densities if sound[row] else torch.zeros_like(densities)
             with clock.phase("reward"):
                 count = len(members)
                 request = RewardRequest([prompt.text] * count, drawn.media, metadata=[prompt.metadata] * count)
                 scored = self.rewards.score(request)
             for k, name in enumerate(names):
-                valid = scored.valid[name]
+                valid = scored.valid[name] & sound
                 table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
                 table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
                 table[2, k, group, members] = valid.float()
@@ -421,14 +428,25 @@ class GRPOTrainer:
         scored_ok = {name: part.bool() for name, part in by_name[2].items()}
         return Rollout(groups, latents, log_probs, by_name[0], by_name[1], scored_ok)
 
+    def _sound(self, drawn: Drawn, trajectory: Trajectory) -> Tensor:
+        """Samples whose latents and trainable log-probs are finite, ``[B]``; the others are masked, counted and named."""
+        last = trajectory.log_probs.shape[1] - 1
+        sound = drawn.finite & trajectory.log_probs[:, :last].isfinite().all(1)
+        if not bool(sound.all()):
+            message = "sampling: latents or log-probs are not finite"
+            if message not in self.rewards.failure_counts:
+                logger.warning("%s (%d of %d samples masked; told once, counted always)", message, (~sound).sum(), len(sound))
+            self.rewards.failure_counts[message] += int((~sound).sum())
+        return sound
+
     def _reward_metrics(self, rollout: Rollout) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
-        total, failed = 0, 0
+        counted = torch.stack([rollout.valid[name] for name, weight in self.rewards.weights.items() if weight != 0]).all(0)
+        total, failed = counted.numel(), int((~counted).sum())
         for name in self.rewards.names:
             valid = rollout.valid[name]
             values = rollout.raw[name][valid].double()
             invalid = int((~valid).sum())
-            total, failed = total + valid.numel(), failed + invalid
             metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else math.nan
             metrics[f"reward/{name}/std"] = values.std().item() if len(values) > 1 else math.nan
             metrics[f"reward/{name}/max"] = values.max().item() if len(values) else math.nan
@@ -439,7 +457,7 @@ class GRPOTrainer:
         if failed > self.config.rewards.max_invalid_fraction * total:
             reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
             raise TooManyInvalidRewards(
-                f"{failed} of {total} scores of this iteration are invalid, more than rewards.max_invalid_fraction="
+                f"{failed} of {total} samples of this iteration could not be scored, more than rewards.max_invalid_fraction="
                 f"{self.config.rewards.max_invalid_fraction} allows: {'; '.join(sorted(set(reasons))) or 'no reason given'}. "
                 "What was trained before it is saved; repair the reward and start the same command again"
             )
@@ -464,7 +482,8 @@ class GRPOTrainer:
         assert engine is not None
         grpo = self.config.grpo
         stats = _Statistics()
-        norms, updates_before = [], engine.skipped_updates
+        norms: list[float] = []
+        skipped_before = engine.skipped_updates
         with clock.phase("exchange"):
             rows = self._fetch_rows(rollout, chosen)
         lr = engine.lr
@@ -495,20 +514,21 @@ class GRPOTrainer:
                 for i in range(per_sample):
                     with clock.phase("update"), self.forward_context():
                         loss, info = self.objective.loss(replay, samples, i)
-                        # Rows that only fill the micro-batch must not turn a NaN of theirs into a gradient.
-                        loss = torch.where(samples.weights > 0, loss * samples.weights, 0.0).sum() / pairs
+                        loss = (loss * samples.weights).sum() / pairs
                         engine.backward(loss)
-                    stats.add(loss, info, samples.weights, first=update == 0)
+                    stats.add(loss, info, samples.weights, first=not norms)
                 show(done, len(batches))
             with clock.phase("update"):
                 norms.append(engine.step())
         finite = [norm for norm in norms if math.isfinite(norm)]
+        if not norms:
+            logger.warning("iteration %d made no update: every sample was masked", iteration + 1)
         return {
             **stats.summary(self.world),
             "train/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "train/lr": lr,
             "train/updates": len(finite),
-            "train/skipped_updates": grpo.updates_per_iteration - len(norms) + engine.skipped_updates - updates_before,
+            "train/skipped_updates": grpo.updates_per_iteration - len(norms) + engine.skipped_updates - skipped_before,
         }
 
     def _valid_pairs(self, update: int, chosen: list[list[list[Row]]]) -> int:
@@ -530,9 +550,9 @@ class GRPOTrainer:
                 for what in ("latents", "log_probs")
             ]
             wanted.append(list(dict.fromkeys(keys)))
-        have = {("latents", *key): t for key, t in rollout.latents.items()}
+        have: dict[Any, Tensor] = {("latents", *key): t for key, t in rollout.latents.items()}
         have.update({("log_probs", *key): t for key, t in rollout.log_probs.items()})
-        owner = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
+        owner: dict[Any, int] = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
         return self.world.exchange(have, wanted, owner)
 
     # --- watching it --------------------------------------------------------------------------------------------------------
@@ -562,8 +582,9 @@ class GRPOTrainer:
                 for i in range(len(prompts))
             ]
             folder = self.folder / "samples" / f"{iteration:06d}"
-            save_samples(folder, drawn.media, [p.text for p in prompts], rewards)
             captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
+            with keep_going(folder):
+                save_samples(folder, drawn.media, [p.text for p in prompts], rewards)
             self.wandb.log_pictures(max(iteration - 1, 0), [folder / f"{i:04d}.png" for i in range(len(prompts))], captions)
         return drawn
 
@@ -571,7 +592,9 @@ class GRPOTrainer:
         if self.config.run.eval_every:
             metrics = self.evaluate()
             if self.world.rank == 0:
-                write_atomic(self.folder / "evaluation_before.json", json.dumps(metrics, indent=1).encode())
+                with keep_going(self.folder / "evaluation_before.json"):
+                    write_atomic(self.folder / "evaluation_before.json", json.dumps(metrics, indent=1).encode())
+                self.wandb.log({"iteration": 0, **metrics})
             self.console.evaluation("before training", metrics)
         if self.config.run.sample_every:
             self.picture(iteration)
@@ -586,6 +609,7 @@ class GRPOTrainer:
             return {
                 "config": configuration.to_dict(self.config),
                 "prompts": prompts_digest(self.prompts),
+                "transformer": self._transformer_identity,
                 "git_commit": git_commit(),
             }
 
@@ -620,9 +644,13 @@ def make_engine(trainer: GRPOTrainer) -> Engine:
     return LocalEngine(module, config.optim, precision=config.model.precision, device=world.device)
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Changes when a prompt, its id or the order of the file does."""
-    return hashlib.sha256("\x1e".join(f"{p.id}\x1f{p.text}" for p in prompts).encode()).hexdigest()
+@contextmanager
+def keep_going(file: str | Path) -> Iterator[None]:
+    """A full disk must not end a run: what cannot be written is told, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("%s was not written: %s; the run goes on without it", file, error)
 
 
 class Clock:
@@ -640,6 +668,14 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
 
+def _largest(*values: float | None) -> float | None:
+    """The largest value; NaN if one is NaN (``max`` would hide it), None if there is none."""
+    known = [value for value in values if value is not None]
+    if any(math.isnan(value) for value in known):
+        return math.nan
+    return max(known, default=None)
+
+
 class _Statistics:
     """Per-row statistics of an iteration's updates, over the rows that count."""
 
@@ -647,8 +683,8 @@ class _Statistics:
         self.sums: dict[str, float] = defaultdict(float)
         self.rows = 0.0
         self.loss = 0.0
-        self.deviation = 0.0
-        self.deviation_max = 0.0
+        self.deviation: float | None = None
+        self.deviation_max: float | None = None
 
     def add(self, loss: Tensor, info: dict[str, Tensor], weights: Tensor, *, first: bool) -> None:
         counted = weights > 0
@@ -658,11 +694,11 @@ class _Statistics:
             self.sums[name] += values[counted].double().sum().item()
         if "ratio" in info and bool(counted.any()):
             deviation = (info["ratio"][counted] - 1).abs().max().item()
-            self.deviation_max = max(self.deviation_max, deviation)
+            self.deviation_max = _largest(self.deviation_max, deviation)
             if first:
-                self.deviation = max(self.deviation, deviation)
+                self.deviation = _largest(self.deviation, deviation)
 
-    def summary(self, world: World) -> dict[str, float]:
+    def summary(self, world: World) -> dict[str, float | None]:
         parts = world.all_gather_object((dict(self.sums), self.rows, self.loss, self.deviation, self.deviation_max))
         rows = sum(part[1] for part in parts)
         names = sorted({name for part in parts for name in part[0]} - {"ratio"})
@@ -673,8 +709,8 @@ class _Statistics:
         }
         return {
             "train/loss": sum(part[2] for part in parts),
-            "train/ratio_first_update_max_dev": max(part[3] for part in parts),
-            "train/ratio_max_dev": max(part[4] for part in parts),
+            "train/ratio_first_update_max_dev": _largest(*(part[3] for part in parts)),
+            "train/ratio_max_dev": _largest(*(part[4] for part in parts)),
             **metrics,
         }
 
@@ -691,6 +727,8 @@ def lock_folder(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"another process is training in {folder}; wait for it, stop it, or choose another run.dir") from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): take care that no second training writes to it", folder, error)
     return file
 
 
@@ -711,10 +749,18 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of this checkout, or None for an installed package."""
+    """The commit of this checkout; None for an installed package, or where there is no git."""
     import subprocess
 
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    root = Path(__file__).resolve().parent.parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    # An installed package may lie inside somebody else's repository.
+    lines = done.stdout.split()
+    return lines[1] if len(lines) == 2 and Path(lines[0]).resolve() == root else None

@@ -18,6 +18,7 @@ os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "WARNING")  # FastVideo narrate
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from fastvideo.attention import DistributedAttention  # noqa: E402
 from fastvideo.configs.pipelines.base import PipelineConfig  # noqa: E402
 from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
 from fastvideo.forward_context import set_forward_context  # noqa: E402
@@ -25,13 +26,12 @@ from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # n
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from fastvideo_grpo.config import Config  # noqa: E402
+from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
-from fastvideo_grpo.sampling.rollout import Trajectory  # noqa: E402
 from fastvideo_grpo.sampling.schedules import Schedule  # noqa: E402
 from fastvideo_grpo.sampling.transitions import Transition  # noqa: E402
-from fastvideo_grpo.trainers.base import GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer  # noqa: E402
 from fastvideo_grpo.trainers.stages import RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
@@ -88,10 +88,19 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
         # not rounded on its way, and predict() casts to what the network computes in.
         args.pipeline_config.dit_precision = "fp32"
+        self._check_attention(config.model.attention)
         self.get_module("vae").requires_grad_(False)
         for name in self.text_encoders if with_text_encoders else ():
             self.get_module(name).requires_grad_(False)
         self.setup(config, world)
+
+    def _check_attention(self, wanted: str) -> None:
+        """FastVideo falls back to another kernel in silence, for instance where the head size is not supported."""
+        found = {m.backend.name for m in self.transformer.modules() if isinstance(m, DistributedAttention)}
+        if found != {ATTENTION_BACKENDS[wanted]}:
+            raise ConfigError(
+                f"model.attention is {wanted}, but FastVideo chose {', '.join(sorted(found))} here; set the other"
+            )
 
     @classmethod
     def pipeline_config(cls, config: Config) -> PipelineConfig:
@@ -144,14 +153,15 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         noise: Callable[[int], Tensor],
         *,
         record: bool,
-    ) -> tuple[Tensor, Trajectory | None]:
+    ) -> Drawn:
         """One pass through all of FastVideo's stages, ours in the middle; see :meth:`GRPOTrainer.generate`."""
         batch = self.forward_batch(conditioning, initial)
         request = RolloutRequest(schedule, transition, noise, record)
         batch.extra["rollout"] = request
         with self.forward_context():
             batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
-        return self.to_media(batch.output), request.trajectory
+        assert request.finite is not None
+        return Drawn(self.to_media(batch.output), request.finite, request.trajectory)
 
     @staticmethod
     def to_media(pixels: Tensor) -> Tensor:

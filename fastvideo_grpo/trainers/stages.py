@@ -21,13 +21,15 @@ from fastvideo_grpo.sampling.transitions import Transition
 class RolloutRequest:
     """What travels through the pipeline in ``batch.extra["rollout"]``: how to sample, and afterwards what was done.
 
-    ``noise(i)`` gives the noise of transition i; ``trajectory`` is set by the stage when ``record`` is true.
+    ``noise(i)`` gives the noise of transition i. The stage sets ``finite`` (``[B]``, whether the final latents are) and, when
+    ``record`` is true, ``trajectory``.
     """
 
     schedule: Schedule
     transition: Transition
     noise: Callable[[int], Tensor]
     record: bool
+    finite: Tensor | None = None
     trajectory: Trajectory | None = None
 
 
@@ -61,4 +63,5 @@ class RolloutStage(PipelineStage):
             request.noise,
             record=request.record,
         )
+        request.finite = batch.latents.isfinite().flatten(1).all(1).cpu()
         return batch
