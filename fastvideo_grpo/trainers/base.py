@@ -203,7 +203,6 @@ class GRPOTrainer:
             kl_weight=config.grpo.kl_weight,
         )
         self.cache_embeddings([*self.prompts, *self.eval_prompts])
-        self._reference: nn.Module | None = None
         if config.grpo.kl_weight > 0 and config.model.lora is None:
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
         self._lock = self._on_rank_0(lambda: lock_folder(self.folder))
@@ -211,7 +210,11 @@ class GRPOTrainer:
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self._transformer_identity = encoder_identity(self.checkpoint, ["transformer"], {})
-        self.first_iteration = self._resume()
+        try:
+            self.first_iteration = self._resume()
+        except BaseException:
+            self.unlock()
+            raise
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())

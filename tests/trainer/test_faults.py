@@ -1,0 +1,135 @@
+"""What goes wrong around a run, and what must not follow from it."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.rewards.base import RewardResult
+from tests.trainer import runs
+
+
+def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(make_trainer, monkeypatch, capfd):
+    """Promise 6: writing stops, training does not; what was saved stays."""
+    from fastvideo_grpo.tracking import metrics, pictures
+    from fastvideo_grpo.trainers import base
+
+    trainer = make_trainer(run__sample_every=1, run__iterations=3, run__keep=3)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    state = {"full": False}
+
+    def guard(function):
+        def maybe_full(*args, **kwargs):
+            if state["full"]:
+                raise full
+            return function(*args, **kwargs)
+
+        return maybe_full
+
+    monkeypatch.setattr(metrics.MetricsLog, "append", guard(metrics.MetricsLog.append))
+    monkeypatch.setattr(base, "save_samples", guard(pictures.save_samples))
+    save = trainer.engine.save
+    monkeypatch.setattr(trainer.engine, "save", guard(save))
+    rollout = trainer.rollout
+
+    def fill_up(iteration, groups, clock):
+        state["full"] = iteration == 1  # full during the second iteration only
+        return rollout(iteration, groups, clock)
+
+    monkeypatch.setattr(trainer, "rollout", fill_up)
+    trainer.train()
+    assert [line["iteration"] for line in trainer.log.read()] == [0, 2]
+    assert trainer.store.iterations() == [1, 3]
+    told = capfd.readouterr()
+    assert "metrics.jsonl was not written" in told.err + told.out and "000002 was not saved" in told.err + told.out
+
+
+def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_trainer, tiny_flux, tmp_path):
+    from fastvideo_grpo.tiny.flux import write_flux
+
+    trainer = make_trainer(model__lora__rank=4, run__iterations=1)
+    trainer.train()
+    other = write_flux(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match="holds another transformer"):
+        make_trainer(model__lora__rank=4, run__iterations=2, model__path=other)
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_flux)
+    make_trainer(model__lora__rank=4, run__iterations=2, model__path=moved).train()
+
+
+def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_trainer):
+    from fastvideo_grpo import plan
+
+    trainer = make_trainer(run__iterations=1)
+    trainer.train()
+    plan.check_folder(trainer.config)
+    trainer.config.optim.lr = 1.0
+    with pytest.raises(ConfigError, match=r"other values of optim\.lr"):
+        plan.check_folder(trainer.config)
+
+
+class _Watched:
+    """An output that always works and one that never does."""
+
+    outputs, media_kind = ("good", "broken"), "any"
+
+    def score(self, request):
+        good = request.media.double().mean((1, 2, 3, 4)).float()
+        return RewardResult({"good": good, "broken": torch.full_like(good, torch.nan)}, torch.ones(len(good), dtype=torch.bool))
+
+    def to(self, device):
+        return self
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("weight,stops", [(0.0, False), (1.0, True)])
+def test_only_rewards_that_count_can_stop_a_run(make_trainer, weight, stops):
+    """One dead output among several masks every sample if it counts, and none if it is only watched."""
+    trainer = make_trainer(run__iterations=1, rewards__max_invalid_fraction=0.9)
+    trainer.rewards.rewards = {"pixels": _Watched()}
+    trainer.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
+    trainer.rewards.thresholds = {"pixels/good": None, "pixels/broken": None}
+    if stops:
+        with pytest.raises(UserError, match="16 of 16 samples"):
+            trainer.train()
+    else:
+        trainer.train()
+        (line,) = trainer.log.read()
+        assert line["train/updates"] == 2 and line["reward/pixels/broken/invalid"] == 16
+
+
+def test_training_needs_no_git(tmp_path):
+    code = "from fastvideo_grpo.trainers.base import git_commit; print(git_commit())"
+    for path, expected in (("", "None"), (None, None)):
+        environment = {"PATH": path} if path is not None else None
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected is None or done.stdout.strip() == expected
+
+
+def test_sample_needs_neither_training_prompts_nor_rewards(make_trainer, tmp_path):
+    from fastvideo_grpo import cli
+
+    trainer = make_trainer(run__iterations=1)
+    trainer.train()
+    (tmp_path / "prompts.txt").unlink()
+    out = tmp_path / "pictures"
+    assert cli.main(["sample", str(trainer.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
+    assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}}]
+
+
+def test_a_wrong_lora_target_is_told_before_anything_is_loaded(tiny_flux, tmp_path, capsys):
+    from fastvideo_grpo import cli
+
+    file = tmp_path / "run.yaml"
+    file.write_text("{}")
+    overrides = runs.settings(tmp_path, tiny_flux, model__lora__targets="[to_q,to_x]")
+    assert cli.main(["train", str(file), *overrides]) == 1
+    assert "no linear layer ends in to_x" in capsys.readouterr().err
