@@ -6,18 +6,24 @@ processes with their own process groups, which can be killed for real.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
+import operator
 import os
+import pkgutil
 import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tests.trainer import brightness as _brightness  # noqa: F401  (registers the reward)
 
@@ -60,19 +66,27 @@ def settings(folder: Path, checkpoint: Path, **overrides: Any) -> list[str]:
 
 @dataclass
 class Kill:
-    """Where a run kills itself with SIGKILL: at the ``call``-th call (from 0) of an engine's ``method``.
+    """Where a process kills itself with SIGKILL: before or after the ``call``-th call (from 0) of ``target``.
 
-    ``before`` the call, or after it (for "save": weights are written, the checkpoint is not complete).
+    ``target`` is dotted: an attribute of the trainer ("engine.step"), or a function under its full name
+    ("fastvideo_grpo.engines.base.write_tensors").
     """
 
-    method: str
+    target: str
     call: int
+    after: bool = False
 
 
-def run(overrides: list[str], *, processes: int = 1, kill: Kill | None = None) -> list[int]:
-    """Train in ``processes`` processes; returns their exit codes (-9: killed). ``kill`` is for every process of the run."""
+def run(overrides: list[str], *, processes: int = 1, kill: Kill | None = None, record: bool = False) -> list[int]:
+    """Train in ``processes`` processes; returns their exit codes (-9: killed).
+
+    ``kill`` is for every process of the run; what each had done until then: :func:`killed`. ``record``: keep what every
+    rollout drew; :func:`drawn` reads it.
+    """
     port = _free_port() if processes > 1 else None
-    workers = [CONTEXT.Process(target=_work, args=(overrides, rank, processes, port, kill)) for rank in range(processes)]
+    workers = [
+        CONTEXT.Process(target=_work, args=(overrides, rank, processes, port, kill, record)) for rank in range(processes)
+    ]
     _output_file(overrides).write_text("")
     for worker in workers:
         worker.start()
@@ -99,7 +113,7 @@ def _output_file(overrides: list[str]) -> Path:
     return Path(directory).parent / "output.txt"
 
 
-def _work(overrides: list[str], rank: int, processes: int, port: int | None, kill: Kill | None) -> None:
+def _work(overrides: list[str], rank: int, processes: int, port: int | None, kill: Kill | None, record: bool) -> None:
     if port is not None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
         os.environ.update({key: str(value) for key, value in address.items()})
@@ -108,7 +122,7 @@ def _work(overrides: list[str], rank: int, processes: int, port: int | None, kil
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        train(overrides, kill)
+        train(overrides, kill, record)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -118,7 +132,7 @@ def _work(overrides: list[str], rank: int, processes: int, port: int | None, kil
     os._exit(0)
 
 
-def train(overrides: list[str], kill: Kill | None = None) -> Any:
+def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
     """What ``fastvideo-grpo train`` does after reading the command line; returns the trainer."""
     from fastvideo_grpo import config as configuration
     from fastvideo_grpo import plan
@@ -133,25 +147,90 @@ def train(overrides: list[str], kill: Kill | None = None) -> Any:
     prepare_process(config)
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
+    if record:
+        _record(trainer)
     if kill is not None:
-        _arm(trainer.engine, kill)
+        _arm(trainer, kill)
     trainer.train()
     return trainer
 
 
-def _arm(engine: Any, kill: Kill) -> None:
-    original, calls = getattr(engine, kill.method), [0]
+COUNTED = ("draw", "engine.backward", "engine.step")
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        if calls[0] == kill.call and kill.method != "save":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if calls[0] == kill.call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        calls[0] += 1
+
+def _arm(trainer: Any, kill: Kill) -> None:
+    """Let the process kill itself there, after writing down how often it had finished each of ``COUNTED``."""
+    done = dict.fromkeys(COUNTED, 0)
+
+    def die() -> None:
+        file = trainer.folder.parent / f"killed-{trainer.world.rank}.json"
+        file.write_text(json.dumps(done))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(target: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+        path, _, name = target.rpartition(".")
+        if target.startswith("fastvideo_grpo."):
+            owner = pkgutil.resolve_name(path)
+        else:
+            owner = operator.attrgetter(path)(trainer) if path else trainer
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before()
+            result = original(*args, **kwargs)
+            after()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for target in COUNTED:
+        wrap(target, lambda: None, lambda target=target: done.update({target: done[target] + 1}))
+    started, finished = itertools.count(), itertools.count()
+    wrap(
+        kill.target,
+        lambda: die() if next(started) == kill.call and not kill.after else None,
+        lambda: die() if next(finished) == kill.call and kill.after else None,
+    )
+
+
+def killed(folder: Path, rank: int = 0) -> tuple[int, int, int]:
+    """How many draws, backwards and optimiser steps the killed process of the last run had finished."""
+    done = json.loads((folder / f"killed-{rank}.json").read_text())
+    return tuple(done[name] for name in COUNTED)
+
+
+def _record(trainer: Any) -> None:
+    original = trainer.rollout
+
+    def rollout(iteration: int, *args: Any) -> Any:
+        result = original(iteration, *args)
+        log_probs = {key: value[:-1] for key, value in result.log_probs.items()}  # the last transition has no density
+        kept = {"latents": result.latents, "log_probs": log_probs, "scores": result.raw}
+        torch.save(kept, trainer.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
         return result
 
-    setattr(engine, kill.method, deadly)
+    trainer.rollout = rollout
+
+
+def drawn(folder: Path, iteration: int) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor], dict[str, torch.Tensor]]:
+    """Of a recorded run's iteration: (group, member) -> latents, (group, member) -> log-probs, reward -> score of each."""
+    parts = [torch.load(file) for file in sorted((folder / "run").glob(f"rollout-{iteration}-*.pt"))]
+    latents = {key: value for part in parts for key, value in part["latents"].items()}
+    log_probs = {key: value for part in parts for key, value in part["log_probs"].items()}
+    assert len(latents) == sum(len(part["latents"]) for part in parts), "two processes drew the same sample"
+    assert all(torch.equal(part["scores"][name], parts[0]["scores"][name]) for part in parts for name in part["scores"])
+    return latents, log_probs, parts[0]["scores"]
+
+
+def pictures(folder: Path, iteration: int) -> torch.Tensor:
+    """The pictures of fixed noise a run saved, uint8 ``[B, H, W, 3]``."""
+    files = sorted((folder / "run" / "samples" / f"{iteration:06d}").glob("0*.png"))
+    return torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """What lies in a run's folder of checkpoints, unfinished ones included."""
+    return sorted(entry.name for entry in (folder / "run" / "checkpoints").iterdir())
 
 
 def weights(folder: Path, iteration: int, which: str = "model") -> dict[str, torch.Tensor]:
