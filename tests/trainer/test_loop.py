@@ -1,13 +1,17 @@
 """The loop on one process: ratio one, micro-batches, embeddings, rewards that fail, KL, EMA."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards.base import RewardResult
+from fastvideo_grpo.sampling import noise
+from fastvideo_grpo.sampling.noise import SampleKey
 from tests.trainer import runs
 
 FLAVOURS = {
@@ -67,6 +71,28 @@ def test_the_same_run_at_every_micro_batch_size(make_trainer, tmp_path):
             assert ours["reward/pixels/brightness/mean"] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("initial", ["shared", "per_sample"])
+def test_the_same_samples_at_every_micro_batch_size(make_trainer, initial):
+    """Promise 3 for micro-batches, sample by sample: states, log-probs and pixels."""
+    trainer = make_trainer(train=False, sample__init_noise=initial)
+    prompt = Prompt("0", "a red circle")
+    keys = [SampleKey(0, 3, 1, prompt.id, member) for member in range(4)]
+    drawn = {size: [trainer.draw(prompt, keys[i : i + size]) for i in range(0, 4, size)] for size in (1, 2, 4)}
+
+    def together(size, of):
+        return torch.cat([of(part) for part in drawn[size]])
+
+    for of in (lambda d: d.trajectory.latents, lambda d: d.trajectory.log_probs[:, :-1]):
+        for size in (2, 4):
+            torch.testing.assert_close(together(size, of), together(1, of), rtol=0, atol=1e-5)
+    media = {size: together(size, lambda d: d.media).int() for size in drawn}
+    assert max((media[size] - media[1]).abs().max() for size in (2, 4)) <= 1
+    # Samples of one prompt differ by the noise of the steps, and by the initial noise where it is not shared.
+    first = together(1, lambda d: d.trajectory.latents)
+    assert all(not torch.equal(first[i, -1], first[j, -1]) for i in range(4) for j in range(i))
+    assert torch.equal(first[0, 0], first[1, 0]) == (initial == "shared")
+
+
 def test_training_moves_every_weight_that_the_output_depends_on(make_trainer):
     trainer = make_trainer(optim__lr=1e-3, run__iterations=1)
     before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
@@ -94,19 +120,19 @@ def test_lora_trains_adapters_only_and_starts_as_the_model(make_trainer):
 
 
 def _keys(trainer):
-    from fastvideo_grpo.sampling.noise import SampleKey
-
     prompt = trainer.prompts[0]
     return [SampleKey(0, 0, 0, prompt.id, member) for member in range(2)], prompt
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_kl_is_zero_at_the_start_and_grows_as_the_policy_leaves_the_reference(make_trainer, lora):
-    trainer = make_trainer(**{"grpo__kl_weight": 0.01, "optim__lr": 1e-3, **(FLAVOURS["lora"] if lora else {})})
-    trainer.config.grpo.updates_per_iteration = 2
+def test_kl_is_exactly_zero_at_the_start_and_grows_as_the_policy_leaves_the_reference(make_trainer, lora):
+    """With one update an iteration, all of the first one is computed with the weights of the reference."""
+    trainer = make_trainer(
+        **{"optim__lr": 1e-3, **(FLAVOURS["lora"] if lora else {})}, grpo__kl_weight=0.01, grpo__updates_per_iteration=1
+    )
     trainer.train()
-    kl = [line["train/kl"] for line in _lines(trainer)]
-    assert kl[0] < kl[-1] and kl[-1] > 0
+    first, second, third = (line["train/kl"] for line in _lines(trainer))
+    assert first == 0.0 < second < third
 
 
 def test_a_large_kl_weight_holds_the_policy_back(make_trainer, tmp_path):
@@ -186,12 +212,145 @@ def test_too_many_failed_rewards_stop_the_run_with_what_was_trained_saved(make_t
     assert trainer.store.iterations() == [1] and len(_lines(trainer)) == 1
 
 
+class _Answers(_Faulty):
+    """A reward whose answer for the last of every four samples, asked for one by one, is ``bad``."""
+
+    def score(self, request):
+        self.calls += 1
+        scores = request.media.float().mean((1, 2, 3, 4))
+        valid = torch.ones(1, dtype=torch.bool)
+        if self.calls % 4 == 0:
+            if self.bad == "raise":
+                raise OSError("scorer lost")
+            if self.bad is not None:
+                scores[:], valid[:] = self.bad
+        return RewardResult({"score": scores}, valid)
+
+
+def test_a_masked_sample_is_as_if_it_had_not_been_drawn(make_trainer, tmp_path):
+    """Promise 5: whatever a reward answers for it, a masked fourth sample leaves the update of three, bitwise."""
+    answers = {
+        "three drawn": None,
+        "NaN": (float("nan"), True),
+        "raise": "raise",
+        "invalid, large": (1e6, False),
+        "invalid, small": (-1e6, False),
+        "four valid": None,
+    }
+    results = {}
+    for name, bad in answers.items():
+        size = 3 if name == "three drawn" else 4
+        trainer = make_trainer(
+            run__dir=tmp_path / name,
+            run__iterations=1,
+            grpo__group_size=size,
+            grpo__prompts_per_iteration=2,
+            grpo__updates_per_iteration=1,
+            engine__micro_batch_size=1,
+            rewards__max_invalid_fraction=0.5,
+            optim__lr=1e-3,
+        )
+        _with_reward(trainer, _Answers(bad))
+        trainer.train()
+        (line,) = _lines(trainer)
+        assert line["reward/pixels/score/invalid"] == (0 if bad is None else 2)
+        assert line["train/updates"] == 1
+        results[name] = trainer.engine.state_dict(), {k: v for k, v in line.items() if k.startswith("train/")}
+    three, statistics = results.pop("three drawn")
+    weights, _ = results.pop("four valid")
+    assert not runs.same_bits(weights, three)
+    for name, (weights, line) in results.items():
+        assert runs.same_bits(weights, three), name
+        assert line == statistics, name
+
+
+@pytest.mark.parametrize(
+    "what,members",
+    [("latents", [2]), ("latents", [0, 1, 2, 3]), ("log_probs", [2])],
+    ids=["latents of one sample", "latents of all samples of a prompt", "a log-prob of one sample"],
+)
+def test_samples_that_are_not_finite_are_masked_and_the_update_goes_on(
+    make_trainer, tmp_path, monkeypatch, caplog, what, members
+):
+    """The update is bitwise the one where a reward failed for the same samples."""
+    settings = {"rewards__max_invalid_fraction": 0.5, "run__iterations": 1, "optim__lr": 1e-3}
+
+    def hit(keys):
+        return [row for row, key in enumerate(keys) if key.group == 1 and key.member in members]
+
+    masked = make_trainer(**settings, run__dir=tmp_path / "masked")
+    draw = masked.draw
+    last = []
+    monkeypatch.setattr(masked, "draw", lambda prompt, keys: last.append(keys) or draw(prompt, keys))
+
+    class Brightness(_Faulty):
+        def score(self, request):
+            scores = request.media.float().mean((1, 2, 3, 4))
+            scores[hit(last[-1])] = float("nan")
+            return RewardResult({"score": scores}, torch.ones(len(scores), dtype=torch.bool))
+
+    _with_reward(masked, Brightness(None))
+    masked.train()
+
+    trainer = make_trainer(**settings, run__dir=tmp_path / "poisoned")
+    _with_reward(trainer, _Faulty(lambda call: None))
+    if what == "latents":
+        step_noise = noise.step_noise
+
+        def poisoned(keys, shape, step):
+            drawn = step_noise(keys, shape, step)
+            drawn[hit(keys)] = float("nan") if step == 1 else 1.0
+            return drawn
+
+        monkeypatch.setattr(noise, "step_noise", poisoned)
+    else:
+        sound = trainer.draw
+
+        def poisoned(prompt, keys):
+            drawn = sound(prompt, keys)
+            drawn.trajectory.log_probs[hit(keys), 0] = float("inf")
+            return drawn
+
+        monkeypatch.setattr(trainer, "draw", poisoned)
+    trainer.train()
+    (line,), (expected,) = _lines(trainer), _lines(masked)
+    assert line["reward/pixels/score/invalid"] == len(members)
+    assert line["train/updates"] == 2 and line["train/skipped_updates"] == 0
+    assert line["train/ratio_first_update_max_dev"] == 0.0
+    assert "not finite" in caplog.text
+    assert runs.same_bits(trainer.engine.state_dict(), masked.engine.state_dict())
+    times = ("time/", "memory/")
+    assert all(line[key] == expected[key] for key in line if not key.startswith(times))
+
+
 def test_a_prompt_whose_samples_all_failed_leaves_the_update_to_the_others(make_trainer):
+    """The ratio is that of the first update that is made, not of the first one planned."""
     trainer = make_trainer(rewards__max_invalid_fraction=1.0, run__iterations=1)
     _with_reward(trainer, _Faulty(lambda call: "raise" if call <= 4 else None))  # both prompts of the first update
+    rollout = trainer.rollout
+
+    def shifted(*args):
+        result = rollout(*args)
+        for log_prob in result.log_probs.values():
+            log_prob += 0.1
+        return result
+
+    trainer.rollout = shifted
     trainer.train()
     (line,) = _lines(trainer)
     assert line["train/updates"] == 1 and line["train/skipped_updates"] == 1
+    assert line["train/ratio_first_update_max_dev"] == pytest.approx(1 - math.exp(-0.1), rel=1e-3)
+
+
+def test_an_iteration_whose_samples_all_failed_changes_nothing_and_has_no_ratio(make_trainer):
+    trainer = make_trainer(rewards__max_invalid_fraction=1.0, run__iterations=1)
+    before = trainer.engine.state_dict()
+    _with_reward(trainer, _Faulty(lambda call: "raise"))
+    trainer.train()
+    (line,) = _lines(trainer)
+    assert line["train/updates"] == 0 and line["train/skipped_updates"] == 2
+    assert line["train/ratio_first_update_max_dev"] is None and line["train/ratio_max_dev"] is None
+    assert runs.same_bits(trainer.engine.state_dict(), before)
 
 
 def test_groups_without_spread_do_not_move_the_weights(make_trainer):
@@ -225,14 +384,25 @@ def test_evaluation_is_on_fixed_noise_and_pictures_are_saved_with_rewards(make_t
     assert (trainer.folder / "samples" / "000000" / "grid.png").is_file()
 
 
-def test_wandb_offline_writes_a_run_that_a_resumed_training_continues(make_trainer):
-    trainer = make_trainer(run__wandb="offline", run__iterations=2, run__sample_every=1)
-    trainer.train()
-    identity = json.loads((trainer.folder / "wandb.json").read_text())["id"]
-    trainer = make_trainer(run__wandb="offline", run__iterations=3, run__sample_every=1)
-    trainer.train()
-    assert json.loads((trainer.folder / "wandb.json").read_text())["id"] == identity
-    assert len(list((trainer.folder / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
+def test_wandb_offline_writes_captioned_pictures_and_a_run_that_a_resumed_training_continues(make_trainer):
+    folders = []
+    for iterations in (1, 2):
+        trainer = make_trainer(run__wandb="offline", run__iterations=iterations, run__sample_every=1)
+        trainer.train()
+        identity = json.loads((trainer.folder / "wandb.json").read_text())["id"]
+        new = set((trainer.folder / "wandb").glob("offline-run-*")) - set(folders)
+        assert len(new) == 1
+        folder = new.pop()
+        assert folder.name.endswith(f"-{identity}")
+        folders.append(folder)
+        pictures = {path.read_bytes() for path in (folder / "files" / "media").rglob("samples*.png")}
+        saved = trainer.folder / "samples" / f"{iterations:06d}"
+        record = (folder / f"run-{identity}.wandb").read_bytes()
+        for entry in json.loads((saved / "index.json").read_text()):
+            assert (saved / entry["file"]).read_bytes() in pictures
+            caption = json.dumps(f"{entry['prompt']}\nbrightness {entry['rewards']['pixels/brightness']:.3f}")
+            assert caption.encode() in record
+    assert folders[0].name.rpartition("-")[2] == folders[1].name.rpartition("-")[2]
 
 
 def test_two_trainings_in_one_folder_are_refused(make_trainer):
