@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.prompts.embeddings import EmbeddingCache, encoder_identity
@@ -71,6 +73,30 @@ def test_embeddings_are_encoded_once_and_come_back(cache):
     assert _encode.calls == 70  # one more to learn the size
     got = found.get(PROMPTS[4])
     assert got["text"].dtype == torch.bfloat16 and got["text"].tolist() == [[5.0] * 3] and got["ids"].tolist() == [[1]]
+
+
+def _fill_as_rank(rank, folder):
+    _encode.calls = 0
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    filled = EmbeddingCache(folder / "cache", "encoder", torch.bfloat16, World.current("cpu"))
+    filled.fill(PROMPTS, _encode, lambda text: None)
+    assert not filled.missing(PROMPTS)
+    for prompt in PROMPTS:
+        assert filled.get(prompt)["text"].tolist() == [[float(len(prompt.text))] * 3]
+    (folder / f"calls-{rank}").write_text(str(_encode.calls))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_encoding_and_both_find_every_prompt(tmp_path):
+    torch.multiprocessing.spawn(_fill_as_rank, (tmp_path,), nprocs=2)
+    # 69 prompts dealt to two, and one more on each to learn the size.
+    assert [int((tmp_path / f"calls-{rank}").read_text()) for rank in range(2)] == [36, 35]
+    folder = tmp_path / "cache" / "encoder"
+    index = json.loads((folder / "index.json").read_text())
+    assert len(index["prompts"]) == len(PROMPTS)
+    # No left-over temporaries.
+    assert {path.name for path in folder.iterdir()} == {"index.json", *index["prompts"].values()}
+    assert not EmbeddingCache(tmp_path / "cache", "encoder", torch.bfloat16, World()).missing(PROMPTS)
 
 
 def test_an_edited_prompt_is_encoded_again_and_a_missing_one_is_an_error(cache):
