@@ -1,13 +1,16 @@
 """The configuration: every wrong key and value stops at once and says what would work."""
 
+import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fastvideo_grpo import cli, plan
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import plan
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.tiny.flux import write_flux
 
@@ -212,3 +215,39 @@ def test_dry_run_from_the_command_line_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in done.stdout and "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("options_first", [True, False])
+def test_dry_run_prints_the_resolved_configuration_and_the_plan(monkeypatch, capsys, options_first):
+    monkeypatch.chdir(ROOT)
+    file = "train_scripts/configs/flux_t2i_released_8gpu.yaml"
+    options, overrides = ["--dry-run", "--world-size", "4"], ["run.iterations=7", "optim.lr=3e-4"]
+    words = [*options, *overrides] if options_first else [*overrides, *options]
+    assert cli.main(["train", file, *words]) == 0
+    resolved, _, text = capsys.readouterr().out.partition("\n\n")
+    expected = configuration.load(file, overrides)
+    assert yaml.safe_load(resolved) == configuration.to_dict(expected)
+    assert expected.run.iterations == 7 and expected.optim.lr == 3e-4
+    assert plan.describe(expected, plan.model_facts(expected, published_if_missing=True), 4) in text
+    assert "processes    4 (deepspeed, ZeRO" in text and "7 iterations in" in text
+
+
+def test_world_size_is_for_dry_runs_only(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["train", "train_scripts/configs/flux_t2i_tiny.yaml", "--world-size", "4"]) == 1
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def _examples():
+    for name in ("train", "sample", "export", "demo"):
+        epilog = importlib.import_module(f"fastvideo_grpo.commands.{name}").EPILOG
+        yield from (line.strip() for line in epilog.splitlines() if line.startswith("  fastvideo-grpo "))
+
+
+@pytest.mark.parametrize("line", list(_examples()))
+def test_every_example_of_the_help_can_be_typed(line):
+    _, command, *words = shlex.split(line, comments=True)
+    arguments, module = cli.parse([command, *words])
+    assert arguments.command == command and module.__name__ == cli.SUBCOMMANDS[command][0]
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    assert getattr(arguments, "overrides", []) == overrides
