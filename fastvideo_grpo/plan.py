@@ -224,7 +224,7 @@ def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
     import diffusers
     import torch
 
-    from fastvideo_grpo.trainers.lora import add_lora
+    from fastvideo_grpo.engines.lora import add_lora
 
     with torch.device("meta"):
         # FastVideo's FLUX has diffusers' parameters one to one, and diffusers' class is imported in a fraction of the time.

@@ -49,7 +49,7 @@ from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
 from fastvideo_grpo.tracking.pictures import caption, save_samples
 from fastvideo_grpo.tracking.wandb_run import WandbRun
-from fastvideo_grpo.trainers.lora import add_lora, lora_disabled
+from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.trainers.replay import TrajectoryReplay
 
 logger = logging.getLogger(__name__)

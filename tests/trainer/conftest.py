@@ -38,7 +38,7 @@ def make_trainer(tiny_flux, tmp_path) -> Callable[..., Any]:
         empty = tmp_path / "empty.yaml"
         empty.write_text("{}")
         config = configuration.load(empty, runs.settings(tmp_path, tiny_flux, **overrides))
-        trainer = load_trainer(config, World())
+        trainer = load_trainer(config, World.current())
         trainer.setup_training() if train else trainer.setup_rewards()
         return trainer
 

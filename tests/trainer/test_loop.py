@@ -102,7 +102,7 @@ def test_training_moves_every_weight_that_the_output_depends_on(make_trainer):
 
 
 def test_lora_trains_adapters_only_and_starts_as_the_model(make_trainer):
-    from fastvideo_grpo.trainers.lora import LoRALinear, lora_disabled
+    from fastvideo_grpo.engines.lora import LoRALinear, lora_disabled
 
     trainer = make_trainer(**FLAVOURS["lora"], run__iterations=1)
     layers = {name: m for name, m in trainer.transformer.named_modules() if isinstance(m, LoRALinear)}
