@@ -28,6 +28,7 @@ from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
 from fastvideo_grpo.checkpoints.store import CheckpointStore, write_atomic
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
+from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
@@ -49,7 +50,6 @@ from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
 from fastvideo_grpo.tracking.pictures import caption, save_samples
 from fastvideo_grpo.tracking.wandb_run import WandbRun
-from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.trainers.replay import TrajectoryReplay
 
 logger = logging.getLogger(__name__)
