@@ -21,7 +21,7 @@ import torch
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.tiny.flux import write_flux
-from fastvideo_grpo.trainers.base import Clock
+from fastvideo_grpo.tracking.statistics import Clock
 from fastvideo_grpo.trainers.load import load_trainer
 
 GROUP = 4
@@ -101,19 +101,19 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
     return totals[0], forward * config.sample.steps + decode, totals[1], backward * trained
 
 
-def _advantages(trainer, rollout):  # type: ignore[no-untyped-def]
+def _advantages(trainer, rollout):
     from fastvideo_grpo.grpo.advantages import group_advantages
 
     return group_advantages(rollout.scores, rollout.valid, trainer.rewards.weights)
 
 
-def _bare(trainer, size: int, repeats: int) -> tuple[float, float, float]:  # type: ignore[no-untyped-def]
+def _bare(trainer, size: int, repeats: int) -> tuple[float, float, float]:
     """Seconds per sample of a forward without gradients, of a forward and backward, and of decoding."""
     conditioning = trainer.conditioning(trainer.prompts[0], size)
     sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(trainer.world.device)
     level = trainer.schedule.at(torch.zeros(size, dtype=torch.int64))
 
-    def timed(step) -> float:  # type: ignore[no-untyped-def]
+    def timed(step) -> float:
         step()
         start = time.perf_counter()
         for _ in range(4 * repeats):

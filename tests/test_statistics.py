@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.trainers.base import _Statistics
+from fastvideo_grpo.tracking.statistics import UpdateStatistics
 
 NAN = float("nan")
 
 
 def _summary(*added):
-    statistics = _Statistics()
+    statistics = UpdateStatistics()
     for ratios, weights, first in added:
         ratios = torch.tensor(ratios)
         info = {"ratio": ratios, "clipped": ((ratios - 1).abs() > 0.1).float()}
@@ -48,6 +48,6 @@ def test_a_rank_whose_rows_all_only_fill_hides_nothing():
         def all_gather_object(self, value):
             return [value, ({}, 0.0, 0.0, None, None)]
 
-    statistics = _Statistics()
+    statistics = UpdateStatistics()
     statistics.add(torch.tensor(0.5), {"ratio": torch.tensor([NAN])}, torch.tensor([1.0]), first=True)
     assert math.isnan(statistics.summary(Two())["train/ratio_first_update_max_dev"])

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import functools
 import json
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,6 +46,8 @@ from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
 from fastvideo_grpo.tracking.pictures import caption, save_samples
+from fastvideo_grpo.tracking.provenance import git_commit, versions
+from fastvideo_grpo.tracking.statistics import Clock, UpdateStatistics, memory_metrics
 from fastvideo_grpo.tracking.wandb_run import WandbRun
 from fastvideo_grpo.trainers.replay import TrajectoryReplay
 
@@ -215,6 +214,7 @@ class GRPOTrainer:
         except BaseException:
             self.unlock()
             raise
+        self._saved = self.first_iteration
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
@@ -349,44 +349,44 @@ class GRPOTrainer:
             self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
             self.unlock()
             return
-        saved = self.first_iteration
         if self.first_iteration == 0:
             self._evaluate_and_picture(0)
         for iteration in range(self.first_iteration, config.iterations):
-            metrics: dict[str, Any] = {"iteration": iteration}
             clock = Clock()
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
-            try:
-                metrics.update(self._reward_metrics(rollout))
-            except TooManyInvalidRewards:
-                if saved != iteration:
-                    self._save(iteration)
-                raise
-            weights = self.rewards.weights
-            advantages = group_advantages(rollout.scores, rollout.valid, weights)
+            metrics = self._reward_metrics(iteration, rollout)
+            advantages = group_advantages(rollout.scores, rollout.valid, self.rewards.weights)
             metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
             chosen = self.select(advantages)
             metrics.update(self.update(iteration, rollout, advantages, chosen, clock))
-            finished = iteration + 1
-            if config.eval_every and (finished % config.eval_every == 0 or finished == config.iterations):
-                with clock.phase("evaluation"):
-                    metrics.update(self.evaluate())
-            metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
-            metrics.update(memory_metrics(self.world))
-            if self.world.rank == 0:
-                with keep_going(self.log.path):
-                    self.log.append(metrics)
-                self.wandb.log(metrics)
-            self.console.iteration(finished, config.iterations, metrics)
-            if config.sample_every and (finished % config.sample_every == 0 or finished == config.iterations):
-                self.picture(finished)
-            if (finished % config.save_every == 0 or finished == config.iterations) and self._save(finished):
-                saved = finished
+            self._finish_iteration(iteration + 1, metrics, clock)
         self.wandb.finish()
         self.unlock()
-        if saved != config.iterations:
-            raise RuntimeError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+        if self._saved != config.iterations:
+            raise UserError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+
+    def _finish_iteration(self, finished: int, metrics: dict[str, Any], clock: Clock) -> None:
+        """Evaluate, log, save pictures and a checkpoint, each where it is due; ``finished`` iterations are done."""
+        config = self.config.run
+
+        def due(every: int) -> bool:
+            return every > 0 and (finished % every == 0 or finished == config.iterations)
+
+        if due(config.eval_every):
+            with clock.phase("evaluation"):
+                metrics.update(self.evaluate())
+        metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
+        metrics.update(memory_metrics(self.world))
+        if self.world.rank == 0:
+            with keep_going(self.log.path):
+                self.log.append(metrics)
+            self.wandb.log(metrics)
+        self.console.iteration(finished, config.iterations, metrics)
+        if due(config.sample_every):
+            self.picture(finished)
+        if due(config.save_every):
+            self._save(finished)
 
     def unlock(self) -> None:
         """Let another process train in this run's folder."""
@@ -442,8 +442,9 @@ class GRPOTrainer:
             self.rewards.failure_counts[message] += int((~sound).sum())
         return sound
 
-    def _reward_metrics(self, rollout: Rollout) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
+    def _reward_metrics(self, iteration: int, rollout: Rollout) -> dict[str, Any]:
+        """Numbers of an iteration's rewards; saves what was trained and raises when too many samples have none."""
+        metrics: dict[str, Any] = {"iteration": iteration}
         counted = torch.stack([rollout.valid[name] for name, weight in self.rewards.weights.items() if weight != 0]).all(0)
         total, failed = counted.numel(), int((~counted).sum())
         for name in self.rewards.names:
@@ -459,6 +460,8 @@ class GRPOTrainer:
                 metrics[f"reward/{name}/above_threshold"] = above.mean().item() if len(above) else math.nan
         if failed > self.config.rewards.max_invalid_fraction * total:
             reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
+            if self._saved != iteration:
+                self._save(iteration)
             raise TooManyInvalidRewards(
                 f"{failed} of {total} samples of this iteration could not be scored, more than rewards.max_invalid_fraction="
                 f"{self.config.rewards.max_invalid_fraction} allows: {'; '.join(sorted(set(reasons))) or 'no reason given'}. "
@@ -484,7 +487,7 @@ class GRPOTrainer:
         engine = self.engine
         assert engine is not None
         grpo = self.config.grpo
-        stats = _Statistics()
+        stats = UpdateStatistics()
         norms: list[float] = []
         skipped_before = engine.skipped_updates
         with clock.phase("exchange"):
@@ -602,7 +605,7 @@ class GRPOTrainer:
         if self.config.run.sample_every:
             self.picture(iteration)
 
-    def _save(self, iteration: int) -> bool:
+    def _save(self, iteration: int) -> None:
         engine = self.engine
         assert engine is not None
 
@@ -616,7 +619,8 @@ class GRPOTrainer:
                 "git_commit": git_commit(),
             }
 
-        return self.store.save(iteration, write)
+        if self.store.save(iteration, write):
+            self._saved = iteration
 
 
 def embedding_cache(config: Config, checkpoint: Path, model: type[GRPOTrainer], world: World) -> EmbeddingCache:
@@ -656,68 +660,6 @@ def keep_going(file: str | Path) -> Iterator[None]:
         logger.error("%s was not written: %s; the run goes on without it", file, error)
 
 
-class Clock:
-    """Seconds per phase of an iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-
-def _largest(*values: float | None) -> float | None:
-    """The largest value; NaN if one is NaN (``max`` would hide it), None if there is none."""
-    known = [value for value in values if value is not None]
-    if any(math.isnan(value) for value in known):
-        return math.nan
-    return max(known, default=None)
-
-
-class _Statistics:
-    """Per-row statistics of an iteration's updates, over the rows that count."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.rows = 0.0
-        self.loss = 0.0
-        self.deviation: float | None = None
-        self.deviation_max: float | None = None
-
-    def add(self, loss: Tensor, info: dict[str, Tensor], weights: Tensor, *, first: bool) -> None:
-        counted = weights > 0
-        self.rows += counted.sum().item()
-        self.loss += loss.item()
-        for name, values in info.items():
-            self.sums[name] += values[counted].double().sum().item()
-        if "ratio" in info and bool(counted.any()):
-            deviation = (info["ratio"][counted] - 1).abs().max().item()
-            self.deviation_max = _largest(self.deviation_max, deviation)
-            if first:
-                self.deviation = _largest(self.deviation, deviation)
-
-    def summary(self, world: World) -> dict[str, float | None]:
-        parts = world.all_gather_object((dict(self.sums), self.rows, self.loss, self.deviation, self.deviation_max))
-        rows = sum(part[1] for part in parts)
-        names = sorted({name for part in parts for name in part[0]} - {"ratio"})
-        labels = {"clipped": "clip_fraction"}
-        metrics = {
-            f"train/{labels.get(name, name)}": sum(part[0].get(name, 0.0) for part in parts) / rows if rows else math.nan
-            for name in names
-        }
-        return {
-            "train/loss": sum(part[2] for part in parts),
-            "train/ratio_first_update_max_dev": _largest(*(part[3] for part in parts)),
-            "train/ratio_max_dev": _largest(*(part[4] for part in parts)),
-            **metrics,
-        }
-
-
 def lock_folder(folder: Path) -> IO[str]:
     """Hold ``folder/lock`` as long as the returned file is open (the kernel lets go of it when the process ends).
 
@@ -733,37 +675,3 @@ def lock_folder(folder: Path) -> IO[str]:
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): take care that no second training writes to it", folder, error)
     return file
-
-
-def memory_metrics(world: World) -> dict[str, float]:
-    """Peak memory of rank 0 so far, in GiB: device memory on GPUs, resident memory on CPUs."""
-    if world.device.type == "cuda":
-        return {"memory/device_peak_gib": torch.cuda.max_memory_allocated(world.device) / 2**30}
-    import resource
-
-    return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    from importlib.metadata import version
-
-    names = ("fastvideo_grpo", "torch", "fastvideo", "diffusers", "transformers", "deepspeed")
-    return {name: version(name) for name in names}
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """The commit of this checkout; None for an installed package, or where there is no git."""
-    import subprocess
-
-    root = Path(__file__).resolve().parent.parent.parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    # An installed package may lie inside somebody else's repository.
-    lines = done.stdout.split()
-    return lines[1] if len(lines) == 2 and Path(lines[0]).resolve() == root else None

@@ -106,7 +106,7 @@ def test_only_rewards_that_count_can_stop_a_run(make_trainer, weight, stops):
 
 
 def test_training_needs_no_git(tmp_path):
-    code = "from fastvideo_grpo.trainers.base import git_commit; print(git_commit())"
+    code = "from fastvideo_grpo.tracking.provenance import git_commit; print(git_commit())"
     for path, expected in (("", "None"), (None, None)):
         environment = {"PATH": path} if path is not None else None
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
