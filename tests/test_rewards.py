@@ -211,10 +211,10 @@ def test_media_a_reward_cannot_look_at_are_refused():
     rewards.check_frames(1)
     rewards.check_frames(5)
     rewards.rewards["script"].media_kind = "image"
-    with pytest.raises(ValueError, match=r"sample.frames is 5"):
+    with pytest.raises(ValueError, match=r"the model makes 5 frame"):
         rewards.check_frames(5)
     rewards.rewards["script"].media_kind = "video"
-    with pytest.raises(ValueError, match=r"sample.frames is 1"):
+    with pytest.raises(ValueError, match=r"the model makes 1 frame"):
         rewards.check_frames(1)
 
 

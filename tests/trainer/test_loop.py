@@ -207,7 +207,7 @@ def test_too_many_failed_rewards_stop_the_run_with_what_was_trained_saved(make_t
 
     trainer = make_trainer(rewards__max_invalid_fraction=0.1, run__iterations=5, run__save_every=4)
     _with_reward(trainer, _Faulty(lambda call: "raise" if call > 8 else None))  # from the second iteration on
-    with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 scores.*scorer lost"):
+    with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*scorer lost"):
         trainer.train()
     assert trainer.store.iterations() == [1] and len(_lines(trainer)) == 1
 
