@@ -86,6 +86,7 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
     )
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
+    trainer.unlock()  # the next measurement uses the same folder
     samples = PROMPTS * GROUP
     totals = [0.0, 0.0]
     for iteration in range(iterations + 1):

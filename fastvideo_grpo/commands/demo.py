@@ -31,7 +31,7 @@ MEANING = {
 BUILT_IN = """\
 A tiny FLUX (470 k parameters, made by this project) draws coloured shapes. It was pretrained with 40 % of the captions'
 colours wrong on purpose, so that there is something to put right; GRPO sees only rewards. The noise level is 1.0, not the
-paper's 0.3, and the learning rate 5e-4, not 1e-5: a model this small has to learn in 50 iterations."""
+paper's 0.3, and the learning rate 5e-4, not 1e-5: a model this small has to learn in 40 iterations."""
 
 EPILOG = """\
 examples:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reward", choices=sorted(REWARDS), default="colour_match", help="what is rewarded (default: colour_match)"
     )
-    parser.add_argument("--iterations", type=int, default=50, metavar="N", help="iterations of GRPO (default: 50)")
+    parser.add_argument("--iterations", type=int, default=40, metavar="N", help="iterations of GRPO (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)")
     parser.epilog = EPILOG
