@@ -29,7 +29,7 @@ MEANING = {
     "jpeg_size": "minus the picture's size as a JPEG, in kilobytes; watch how it is won, by destroying the picture",
 }
 BUILT_IN = """\
-A tiny FLUX (470 k parameters, made by this project) draws coloured shapes. It was pretrained with 40 % of the captions'
+A tiny FLUX (490 k parameters, made by this project) draws coloured shapes. It was pretrained with 40 % of the captions'
 colours wrong on purpose, so that there is something to put right; GRPO sees only rewards. The noise level is 1.0, not the
 paper's 0.3, and the learning rate 5e-4, not 1e-5: a model this small has to learn in 40 iterations."""
 
