@@ -54,7 +54,7 @@ class LoRAConfig:
 class ModelConfig:
     """The model to train."""
 
-    kind: str = _key("flux", "model family", choices=["flux"])
+    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
@@ -73,7 +73,9 @@ class PromptsConfig:
         "none", "folder of cached text embeddings (encoded once, text encoders then leave memory), or none: encode as needed"
     )
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
-    text_length: int = _key(512, "tokens the sequence text encoder (T5) pads and cuts prompts to", minimum=1)
+    text_length: int = _key(
+        512, "tokens of the sequence text encoder: FLUX's T5 pads and cuts to them, HunyuanVideo's Llama only cuts", minimum=1
+    )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
 
 
@@ -83,6 +85,9 @@ class SampleConfig:
 
     height: int = _key(720, "pixels", minimum=1)
     width: int = _key(720, "pixels", minimum=1)
+    frames: int = _key(1, "frames of a video, 4k + 1; 1: an image (one latent frame)", minimum=1)
+    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
+    vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
     steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key("flow_sde", "sampler of the rollout", choices=transitions.names)
@@ -175,7 +180,13 @@ class EngineConfig:
         "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
     )
     deepspeed_json: str | None = _key(None, "a DeepSpeed configuration file whose keys are added to ours (deepspeed only)")
-    activation_checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+    sequence_parallel: int = _key(
+        1, "processes that share the tokens of one sample (Ulysses attention); divides heads and processes", minimum=1
+    )
+    offload_idle: bool = _key(False, "VAE, text encoders and inline rewards leave the device while they are not used")
+    activation_checkpointing: str = _key(
+        "none", "activations recomputed in the backward pass: none, full (every block), or every:K (every K-th block)"
+    )
     micro_batch_size: int = _key(1, "samples of one prompt that go through the network together", minimum=1)
 
 
@@ -226,6 +237,8 @@ FREE_ON_RESUME = [
     "engine.zero_stage",
     "engine.offload",
     "engine.deepspeed_json",
+    "engine.sequence_parallel",
+    "engine.offload_idle",
     "engine.activation_checkpointing",
     "run.dir",
     "run.iterations",
@@ -364,8 +377,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
     if sample.transition == "ode":
         yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde"
-    if config.model.kind == "flux" and sample.transition == "ddim":
-        yield "sample.transition is 'ddim', but flux predicts a velocity; use flow_sde"
+    if sample.transition == "ddim":
+        yield f"sample.transition is 'ddim', but {config.model.kind} predicts a velocity; use flow_sde"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
     if config.optim.ema_decay == 1.0:
@@ -379,8 +392,34 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield f"engine.offload is {config.engine.offload!r}, which needs engine.kind=deepspeed"
     if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
         yield "engine.offload is 'parameters', which needs engine.zero_stage=3"
+    if config.engine.kind == "local" and config.engine.sequence_parallel > 1:
+        yield f"engine.sequence_parallel is {config.engine.sequence_parallel}, which needs engine.kind=deepspeed (and torchrun)"
+    try:
+        checkpointed_blocks(config.engine.activation_checkpointing)
+    except ValueError as error:
+        yield f"engine.activation_checkpointing {error}"
+    if config.model.kind == "flux" and sample.frames != 1:
+        yield f"sample.frames is {sample.frames}, but flux makes images; use 1"
+    if sample.frames % 4 != 1:
+        below = max(1, sample.frames - (sample.frames - 1) % 4)
+        yield f"sample.frames is {sample.frames}; it must be 4k + 1: {below} or {below + 4}"
     if config.engine.offload == "optimizer" and config.engine.zero_stage == 0:
         yield "engine.offload is 'optimizer', which needs engine.zero_stage of 1, 2 or 3"
+
+
+def checkpointed_blocks(value: str) -> int:
+    """``engine.activation_checkpointing`` as a number: 0 none, 1 every block, K every K-th.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    known = {"none": 0, "full": 1}
+    prefix, _, every = value.partition(":")
+    if prefix == "every" and every.isdigit() and int(every) >= 1:
+        return int(every)
+    if value not in known:
+        raise ValueError(f"is {value!r}; allowed: none, full, every:K with K of 1 or more (every:2 is every second block)")
+    return known[value]
 
 
 def check(config: Config) -> None:

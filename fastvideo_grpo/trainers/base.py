@@ -638,10 +638,11 @@ def make_engine(trainer: GRPOTrainer) -> Engine:
     """The configured engine around the trainer's network."""
     config, world = trainer.config, trainer.world
     module = trainer.transformer
-    if config.engine.activation_checkpointing:
-        from fastvideo.training.activation_checkpoint import apply_activation_checkpointing
+    every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
+    if every:
+        from fastvideo.training.activation_checkpoint import CheckpointType, apply_activation_checkpointing
 
-        module = apply_activation_checkpointing(module)
+        module = apply_activation_checkpointing(module, CheckpointType.BLOCK_SKIP, n_layer=every)
     if config.engine.kind == "deepspeed":
         from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine
 

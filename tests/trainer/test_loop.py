@@ -18,7 +18,7 @@ FLAVOURS = {
     "plain": {},
     "lora": {"model__lora__rank": 4, "model__lora__alpha": 8.0, "optim__lr": 1e-2},
     "best of": {"grpo__best_of__top": 1, "grpo__best_of__bottom": 2},
-    "activation checkpointing": {"engine__activation_checkpointing": True},
+    "activation checkpointing": {"engine__activation_checkpointing": "full"},
     "kl": {"grpo__kl_weight": 0.1},
     "per group": {"grpo__timesteps__per": "group", "sample__init_noise": "per_sample"},
 }

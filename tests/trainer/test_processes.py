@@ -196,7 +196,7 @@ RECIPE = {
     **DEEPSPEED,
     **LORA,
     "engine__zero_stage": 2,
-    "engine__activation_checkpointing": True,
+    "engine__activation_checkpointing": "full",
     "model__precision": "bf16",
     "optim__ema_decay": 0.9,
     "optim__lr": 1e-3,
