@@ -15,7 +15,7 @@ from fastvideo_grpo.errors import UserError
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastvideo_grpo.commands.train", "train a model with GRPO, or resume a run"),
-    "sample": ("fastvideo_grpo.commands.sample", "draw pictures from a configuration's model, or from a run"),
+    "sample": ("fastvideo_grpo.commands.sample", "draw pictures or clips from a configuration's model, or from a run"),
     "export": ("fastvideo_grpo.commands.export", "write a run's weights as diffusers loads them"),
     "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX, on one CPU core, in under two minutes"),
     "tiny": ("fastvideo_grpo.tiny.command", "write a tiny checkpoint in the real on-disk format"),

@@ -36,17 +36,14 @@ def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | list[str
     return field(default=default, metadata=metadata)
 
 
-ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
 @dataclass
 class LoRAConfig:
     """Low-rank adapters in place of full weights."""
 
     rank: int = _key(128, "inner dimension of each adapter", minimum=1)
     alpha: float = _key(256.0, "the adapter's output is scaled by alpha / rank", above=0)
-    targets: list[str] = _key(
-        ATTENTION_PROJECTIONS, "linear layers that get an adapter: ends of module names (default: attention projections)"
+    targets: list[str] | None = _key(
+        None, "linear layers that get an adapter: ends of FastVideo's module names (default: the attention projections)"
     )
 
 
@@ -60,6 +57,7 @@ class ModelConfig:
     precision: str = _key(
         "bf16", "dtype the network is loaded and runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
     )
+    vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in", choices=["fp32", "bf16", "fp16"])
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
 
 

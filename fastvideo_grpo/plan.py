@@ -3,87 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from dataclasses import dataclass
+import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.prompts.files import read_prompts
-from fastvideo_grpo.published import BY_KIND
 from fastvideo_grpo.rewards.reward_set import check_entry
-
-COMPONENTS = {
-    "flux": {
-        "_class_name": "FluxPipeline",
-        "folders": ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"],
-    }
-}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the checkpoint's configuration files say; ``source`` names where they were read."""
-
-    source: str
-    transformer: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder_2: dict[str, Any]
-
-    @property
-    def compression(self) -> int:
-        """Pixels per latent, along one side."""
-        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
-
-
-def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelFacts:
-    """Read the checkpoint's configuration files.
-
-    Args:
-        published_if_missing: without the folder, take the published model's configuration (``--dry-run`` without weights).
-
-    Raises:
-        ConfigError: no such folder, another kind of checkpoint, or a missing component; says what was expected and found.
-    """
-    path = Path(config.model.path)
-    kind = config.model.kind
-    name, published = BY_KIND[kind]
-    if not path.exists() and published_if_missing:
-        return ModelFacts(
-            f"the published configuration of {name} ({path} is not there)",
-            *(published[component] for component in ("transformer", "vae", "text_encoder_2")),
-        )
-    index = path / "model_index.json"
-    if not index.is_file():
-        what = "has no model_index.json" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"model.path={path} {what}; expected the diffusers folder of {name} (the script in train_scripts says where to "
-            f"get it), or make a tiny one: fastvideo-grpo tiny {kind} --out {path}"
-        )
-    expected = COMPONENTS[kind]
-    found = json.loads(index.read_text()).get("_class_name")
-    if found != expected["_class_name"]:
-        raise ConfigError(
-            f"model.path={path} holds a {found} (model_index.json), but model.kind={kind} needs a {expected['_class_name']}"
-        )
-    missing = [folder for folder in expected["folders"] if not (path / folder).is_dir()]
-    if missing:
-        raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
-    parts = {}
-    for component in ("transformer", "vae", "text_encoder_2"):
-        file = path / component / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"model.path={path} lacks {component}/config.json; download the whole repository")
-        parts[component] = json.loads(file.read_text())
-    return ModelFacts(str(path), **parts)
 
 
 def dealing(config: Config, ranks: int) -> Dealing:
-    """How the configured iteration is cut into micro-batches and dealt to ``ranks`` processes."""
+    """How the configured iteration is cut into micro-batches and dealt to ``ranks`` data-parallel ranks."""
     best = config.grpo.best_of
     return Dealing(
         config.grpo.prompts_per_iteration,
@@ -102,9 +36,14 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         here: the run will start on this machine: what it needs must be installed and its files present.
         training: False only draws pictures: training prompts and dealing do not matter.
     """
-    problems = []
-    if config.model.kind == "flux" and config.prompts.text_length > 512:
-        problems.append(f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens")
+    problems = list(FAMILIES[config.model.kind].problems(config, facts))
+    shared = config.engine.sequence_parallel
+    if ranks % shared or facts.heads % shared:
+        ways = [n for n in range(1, facts.heads + 1) if ranks % n == 0 and facts.heads % n == 0]
+        problems.append(
+            f"engine.sequence_parallel is {shared}; it must divide the {ranks} processes and the model's {facts.heads} "
+            f"attention heads: {', '.join(map(str, ways))}"
+        )
     if training:
         for key, prompts in (("path", config.prompts.path), ("eval_path", config.prompts.eval_path)):
             try:
@@ -122,16 +61,9 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(
                 "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
             )
-    multiple = max(2 * facts.compression, 16)  # packing takes 2x2 latents; FastVideo's FLUX asks for multiples of 16
-    for key in ("height", "width"):
-        value = getattr(config.sample, key)
-        if value % multiple:
-            below, above = value // multiple * multiple, -(-value // multiple) * multiple
-            near = f"{below} or {above}" if below else str(above)
-            problems.append(f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}")
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
-    checks = [dealing(config, ranks).check] if training else []
+    checks = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
     checks += [partial(check_entry, name, entry) for name, entry in config.rewards.models.items()]
     for check in checks:
         try:
@@ -168,17 +100,19 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
 
     trainable, total = count_parameters(config, facts)
     sample, grpo = config.sample, config.grpo
-    dealt = dealing(config, ranks)
-    channels = int(facts.transformer["in_channels"])
-    tokens = (sample.height // facts.compression // 2) * (sample.width // facts.compression // 2)
+    family = FAMILIES[config.model.kind]
+    shared = config.engine.sequence_parallel
+    dealt = dealing(config, ranks // shared)
+    latent = family.latent_shape(facts, sample)
+    tokens = family.image_tokens(facts, sample)
     per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     prompts = read_prompts(config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout(0))
-    trajectory = samples / ranks * (sample.steps + 1) * tokens * channels * 4
+    trajectory = samples * shared / ranks * (sample.steps + 1) * math.prod(latent) * 4
     updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
     bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
-    embedding = config.prompts.text_length * int(facts.text_encoder_2["d_model"]) * bytes_per
+    embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
     weights = total * (2 if config.model.precision == "bf16" else 4)
     state = trainable * (12 if config.model.precision == "bf16" else 8) + trainable * 4
     gpus = torch.cuda.device_count()
@@ -191,7 +125,9 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         + (f"; EMA {_gib(4 * trainable)} of host memory in all" if config.optim.ema_decay else "")
         + "; activations, VAE, text encoders and rewards not counted",
         f"disk         {_gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
-        f"sample       {sample.width}x{sample.height} pixels = {tokens} image tokens of {channels} channels, "
+        f"sample       {sample.width}x{sample.height} pixels"
+        + (f" x {sample.frames} frames" if sample.frames > 1 else "")
+        + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
         f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
         f"(noise level {sample.noise_level}, shift {sample.shift})",
         f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
@@ -203,11 +139,13 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         ),
         f"processes    {ranks} ({config.engine.kind}"
         + (f", ZeRO {config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "")
+        + (f", {ranks // shared} groups of {shared} share a sample's tokens" if shared > 1 else "")
         + f"); {gpus} GPUs here",
         f"iteration    {grpo.prompts_per_iteration} prompts x {grpo.group_size} samples = {samples} samples "
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
-        f"{rollouts * sample.steps} forwards a process; trajectories {_gib(trajectory)} a process",
+        f"{rollouts * sample.steps} forwards a process; trajectories {_gib(trajectory)} of host memory a "
+        + ("group" if shared > 1 else "process"),
         f"  rewards    {', '.join(f'{name} ({reward.kind})' for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
@@ -221,19 +159,18 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
 
 def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
     """(trained, all) parameters of the transformer, built at its real size on the meta device."""
-    import diffusers
-    import torch
-
     from fastvideo_grpo.engines.lora import add_lora
+    from fastvideo_grpo.fastvideo_models import diffusers_transformer, fastvideo_transformer
 
-    with torch.device("meta"):
-        # FastVideo's FLUX has diffusers' parameters one to one, and diffusers' class is imported in a fraction of the time.
-        module = getattr(diffusers, facts.transformer["_class_name"]).from_config(
-            {k: v for k, v in facts.transformer.items() if not k.startswith("_")}
-        )
+    # diffusers' class has the same parameters (fused otherwise) and is imported in a fraction of the time; adapters sit on
+    # FastVideo's layers, which only FLUX shares.
+    if config.model.lora is None or config.model.kind == "flux":
+        module = diffusers_transformer(facts.transformer)
+    else:
+        module = fastvideo_transformer(config.model.kind, facts.transformer)
     total = sum(p.numel() for p in module.parameters())
     if config.model.lora is not None:
-        add_lora(module, config.model.lora, seed=0)
+        add_lora(module, lora_settings(config), seed=0)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, total
 

@@ -28,4 +28,36 @@ FLUX_1_DEV: dict[str, dict[str, Any]] = {
 }
 """black-forest-labs/FLUX.1-dev: the keys this project reads."""
 
-BY_KIND = {"flux": ("FLUX.1-dev", FLUX_1_DEV)}
+HUNYUAN_VIDEO: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "attention_head_dim": 128,
+        "guidance_embeds": True,
+        "in_channels": 16,
+        "mlp_ratio": 4.0,
+        "num_attention_heads": 24,
+        "num_layers": 20,
+        "num_refiner_layers": 2,
+        "num_single_layers": 40,
+        "out_channels": 16,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "pooled_projection_dim": 768,
+        "qk_norm": "rms_norm",
+        "rope_axes_dim": [16, 56, 56],
+        "rope_theta": 256.0,
+        "text_embed_dim": 4096,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKLHunyuanVideo",
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 16,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.476986,
+        "spatial_compression_ratio": 8,
+        "temporal_compression_ratio": 4,
+    },
+    "text_encoder": {"hidden_size": 4096, "num_hidden_layers": 32},
+}
+"""hunyuanvideo-community/HunyuanVideo: the keys this project reads."""

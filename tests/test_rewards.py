@@ -3,15 +3,18 @@
 import importlib.metadata
 import logging
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
+from fastvideo_grpo.rewards import Reward, RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
 from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
+from fastvideo_grpo.rewards.moving_colour import DIRECTIONS, direction_of
 from fastvideo_grpo.rewards.threshold import Threshold, above
+from fastvideo_grpo.tiny import moving_shapes
 
 
 def request_of(batch=3, frames=1, prompt="a red circle", fill=128):
@@ -58,11 +61,14 @@ def good_answer(quality=(1.0, 2.0, 3.0), motion=(4.0, 5.0, 6.0), valid=(True, Tr
 # --- requests
 
 
-@pytest.mark.parametrize("media", [
-    torch.zeros(1, 1, 8, 8, 3),
-    torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
-    torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8),
-])
+@pytest.mark.parametrize(
+    "media",
+    [
+        torch.zeros(1, 1, 8, 8, 3),
+        torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+        torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8),
+    ],
+)
 def test_request_refuses_other_media(media):
     with pytest.raises(ValueError, match=r"uint8 \[batch, frames, height, width, 3\]"):
         RewardRequest(["a"], media)
@@ -96,8 +102,12 @@ def test_outputs_left_out_are_all_outputs():
 
 
 def test_entries_may_be_objects():
-    entry = SimpleNamespace(kind="jpeg_size", checkpoint=None, params={"quality": 50},
-                            outputs={"jpeg_size": SimpleNamespace(weight=2.0, threshold=None)})
+    entry = SimpleNamespace(
+        kind="jpeg_size",
+        checkpoint=None,
+        params={"quality": 50},
+        outputs={"jpeg_size": SimpleNamespace(weight=2.0, threshold=None)},
+    )
     rewards = RewardSet({"size": entry})
     assert rewards.weights == {"size/jpeg_size": 2.0}
     assert rewards.rewards["size"].quality == 50
@@ -139,24 +149,29 @@ def test_a_reward_that_raises_is_masked_named_and_counted(caplog):
 
 
 def test_a_failing_reward_leaves_the_others_alone():
-    rewards = RewardSet({
-        "broken": {"kind": "scripted", "params": {"answer": ValueError("x")}},
-        "size": {"kind": "jpeg_size"},
-    })
+    rewards = RewardSet(
+        {
+            "broken": {"kind": "scripted", "params": {"answer": ValueError("x")}},
+            "size": {"kind": "jpeg_size"},
+        }
+    )
     batch = rewards.score(request_of())
     assert batch.valid["size/jpeg_size"].all()
     assert not batch.valid["broken/quality"].any()
 
 
-@pytest.mark.parametrize("answer, text", [
-    (None, "NoneType"),
-    (RewardResult({"motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "lacks the output"),
-    (RewardResult({"quality": torch.zeros(3, 1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[3, 1]"),
-    (RewardResult({"quality": torch.zeros(1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[1]"),
-    (RewardResult({"quality": [0.0] * 3, "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "list"),
-    (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(3)), "valid is"),
-    (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(2, dtype=torch.bool)), "valid is"),
-])
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        (None, "NoneType"),
+        (RewardResult({"motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "lacks the output"),
+        (RewardResult({"quality": torch.zeros(3, 1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[3, 1]"),
+        (RewardResult({"quality": torch.zeros(1), "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "[1]"),
+        (RewardResult({"quality": [0.0] * 3, "motion": torch.zeros(3)}, torch.ones(3, dtype=torch.bool)), "list"),
+        (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(3)), "valid is"),
+        (RewardResult({"quality": torch.zeros(3), "motion": torch.zeros(3)}, torch.ones(2, dtype=torch.bool)), "valid is"),
+    ],
+)
 def test_answers_of_the_wrong_form_are_masked(answer, text):
     batch = scripted_set(answer).score(request_of())
     assert not batch.valid["script/quality"].any()
@@ -176,23 +191,28 @@ def test_ctrl_c_ends_the_run():
 
 
 def test_scores_carry_no_gradient_and_are_float32():
-    answer = RewardResult({"quality": torch.ones(3, dtype=torch.float16), "motion": torch.ones(3, requires_grad=True)},
-                          torch.ones(3, dtype=torch.bool))
+    answer = RewardResult(
+        {"quality": torch.ones(3, dtype=torch.float16), "motion": torch.ones(3, requires_grad=True)},
+        torch.ones(3, dtype=torch.bool),
+    )
     batch = scripted_set(answer).score(request_of())
     assert all(not s.requires_grad and s.dtype == torch.float32 for s in batch.scores.values())
 
 
-@pytest.mark.parametrize("models, text", [
-    ({}, "rewards.models is empty"),
-    ({"a/b": {"kind": "jpeg_size"}}, "may not hold '/'"),
-    ({"a": {}}, "rewards.models.a.kind"),
-    ({"a": {"kind": "jpg_size"}}, "did you mean 'jpeg_size'"),
-    ({"a": {"kind": "jpeg_size", "params": {"qualty": 3}}}, "rewards.models.a: .*'qualty'.*'quality'.*sign"),
-    ({"a": {"kind": "jpeg_size", "outputs": {"size": {}}}}, r"rewards.models.a.outputs.size: .*jpeg_size"),
-    ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"weight": math.nan}}}}, "weight is nan"),
-    ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"threshold": "high"}}}}, "threshold is 'high'"),
-    ({"a": {"kind": "jpeg_size", "checkpoint": "x.pt"}}, "takes no checkpoint"),
-])
+@pytest.mark.parametrize(
+    "models, text",
+    [
+        ({}, "rewards.models is empty"),
+        ({"a/b": {"kind": "jpeg_size"}}, "may not hold '/'"),
+        ({"a": {}}, "rewards.models.a.kind"),
+        ({"a": {"kind": "jpg_size"}}, "did you mean 'jpeg_size'"),
+        ({"a": {"kind": "jpeg_size", "params": {"qualty": 3}}}, "rewards.models.a: .*'qualty'.*'quality'.*sign"),
+        ({"a": {"kind": "jpeg_size", "outputs": {"size": {}}}}, r"rewards.models.a.outputs.size: .*jpeg_size"),
+        ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"weight": math.nan}}}}, "weight is nan"),
+        ({"a": {"kind": "jpeg_size", "outputs": {"jpeg_size": {"threshold": "high"}}}}, "threshold is 'high'"),
+        ({"a": {"kind": "jpeg_size", "checkpoint": "x.pt"}}, "takes no checkpoint"),
+    ],
+)
 def test_a_wrong_configuration_is_refused_with_its_key(models, text):
     with pytest.raises(ValueError, match=text):
         RewardSet(models)
@@ -200,7 +220,7 @@ def test_a_wrong_configuration_is_refused_with_its_key(models, text):
 
 def test_every_entry_is_checked_before_any_reward_is_made():
     made = []
-    register("costly")(type("Costly", (Scripted, ), {"__init__": lambda self: made.append(self)}))
+    register("costly")(type("Costly", (Scripted,), {"__init__": lambda self: made.append(self)}))
     with pytest.raises(ValueError, match=r"rewards.models.second"):
         RewardSet({"first": {"kind": "costly"}, "second": {"kind": "scripted"}})
     assert not made
@@ -222,8 +242,12 @@ def test_media_a_reward_cannot_look_at_are_refused():
 
 
 def test_own_kinds_are_known():
-    assert {"jpeg_size", "colour_match"} <= set(kinds())
+    assert {"jpeg_size", "colour_match", "frame_difference", "moving_colour"} <= set(kinds())
     assert create("jpeg_size", params={"sign": 1}).sign == 1
+    for kind in ("jpeg_size", "colour_match", "frame_difference", "moving_colour"):
+        reward = create(kind).to("cpu")
+        assert isinstance(reward, Reward)
+        reward.close()
 
 
 def test_unknown_kind_names_the_nearest_and_all():
@@ -255,8 +279,7 @@ def test_a_kind_registered_twice_is_refused():
 @pytest.fixture
 def entry_points(monkeypatch):
     points = []
-    monkeypatch.setattr(importlib.metadata, "entry_points",
-                        lambda group: [point for point in points if point.group == group])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point for point in points if point.group == group])
 
     def add(name, value):
         points.append(importlib.metadata.EntryPoint(name, value, registry.ENTRY_POINT_GROUP))
@@ -358,7 +381,191 @@ def test_a_prompt_without_one_known_colour_is_invalid_not_zero():
     assert result.scores["colour_match"][1] == 1.0
     batch = RewardSet({"colour": {"kind": "colour_match"}}).score(RewardRequest(prompts, media))
     assert batch.valid["colour/colour_match"].tolist() == [False, True, False, False]
+    assert "the prompt must name exactly one of red, green" in batch.failures[0] and "3 of 4" in batch.failures[0]
     assert colour_of("CYAN!") == list(PALETTE).index("cyan")
+
+
+# --- frame_difference
+
+
+def test_frame_difference_is_the_mean_change_and_flicker_wins():
+    still = torch.full((1, 5, 8, 8, 3), 90, dtype=torch.uint8)
+    brighter = still + 51 * torch.arange(3, dtype=torch.uint8).repeat_interleave(2)[:5].view(1, 5, 1, 1, 1)
+    flicker = still.clone()
+    flicker[:, ::2], flicker[:, 1::2] = 0, 255
+    request = RewardRequest(["a"] * 3, torch.cat([still, brighter, flicker]))
+    result = create("frame_difference").score(request)
+    # `brighter` rises by 51 (a fifth of 255) in 2 of 4 steps.
+    assert result.scores["frame_difference"].tolist() == pytest.approx([0, 0.1, 1])
+    assert result.valid.all()
+
+
+@pytest.mark.parametrize("kind", ["frame_difference", "moving_colour"])
+def test_rewards_for_motion_refuse_images(kind):
+    rewards = RewardSet({"motion": {"kind": kind}})
+    rewards.check_frames(5)
+    with pytest.raises(ValueError, match="scores videos, but the model makes 1 frame"):
+        rewards.check_frames(1)
+    with pytest.raises(ValueError, match="have one"):
+        create(kind).score(request_of(prompt="a red circle moving left"))
+
+
+# --- moving_colour
+
+
+def disc_at(column, row, colour="red", radius=5.0, opacity=1.0):
+    """float [32, 32, 3]: a disc on grey."""
+    rows, columns = np.mgrid[0:32, 0:32]
+    inside = ((columns - column) ** 2 + (rows - row) ** 2 < radius**2)[..., None]
+    return np.where(inside, opacity * np.array(PALETTE[colour]) + (1 - opacity) * 120, 120.0)
+
+
+def moving_score(frames, prompt="a red circle moving right", **params):
+    clip = torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8))
+    result = create("moving_colour", params=params).score(RewardRequest([prompt], clip[None]))
+    assert result.valid.all()
+    return result.scores["moving_colour"].item()
+
+
+def travelling(frames, pixels=10.0, **how):
+    """A disc that moves right by `pixels` in all."""
+    return [disc_at(16 + pixels * (part - 0.5), 15, **how) for part in np.linspace(0, 1, frames)]
+
+
+CLIP_LENGTHS = pytest.mark.parametrize("frames", [5, 9, 13])
+
+
+@CLIP_LENGTHS
+@pytest.mark.parametrize("colour", PALETTE)
+def test_moving_colour_tells_directions_apart(frames, colour):
+    rng = np.random.default_rng(0)
+    for named, (across, down) in DIRECTIONS.items():
+        radius, pixels, off = rng.uniform(4, 7), rng.uniform(8, 16), rng.uniform(-3, 3, 2)
+        centres = [16 + off + pixels * (part - 0.5) * np.array([across, down]) for part in np.linspace(0, 1, frames)]
+        clip = [disc_at(*centre, colour, radius) + rng.normal(0, 4, (32, 32, 3)) for centre in centres]
+        for word in DIRECTIONS:
+            score = moving_score(clip, f"a {colour} circle moving {word}")
+            assert score > 0.95 if word == named else score < 0.01, (named, word)
+
+
+def test_moving_colour_judges_the_clips_that_the_tiny_video_model_learns():
+    clips, captions = moving_shapes.dataset(64, seed=3)
+    media, reward = torch.from_numpy(clips), create("moving_colour")
+    for turn in range(4):
+        prompts = [moving_shapes.PROMPTS[caption // 4 * 4 + (caption + turn) % 4] for caption in captions]
+        scores = reward.score(RewardRequest(prompts, media)).scores["moving_colour"]
+        assert (scores > 0.8).all() if turn == 0 else (scores < 0.1).all()
+
+
+def test_up_is_towards_the_first_row():
+    clip = [disc_at(16, row) for row in (22, 19, 16, 13, 10)]
+    assert moving_score(clip, "a red circle moving up") == 1.0
+    assert moving_score(clip, "a red circle moving down") == 0.0
+
+
+@CLIP_LENGTHS
+def test_moving_colour_wants_the_colour_it_was_asked_for(frames):
+    for colour in PALETTE:
+        score = moving_score(travelling(frames, colour=colour), "a red circle moving right")
+        assert score == (1.0 if colour == "red" else 0.0)
+
+
+@CLIP_LENGTHS
+def test_moving_colour_gives_part_of_the_score_for_part_of_the_way(frames):
+    scores = [moving_score(travelling(frames, pixels)) for pixels in (0, 2, 4, 6, 8)]
+    assert scores[0] == 0 and scores[-1] == 1.0
+    assert all(0.15 < later - earlier < 0.4 for earlier, later in pairwise(scores[:-1]))
+    assert moving_score(travelling(frames, 4), travel=0.1) == 1.0, "travel is the fraction of the frame that is asked for"
+
+
+@CLIP_LENGTHS
+def test_moving_colour_gives_nothing_for_change_that_is_no_motion(frames):
+    rng = np.random.default_rng(1)
+    whole, parts = np.broadcast_to(np.array(PALETTE["red"]), (32, 32, 3)), np.linspace(0, 1, frames)
+    columns = np.arange(32)[None, :, None]
+    clips = {
+        "static": [disc_at(16, 16) + rng.normal(0, 4, (32, 32, 3)) for _ in parts],
+        "noise": list(rng.integers(0, 256, (frames, 32, 32, 3)).astype(float)),
+        "coloured noise": [np.where(rng.random((32, 32, 1)) < 0.2, whole, 120.0) for _ in parts],
+        "empty": [np.full((32, 32, 3), 120.0)] * frames,
+        "flood": [whole] * frames,
+        "flood fading in": [part * whole + (1 - part) * 120 for part in parts],
+        "flood from one side": [np.where(columns < 2 + 30 * part, whole, 120.0) for part in parts],
+        "to and fro": [disc_at(8 if i % 2 == 0 else 24, 16) for i in range(frames)],
+        "to and fro, ending away": [disc_at(8 if i % 2 == 0 else 24, 16) for i in range(frames - 1)],
+        "there and back": [disc_at(20 - 12 * abs(2 * part - 1), 16) for part in parts],
+        "flicker while moving": [disc_at(10 + 12 * part, 16, opacity=i % 2) for i, part in enumerate(parts)],
+        "gone in one frame": [disc_at(10 + 12 * part, 16, opacity=i != 2) for i, part in enumerate(parts)],
+        "leaving the frame": [disc_at(20 + 20 * part, 16) for part in parts],
+    }
+    for name, clip in clips.items():
+        assert moving_score(clip) < 0.05, name
+
+
+@CLIP_LENGTHS
+def test_moving_colour_gives_little_for_jumps_slants_and_fades(frames):
+    parts = np.linspace(0, 1, frames)
+    one_jump = [disc_at(8 if part < 0.5 else 24, 16) for part in parts]
+    assert moving_score(one_jump) == pytest.approx(1.5 / (frames - 1))
+    assert moving_score(one_jump, largest_step=1) == pytest.approx(1 / (frames - 1))
+    diagonal = [disc_at(11 + 10 * part, 11 + 10 * part) for part in parts]
+    assert 0.3 < moving_score(diagonal) < 0.7
+    assert moving_score([disc_at(11 + 10 * part, 14 + 2 * part) for part in parts]) == 1.0, "a little slant is free"
+    fade = [(1 - part) * disc_at(8, 16) + part * disc_at(24, 16) for part in parts]
+    assert moving_score(fade) < 0.3
+
+
+def test_moving_colour_wants_a_thing_of_some_size():
+    assert moving_score(travelling(9, radius=2)) < 0.6
+    assert moving_score(travelling(9, radius=2), min_area=0.005) > 0.95
+    assert moving_score(travelling(9, radius=7), max_area=0.1) < 0.6
+    assert moving_score(travelling(9, radius=7)) == 1.0
+
+
+def test_moving_colour_is_continuous_in_the_pixels():
+    # From the clip to its mirror image, and out of sight, in small steps.
+    clip = np.stack(travelling(9))
+    for end in (clip[:, :, ::-1], np.full_like(clip, 120)):
+        steps = np.linspace(0, 1, 101)
+        scores = [moving_score((1 - part) * clip + part * end) for part in steps]
+        assert scores[0] == 1.0 and scores[-1] == 0.0
+        assert np.abs(np.diff(scores)).max() < 0.15
+
+
+def test_a_prompt_without_one_colour_and_one_direction_is_invalid_not_zero():
+    prompts = [
+        "a red circle moving right",
+        "a red circle",
+        "a circle moving right",
+        "a red circle moving left and right",
+        "a red and a blue circle moving right",
+        "a RED circle, moving Right!",
+        "a red circle on the right-hand side moving upwards",
+    ]
+    clip = torch.from_numpy(np.stack(travelling(9)).astype(np.uint8))[None].expand(len(prompts), -1, -1, -1, -1)
+    batch = RewardSet({"motion": {"kind": "moving_colour"}}).score(RewardRequest(prompts, clip, fps=8))
+    assert batch.valid["motion/moving_colour"].tolist() == [True, False, False, False, False, True, True]
+    assert batch.raw["motion/moving_colour"][[0, 5, 6]].tolist() == [1, 1, 1]
+    assert "exactly one of left, right, up, down (4 of 7 samples masked)" in batch.failures[0]
+    assert direction_of("moving UP") == "up" and direction_of("upwards") is None
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"travel": 0},
+        {"travel": 1.5},
+        {"travel": "far"},
+        {"min_area": 0},
+        {"min_area": 0.4},
+        {"max_area": 1.2},
+        {"largest_step": 0.5},
+        {"largest_step": math.inf},
+    ],
+)
+def test_moving_colour_refuses_other_parameters(params):
+    with pytest.raises(ValueError, match=f"moving_colour: .*{next(iter(params))} (is )?.*; "):
+        create("moving_colour", params=params)
 
 
 # --- threshold

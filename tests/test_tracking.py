@@ -1,12 +1,18 @@
 """metrics.jsonl, pictures and the console."""
 
+import io
 import json
 
+import av
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
-from fastvideo_grpo.tracking.pictures import save_samples
+from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, save_samples
+from fastvideo_grpo.tracking.wandb_run import WandbRun
 
 
 def test_metrics_are_lines_of_json_and_are_cut_back(tmp_path):
@@ -24,11 +30,111 @@ def test_metrics_are_lines_of_json_and_are_cut_back(tmp_path):
 def test_samples_are_saved_with_prompt_and_rewards(tmp_path):
     media = torch.randint(0, 256, (3, 1, 32, 48, 3), dtype=torch.uint8)
     rewards = [{"m/score": 0.5}, {"m/score": None}, {"m/score": 1.0}]
-    sheet = save_samples(tmp_path, media, ["a cat", "a dog", "x " * 60], rewards, columns=2)
-    assert sheet.width > 2 * 96 and (tmp_path / "grid.png").is_file()
+    files = save_samples(tmp_path, media, ["a cat", "a dog", "x " * 60], rewards, columns=2)
+    assert Image.open(tmp_path / "grid.png").width > 2 * 96
+    for file, picture in zip(files, media, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), picture[0])
     index = json.loads((tmp_path / "index.json").read_text())
     assert [entry["file"] for entry in index] == ["0000.png", "0001.png", "0002.png"]
     assert index[1] == {"file": "0001.png", "prompt": "a dog", "rewards": {"m/score": None}}
+
+
+def clips_of(batch=2, frames=9, height=32, width=48):
+    """Smooth clips: a gradient with a blob of another colour that moves. Every frame differs from the others."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    media = np.empty((batch, frames, height, width, 3))
+    for b in range(batch):
+        for f in range(frames):
+            blob = np.exp(-((columns - width * (f + 1) / (frames + 1)) ** 2 + (rows - height / 2) ** 2) / (height / 4) ** 2)
+            background = np.stack([2 * columns + 20 * b, 3 * rows, 60 + 0 * rows], axis=-1)
+            media[b, f] = background + blob[..., None] * ([210, 40, 40] - background)
+    return torch.from_numpy(media.clip(0, 255).astype(np.uint8))
+
+
+def read_mp4(source):
+    """uint8 [F, H, W, 3], frames per second."""
+    with av.open(source) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return frames, stream.average_rate
+
+
+def test_clips_are_saved_as_mp4_with_contact_sheets_and_read_back(tmp_path):
+    media = clips_of()
+    rewards = [{"m/score": 0.5}, {"m/score": None}]
+    files = save_samples(tmp_path, media, ["a red circle moving right", "a dog"], rewards, fps=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("0000.mp4", "0000.png", "0001.mp4", "0001.png", "grid.png", "index.json")
+    ]
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index[1] == {
+        **{"file": "0001.mp4", "prompt": "a dog", "rewards": {"m/score": None}},
+        **{"contact_sheet": "0001.png", "fps": 8, "frames": 9, "enlarged": 6},
+    }
+    assert files == [tmp_path / entry["file"] for entry in index]
+    for file, clip in zip(files, media.numpy(), strict=True):
+        read, fps = read_mp4(file)
+        assert fps == 8 and read.shape == (9, 32 * 6, 48 * 6, 3)
+        middles = read[:, 3::6, 3::6].astype(float)
+        assert np.abs(middles - clip).mean() < 2, "the pixels of a small clip are not blurred into each other"
+        assert np.abs(read.astype(float) - clip.repeat(6, axis=1).repeat(6, axis=2)).mean() < 2
+    grid, sheet = Image.open(tmp_path / "grid.png"), Image.open(tmp_path / "0000.png")
+    assert grid.height > 2 * sheet.height and grid.width > sheet.width + 200, "a row for each clip, text beside it"
+
+
+@pytest.mark.parametrize("height, width", [(33, 47), (32, 271), (301, 64), (256, 256), (5, 3)])
+def test_clips_of_any_size_can_be_encoded(height, width):
+    clip, factor = clips_of(1, 5, height, width)[0], enlargement(height, width)
+    read, _ = read_mp4(io.BytesIO(encode_mp4(clip, 8)))
+    height, width = height * factor, width * factor
+    assert read.shape == (5, height + height % 2, width + width % 2, 3)
+    shown = clip.numpy().repeat(factor, axis=1).repeat(factor, axis=2)
+    assert np.abs(read[:, :height, :width].astype(float) - shown).mean() < 3
+
+
+def test_small_clips_are_enlarged_by_an_even_factor():
+    assert [enlargement(side, side // 2) for side in (8, 32, 100, 128, 255, 256, 832)] == [32, 8, 4, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("fps", [8, 23.976, 0.5, 60])
+def test_clips_keep_their_frame_rate(fps):
+    read, rate = read_mp4(io.BytesIO(encode_mp4(clips_of(1)[0], fps)))
+    assert float(rate) == pytest.approx(fps, rel=1e-4) and len(read) == 9
+
+
+def test_clips_need_a_frame_rate(tmp_path):
+    with pytest.raises(ValueError, match="fps is not given"):
+        save_samples(tmp_path, clips_of(1), ["a"], [{}])
+    with pytest.raises(ValueError, match="fps is 0"):
+        save_samples(tmp_path, clips_of(1), ["a"], [{}], fps=0)
+
+
+@pytest.mark.parametrize("frames, shown", [(2, [0, 1]), (9, list(range(9))), (13, [0, 2, 3, 4, 6, 8, 9, 10, 12])])
+def test_a_contact_sheet_has_the_first_and_the_last_frame(frames, shown):
+    clip = torch.arange(frames, dtype=torch.uint8).mul(10).view(-1, 1, 1, 1).expand(-1, 96, 96, 3)
+    pixels = np.asarray(contact_sheet(clip))
+    assert pixels.shape[0] == 96
+    assert [int(column) // 10 for column in pixels[0, 48 :: 96 + 6, 0]] == shown
+
+
+def test_contact_sheets_of_large_clips_are_small():
+    assert contact_sheet(torch.zeros(5, 480, 832, 3, dtype=torch.uint8)).height == 148
+
+
+def test_wandb_offline_keeps_clips_with_their_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    files = save_samples(tmp_path / "samples", clips_of(), ["a cat", "a dog"], [{}, {}], fps=8)
+    run = WandbRun("offline", tmp_path, {})
+    run.log({"iteration": 0, "loss": 1.0})
+    run.log_pictures(0, files, ["a cat\nscore 1.0", "a dog\nscore 0.5"])
+    run.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    kept = {path.read_bytes() for path in (folder / "files" / "media").rglob("*.mp4")}
+    assert kept == {file.read_bytes() for file in files}
+    (record,) = folder.glob("*.wandb")
+    assert json.dumps("a dog\nscore 0.5").encode() in record.read_bytes()
 
 
 def test_console_shows_rewards_invalid_scores_and_evaluations(capsys):

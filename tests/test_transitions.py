@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvideo_grpo.sampling import schedules, transitions
-from fastvideo_grpo.sampling.rollout import rollout
+from fastvideo_grpo.sampling.rollout import Walk, rollout
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "transitions.json"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden numbers (../shared/golden) are not beside the project")
@@ -111,10 +111,12 @@ def test_flow_sde_keeps_the_marginals_of_a_gaussian_target(noise_level):
     latents, _ = rollout(
         _gaussian_velocity(0.5),
         torch.randn(4000, 2),
-        schedules.flow(100, 1.0),
-        transitions.get("flow_sde", noise_level=noise_level),
-        lambda i: torch.randn(4000, 2),
-        record=False,
+        Walk(
+            schedules.flow(100, 1.0),
+            transitions.get("flow_sde", noise_level=noise_level),
+            lambda i: torch.randn(4000, 2),
+            record=False,
+        ),
     )
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
@@ -129,10 +131,7 @@ def test_ddim_keeps_the_marginals_of_a_gaussian_target():
     latents, _ = rollout(
         epsilon,
         torch.randn(4000, 2),
-        schedule,
-        transitions.get("ddim", noise_level=1.0),
-        lambda i: torch.randn(4000, 2),
-        record=False,
+        Walk(schedule, transitions.get("ddim", noise_level=1.0), lambda i: torch.randn(4000, 2), record=False),
     )
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import plan
+from fastvideo_grpo import families, plan
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         *arguments.overrides,
     ]
     config = configuration.load(data / "demo.yaml", overrides)
-    plan.check_run(config, plan.model_facts(config), ranks=1)
+    plan.check_run(config, families.model_facts(config), ranks=1)
     print(f"{BUILT_IN}\n\nreward: {MEANING[arguments.reward]}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.commands.train import prepare_process

@@ -1,4 +1,4 @@
-"""``fastvideo-grpo sample``: pictures from a configuration's model, or from a run."""
+"""``fastvideo-grpo sample``: pictures or clips from a configuration's model, or from a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import plan
+from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.errors import UserError
 
@@ -20,9 +20,12 @@ examples:
   fastvideo-grpo sample runs/flux --prompt "a red circle" --samples 4
   fastvideo-grpo sample runs/flux --prompts prompts.txt --weights ema --out pictures
   fastvideo-grpo sample train_scripts/configs/flux_t2i_tiny.yaml --prompt "a red circle" sample.steps=20
+  fastvideo-grpo sample runs/hunyuan --prompt "a red circle moving left" sample.frames=13 sample.fps=8
 
 The ODE sampler is used, on noise that depends on the prompt and the sample's number only: the same command on two
-checkpoints gives pictures that compare. Each picture is scored by the configured rewards."""
+checkpoints gives samples that compare. Each is scored by the configured rewards. Of an image model they are .png
+files; of a video model .mp4 files of sample.frames frames, sample.fps a second, each with a contact sheet (.png).
+grid.png shows all of them, index.json has their prompts and rewards."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)"
     )
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
         "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
     parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
-    parser.add_argument("--no-rewards", action="store_true", help="do not score the pictures (reward models need not be there)")
+    parser.add_argument("--no-rewards", action="store_true", help="do not score the samples (reward models need not be there)")
     parser.epilog = EPILOG
 
 
@@ -66,13 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompts or not prompts:
         prompts += read_prompts(arguments.prompts or config.prompts.eval_path or config.prompts.path)
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
-    config.engine.kind, config.engine.offload = "local", "none"
+    config.engine.kind, config.engine.offload, config.engine.sequence_parallel = "local", "none", 1
     config.prompts.embeddings = "none"
     if arguments.no_rewards:
         config.rewards.models = {}
-    plan.check_run(config, plan.model_facts(config), ranks=1, training=False)
+    plan.check_run(config, families.model_facts(config), ranks=1, training=False)
     sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
-    print(f"{len(prompts) * arguments.samples} pictures in {arguments.out}; all of them: {sheet}")
+    clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
+    what = "pictures" if config.sample.frames == 1 else clips
+    print(f"{len(prompts) * arguments.samples} {what} in {arguments.out}; all of them: {sheet}")
     return 0
 
 
@@ -98,5 +103,5 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
         for i in range(len(drawn.media))
     ]
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4))
+    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4), fps=config.sample.fps)
     return out / "grid.png"

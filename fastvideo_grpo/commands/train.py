@@ -6,7 +6,7 @@ import argparse
 import os
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import plan
+from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
 
 EPILOG = """\
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.world_size is not None and not arguments.dry_run:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
     ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    facts = plan.model_facts(config, published_if_missing=arguments.dry_run)
+    facts = families.model_facts(config, published_if_missing=arguments.dry_run)
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
@@ -53,7 +53,7 @@ def train(config: Config) -> None:
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.trainers.load import load_trainer
 
-    world = World.current(timeout_minutes=config.run.timeout_minutes)
+    world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     trainer = load_trainer(config, world)
     trainer.setup_training()
     trainer.train()

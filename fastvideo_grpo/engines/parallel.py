@@ -25,11 +25,15 @@ _cpu_group_of: dist.ProcessGroup | None = None
 class World:
     """The processes of this run as one of them sees them.
 
+    `sequence_parallel` consecutive ranks share the tokens of one sample (as FastVideo's groups do); such a group has one
+    data rank, and its first rank is the leader, which decodes, scores and keeps what was sampled.
+
     Attributes:
         rank: index of this process, 0 to size - 1.
         size: number of processes.
         local_rank: index of this process on its machine.
         device: where this process computes, `cuda:LOCAL_RANK` or `cpu`.
+        sequence_parallel: processes a sample is shared by; divides size.
 
     `World()` is a run of one process without a process group.
     """
@@ -39,17 +43,42 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    sequence_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel < 1 or self.size % self.sequence_parallel:
+            raise ValueError(
+                f"{self.size} processes cannot be cut into sequence-parallel groups of {self.sequence_parallel} "
+                "(engine.sequence_parallel); use a divisor of the number of processes"
+            )
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this process's sequence-parallel group."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Number of sequence-parallel groups: how many micro-batches are worked on at once."""
+        return self.size // self.sequence_parallel
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the first of its sequence-parallel group."""
+        return self.rank % self.sequence_parallel == 0
 
     @classmethod
-    def current(cls, device: str | None = None, timeout_minutes: float = 30) -> World:
+    def current(cls, device: str | None = None, timeout_minutes: float = 30, sequence_parallel: int = 1) -> World:
         """The world of this process: an initialised process group (FastVideo may have made it), else torchrun's
         environment, else one process.
 
         Args:
             device: "cuda" or "cpu"; default: cuda where there is one.
             timeout_minutes: how long a rank waits for the others in one exchange; used for the groups made here.
+            sequence_parallel: processes that share one sample.
 
         Raises:
+            ValueError: `sequence_parallel` does not divide the number of processes.
             RuntimeError: torchrun's environment is incomplete, or cuda was asked for and is not there.
         """
         if device is None:
@@ -60,7 +89,7 @@ class World:
         place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
         if not (dist.is_available() and dist.is_initialized()):
             if "WORLD_SIZE" not in os.environ:
-                return cls(device=place)
+                return cls(device=place, sequence_parallel=sequence_parallel)
             missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
             if missing:
                 raise RuntimeError(
@@ -71,7 +100,8 @@ class World:
                 torch.cuda.set_device(place)
             backend = "nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        return cls(dist.get_rank(), dist.get_world_size(), local_rank, place, _gloo_group(timeout_minutes))
+        group = _gloo_group(timeout_minutes)
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, place, group, sequence_parallel)
 
     @property
     def distributed(self) -> bool:

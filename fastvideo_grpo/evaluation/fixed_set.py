@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.sampling.noise import SampleKey
 
 if TYPE_CHECKING:
@@ -52,19 +51,19 @@ def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, 
     """
     world, size = trainer.world, trainer.config.engine.micro_batch_size
     jobs = [(p, start) for p in range(len(prompts)) for start in range(0, samples, size)]
-    rounds = -(-len(jobs) // world.size)
+    rounds = -(-len(jobs) // world.data_size)
     parts: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
     for turn in range(rounds):
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
-        p, start = jobs[min(turn * world.size + world.rank, len(jobs) - 1)]
+        p, start = jobs[min(turn * world.data_size + world.data_rank, len(jobs) - 1)]
         members = list(range(start, min(start + size, samples)))
         keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
         drawn = trainer.draw(prompts[p], keys, deterministic=True)
+        if drawn.media is None:
+            continue  # the leader of this sequence-parallel group has the same samples
         scores: dict[str, Tensor] = {}
         if trainer.config.rewards.models:
-            count = len(members)
-            request = RewardRequest([prompts[p].text] * count, drawn.media, metadata=[prompts[p].metadata] * count)
-            scored = trainer.rewards.score(request)
+            scored = trainer.score(prompts[p], drawn.media)
             scores = {n: torch.where(scored.valid[n] & drawn.finite, scored.scores[n], torch.nan) for n in scored.scores}
         parts[p, start] = drawn.media, scores
     gathered: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}

@@ -16,7 +16,7 @@ class RewardRequest:
 
     prompts: B strings, the prompt each sample was drawn for.
     media: uint8 [B, F, H, W, 3], RGB in 0..255; an image has F = 1.
-    fps: frames per second of a video, None for images.
+    fps: frames per second of a video, None for images or where it is not known.
     metadata: B dicts, what else the prompt file says about each prompt; empty dicts when left out.
 
     Raises ValueError when the shapes, the dtype or the lengths disagree.
@@ -30,16 +30,21 @@ class RewardRequest:
     def __post_init__(self) -> None:
         media = self.media
         if media.dtype != torch.uint8 or media.ndim != 5 or media.shape[-1] != 3:
-            raise ValueError(f"RewardRequest.media is {media.dtype} {list(media.shape)}; "
-                             "it must be uint8 [batch, frames, height, width, 3]")
+            raise ValueError(
+                f"RewardRequest.media is {media.dtype} {list(media.shape)}; it must be uint8 [batch, frames, height, width, 3]"
+            )
         if len(self.prompts) != len(media):
-            raise ValueError(f"RewardRequest has {len(self.prompts)} prompts for {len(media)} samples; "
-                             "give one prompt a sample, repeated within a group")
+            raise ValueError(
+                f"RewardRequest has {len(self.prompts)} prompts for {len(media)} samples; "
+                "give one prompt a sample, repeated within a group"
+            )
         if not self.metadata:
             self.metadata = [{} for _ in self.prompts]
         if len(self.metadata) != len(self.prompts):
-            raise ValueError(f"RewardRequest has {len(self.metadata)} metadata entries for {len(self.prompts)} "
-                             "samples; give one dict a sample, or none at all")
+            raise ValueError(
+                f"RewardRequest has {len(self.metadata)} metadata entries for {len(self.prompts)} "
+                "samples; give one dict a sample, or none at all"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,10 +57,12 @@ class RewardResult:
     scores: for each of the reward's outputs float32 [B]; larger is better.
     valid: bool [B]; False where the reward could not judge the sample. The score there is not used, so a reward never
         has to make one up.
+    invalid_because: why samples are marked invalid, for the log; the same words each time, so that they can be counted.
     """
 
     scores: dict[str, torch.Tensor]
     valid: torch.Tensor
+    invalid_because: str = "marked invalid by the reward"
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import torch
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.registry import register
 
-# RGB, 0..255. The demo's pictures are drawn in these colours (tiny/shapes.py).
+# RGB, 0..255. The demo's pictures and clips are drawn in these colours (tiny/shapes.py).
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 200, 60),
@@ -19,6 +19,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "magenta": (210, 50, 210),
     "cyan": (40, 210, 210),
 }
+
+NO_COLOUR = f"the prompt must name exactly one of {', '.join(PALETTE)}"
 
 _COLOURS = list(PALETTE)
 _POINTS = np.array(list(PALETTE.values()), dtype=np.float32)
@@ -31,6 +33,12 @@ def colour_of(prompt: str) -> int | None:
     return named[0] if len(named) == 1 else None
 
 
+def squared_palette_distances(pixels: np.ndarray) -> np.ndarray:
+    """float32 [N, 3], RGB in 0..255 -> float32 [N, 6], squared Euclidean distance to each colour of `PALETTE`."""
+    # One palette colour at a time: [pixels, 6, 3] of a real picture would be large.
+    return np.stack([np.square(pixels - point).sum(axis=1) for point in _POINTS], axis=1)
+
+
 @register("colour_match")
 class ColourMatch:
     """Among the saturated pixels, the fraction whose nearest palette colour is the prompt's; 0 to 1.
@@ -41,7 +49,7 @@ class ColourMatch:
     out of range.
     """
 
-    outputs: tuple[str, ...] = ("colour_match", )
+    outputs: tuple[str, ...] = ("colour_match",)
     media_kind: MediaKind = "any"
 
     def __init__(self, *, saturation: float = 70, min_saturated: float = 0.03) -> None:
@@ -54,20 +62,19 @@ class ColourMatch:
 
     def score(self, request: RewardRequest) -> RewardResult:
         colours = [colour_of(prompt) for prompt in request.prompts]
-        scores = torch.full((len(request), ), float("nan"))
+        scores = torch.full((len(request),), float("nan"))
         for index, (colour, sample) in enumerate(zip(colours, request.media.cpu().numpy(), strict=True)):
             if colour is not None:
                 scores[index] = float(np.mean([self._match(frame, colour) for frame in sample]))
-        return RewardResult({"colour_match": scores}, torch.tensor([colour is not None for colour in colours]))
+        valid = torch.tensor([colour is not None for colour in colours])
+        return RewardResult({"colour_match": scores}, valid, invalid_because=NO_COLOUR)
 
     def _match(self, frame: np.ndarray, colour: int) -> float:
         pixels = frame.reshape(-1, 3).astype(np.float32)
         saturated = pixels[pixels.max(axis=1) - pixels.min(axis=1) > self.saturation]
         if len(saturated) < self.min_saturated * len(pixels):
             return 0.0
-        # One palette colour at a time: [pixels, 6, 3] of a real picture would be large.
-        distance = np.stack([np.square(saturated - point).sum(axis=1) for point in _POINTS], axis=1)
-        return float((distance.argmin(axis=1) == colour).mean())
+        return float((squared_palette_distances(saturated).argmin(axis=1) == colour).mean())
 
     def to(self, device: torch.device | str) -> Reward:
         return self

@@ -29,8 +29,9 @@ def register(kind: str) -> Callable[[F], F]:
     def add(factory: F) -> F:
         known = _registered.get(kind)
         if known is not None and _source(known) != _source(factory):
-            raise ValueError(f"reward kind '{kind}' is registered twice, by {_source(known)} and by "
-                             f"{_source(factory)}; rename one of them")
+            raise ValueError(
+                f"reward kind '{kind}' is registered twice, by {_source(known)} and by {_source(factory)}; rename one of them"
+            )
         _registered[kind] = factory
         return factory
 
@@ -61,15 +62,15 @@ def check(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any]
     allowed = [name for name in accepted if name != "checkpoint"]
     for name in params:
         if name not in allowed and (not takes_any or name == "checkpoint"):
-            raise ValueError(f"reward '{kind}' has no parameter '{name}'{_nearest(name, allowed)}; "
-                             f"allowed: {', '.join(allowed) or 'none'}")
+            raise ValueError(
+                f"reward '{kind}' has no parameter '{name}'{_nearest(name, allowed)}; allowed: {', '.join(allowed) or 'none'}"
+            )
     if checkpoint is not None and "checkpoint" not in accepted and not takes_any:
         raise ValueError(f"reward '{kind}' takes no checkpoint, but was given '{checkpoint}'; remove the key")
     required = [name for name, parameter in accepted.items() if parameter.default is parameter.empty]
     for name in required:
         if name == "checkpoint" and checkpoint is None:
-            raise ValueError(f"reward '{kind}' needs a checkpoint; "
-                             "set rewards.models.NAME.checkpoint to its file or folder")
+            raise ValueError(f"reward '{kind}' needs a checkpoint; set rewards.models.NAME.checkpoint to its file or folder")
         if name != "checkpoint" and name not in params:
             raise ValueError(f"reward '{kind}' needs the parameter '{name}'; set rewards.models.NAME.params.{name}")
     return factory
@@ -90,24 +91,26 @@ def _find(kind: str) -> Factory:
     if len(points) + (kind in _registered) > 1:
         owners = [_source(_registered[kind])] if kind in _registered else []
         owners += [point.value for point in points]
-        raise ValueError(f"reward kind '{kind}' is offered more than once: {', '.join(owners)}; "
-                         "uninstall or rename one")
+        raise ValueError(f"reward kind '{kind}' is offered more than once: {', '.join(owners)}; uninstall or rename one")
     if kind in _registered:
         return _registered[kind]
     if points:
         try:
             return points[0].load()
         except Exception as error:
-            raise ValueError(f"reward kind '{kind}' is offered by the entry point '{points[0].value}', which cannot be "
-                             f"imported: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"reward kind '{kind}' is offered by the entry point '{points[0].value}', which cannot be "
+                f"imported: {type(error).__name__}: {error}"
+            ) from error
     known = kinds()
     raise ValueError(f"unknown reward kind '{kind}'{_nearest(kind, known)}; known: {', '.join(known)}")
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
     # A distribution found twice on sys.path lists its entry points twice.
-    return list({(point.name, point.value): point
-                 for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}.values())
+    return list(
+        {(point.name, point.value): point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}.values()
+    )
 
 
 def _import_own() -> None:

@@ -48,8 +48,7 @@ class RewardSet:
 
     def __init__(self, models: Mapping[str, Any]) -> None:
         if not models:
-            raise ValueError("rewards.models is empty; name at least one reward, of kind "
-                             f"{', '.join(registry.kinds())}")
+            raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
         for model, entry in models.items():
             check_entry(model, entry)
         self.rewards: dict[str, Reward] = {}
@@ -57,8 +56,7 @@ class RewardSet:
         self.thresholds: dict[str, float | None] = {}
         self.failure_counts: Counter[str] = Counter()
         for model, entry in models.items():
-            reward = registry.create(_get(entry, "kind"), checkpoint=_get(entry, "checkpoint"),
-                                     params=_get(entry, "params"))
+            reward = registry.create(_get(entry, "kind"), checkpoint=_get(entry, "checkpoint"), params=_get(entry, "params"))
             self.rewards[model] = reward
             for output, settings in _outputs(model, entry, reward.outputs).items():
                 weight = _get(settings, "weight")
@@ -74,8 +72,10 @@ class RewardSet:
         for model, reward in self.rewards.items():
             unfit = {"image": frames > 1, "video": frames == 1}.get(reward.media_kind, False)
             if unfit:
-                raise ValueError(f"rewards.models.{model} scores {reward.media_kind}s, but the model makes {frames} frame(s); "
-                                 f"use a reward for {'images' if frames == 1 else 'videos'}")
+                raise ValueError(
+                    f"rewards.models.{model} scores {reward.media_kind}s, but the model makes {frames} frame(s); "
+                    f"use a reward for {'images' if frames == 1 else 'videos'}"
+                )
 
     def score(self, request: RewardRequest) -> ScoredBatch:
         """Score the samples with every reward.
@@ -94,10 +94,11 @@ class RewardSet:
                 batch.valid[name] = valid[name]
         return batch
 
-    def _score_one(self, model: str, reward: Reward, names: list[str], request: RewardRequest,
-                   failures: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _score_one(
+        self, model: str, reward: Reward, names: list[str], request: RewardRequest, failures: list[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         size = len(request)
-        raw = {name: torch.full((size, ), float("nan")) for name in names}
+        raw = {name: torch.full((size,), float("nan")) for name in names}
         valid = {name: torch.zeros(size, dtype=torch.bool) for name in names}
         try:
             with torch.no_grad():
@@ -107,8 +108,12 @@ class RewardSet:
             self._note(failures, f"reward {model}: {type(error).__name__}: {error}", size, size)
             return raw, valid
         if not judged.all():
-            self._note(failures, f"reward {model}: could not judge the sample (marked invalid by the reward)",
-                       int((~judged).sum()), size)
+            self._note(
+                failures,
+                f"reward {model}: could not judge the sample: {result.invalid_because}",
+                int((~judged).sum()),
+                size,
+            )
         for name in names:
             try:
                 scores = _column(result, name.rpartition("/")[2], size)
@@ -142,7 +147,7 @@ def _judged(result: RewardResult, size: int) -> torch.Tensor:
     if not isinstance(result, RewardResult):
         raise TypeError(f"score() returned {type(result).__name__}; it must return a RewardResult")
     valid = result.valid
-    if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool or valid.shape != (size, ):
+    if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool or valid.shape != (size,):
         raise ValueError(f"valid is {_describe(valid)}; it must be bool [{size}]")
     return valid.detach().cpu()
 
@@ -151,7 +156,7 @@ def _column(result: RewardResult, output: str, size: int) -> torch.Tensor:
     if output not in result.scores:
         raise ValueError(f"the answer lacks the output; it has {', '.join(result.scores) or 'none'}")
     scores = result.scores[output]
-    if not isinstance(scores, torch.Tensor) or scores.shape != (size, ) or scores.is_complex():
+    if not isinstance(scores, torch.Tensor) or scores.shape != (size,) or scores.is_complex():
         raise ValueError(f"the scores are {_describe(scores)}; they must be float32 [{size}]")
     return scores.detach().to("cpu", torch.float32)
 
@@ -190,7 +195,8 @@ def _outputs(model: str, entry: Any, known: tuple[str, ...]) -> Mapping[str, Any
             raise ValueError(f"{key}: the reward has no such output; it has {', '.join(known)}")
         for name in ("weight", "threshold"):
             value = _get(settings, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)
-                                      or not math.isfinite(value)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+            ):
                 raise ValueError(f"{key}.{name} is {value!r}; it must be a finite number")
     return chosen

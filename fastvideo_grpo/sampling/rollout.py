@@ -25,26 +25,31 @@ class Trajectory:
     log_probs: Tensor
 
 
-def rollout(
-    predict: Predict,
-    initial: Tensor,
-    schedule: Schedule,
-    transition: Transition,
-    noise: Callable[[int], Tensor],
-    *,
-    record: bool = True,
-) -> tuple[Tensor, Trajectory | None]:
-    """Draw samples by ``transition`` along ``schedule``, without gradients.
+@dataclass(frozen=True)
+class Walk:
+    """How to get from noise to data: by ``transition`` along ``schedule``.
+
+    ``noise``: transition index -> its noise ``[B, ...]``, in the shape of the states; not asked for at noise level 0.
+    ``record``: keep the trajectory.
+    """
+
+    schedule: Schedule
+    transition: Transition
+    noise: Callable[[int], Tensor]
+    record: bool = True
+
+
+def rollout(predict: Predict, initial: Tensor, walk: Walk) -> tuple[Tensor, Trajectory | None]:
+    """Draw samples, without gradients.
 
     Args:
         predict: the network, ``(sample [B, ...], level) -> output [B, ...]``.
         initial: initial noise ``[B, ...]``, float32, on the device to sample on.
-        noise: step index -> noise ``[B, ...]`` of that transition; not asked for when the noise level is 0.
-        record: False keeps no trajectory (evaluation).
 
     Returns:
         The final latents (float32, on the device of ``initial``) and the trajectory, or None.
     """
+    schedule, transition = walk.schedule, walk.transition
     sample = initial.float()
     batch = len(sample)
     latents, log_probs = [sample.cpu()], []
@@ -53,12 +58,12 @@ def rollout(
             level = schedule.at(torch.full((batch,), i))
             next_level = schedule.at(torch.full((batch,), i + 1))
             output = predict(sample, level)
-            draw = noise(i) if transition.noise_level > 0 else None
+            draw = walk.noise(i) if transition.noise_level > 0 else None
             step = transition.step(output, sample, level, next_level, noise=draw)
             sample = step.next_sample
-            if record:
+            if walk.record:
                 latents.append(sample.cpu())
                 log_probs.append(torch.full((batch,), torch.nan) if step.log_prob is None else step.log_prob.cpu())
-    if not record:
+    if not walk.record:
         return sample, None
     return sample, Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1))

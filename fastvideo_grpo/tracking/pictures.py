@@ -1,9 +1,11 @@
-"""Pictures of samples: single files with an index, and captioned grids."""
+"""Samples as files: pictures and clips with an index, contact sheets, and captioned grids."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from fastvideo_grpo.checkpoints.store import write_atomic
 
 _MARGIN = 6
 _MINIMUM_SIDE = 96  # pixels; smaller pictures are enlarged so that their captions can be read
+_SHEET_SIDE = 256  # pixels of the longer side; larger frames are made smaller for contact sheets
+_SHEET_FRAMES = 9  # all of a short clip, every 4th of 33 frames
+_CLIP_SIDE = 256  # pixels of the longer side; smaller clips are enlarged: players show them so small, and codecs blur them
+_TEXT_WIDTH = 240  # pixels beside a clip
+_LINE = 14  # pixels from one line of a caption to the next
+_CRF = 12  # x264's constant rate factor: 0 is lossless, 17 can hardly be told from the original, 23 is its default
+_BT709 = 1  # in H.264's tables of colour spaces, primaries and transfer curves
 
 
 def to_image(media: Tensor) -> Image.Image:
@@ -36,7 +45,7 @@ def grid(
     shown = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
     cell_width = max(image.width for image in shown)
     wrapped = [_wrap(caption, font, cell_width) for caption in captions]
-    text_height = max((len(lines) for lines in wrapped), default=0) * 14
+    text_height = max((len(lines) for lines in wrapped), default=0) * _LINE
     title_height = 20 if row_titles else 0
     cell_height = max(image.height for image in shown) + text_height + 2 * _MARGIN
     rows = -(-len(shown) // columns)
@@ -51,7 +60,7 @@ def grid(
             draw.text((x, y), row_titles[row], fill="black", font=ImageFont.load_default(size=13))
         sheet.paste(image, (x, y + title_height))
         for number, line in enumerate(wrapped[i]):
-            draw.text((x, y + title_height + image.height + 2 + 14 * number), line, fill="black", font=font)
+            draw.text((x, y + title_height + image.height + 2 + _LINE * number), line, fill="black", font=font)
     return sheet
 
 
@@ -70,26 +79,140 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
+def contact_sheet(clip: Tensor, frames: int = _SHEET_FRAMES) -> Image.Image:
+    """uint8 ``[F, H, W, 3]`` -> up to ``frames`` of the frames in a row, evenly chosen, the first and the last always.
+
+    Frames with a longer side below 96 pixels are enlarged by an integer (nearest neighbour), above 256 made smaller.
+    """
+    chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
+    shown = [_for_sheet(Image.fromarray(np.asarray(clip[i].cpu()))) for i in chosen]
+    width, height = shown[0].size
+    sheet = Image.new("RGB", (len(shown) * (width + _MARGIN) - _MARGIN, height), "white")
+    for i, image in enumerate(shown):
+        sheet.paste(image, (i * (width + _MARGIN), 0))
+    return sheet
+
+
+def _for_sheet(frame: Image.Image) -> Image.Image:
+    longer = max(frame.size)
+    if longer > _SHEET_SIDE:
+        frame.thumbnail((_SHEET_SIDE, _SHEET_SIDE), Image.Resampling.LANCZOS)
+        return frame
+    factor = max(1, -(-_MINIMUM_SIDE // longer))
+    return frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
+
+
+def rows(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Images one below the other, each with its caption (``\\n`` breaks lines) on the right."""
+    font = ImageFont.load_default(size=11)
+    wrapped = [_wrap(caption, font, _TEXT_WIDTH) for caption in captions]
+    heights = [max(image.height, len(lines) * _LINE) for image, lines in zip(images, wrapped, strict=True)]
+    widest = max(image.width for image in images)
+    sheet = Image.new("RGB", (widest + _TEXT_WIDTH + 3 * _MARGIN, sum(heights) + (len(heights) + 1) * _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = _MARGIN
+    for image, lines, height in zip(images, wrapped, heights, strict=True):
+        sheet.paste(image, (_MARGIN, y))
+        for number, line in enumerate(lines):
+            draw.text((widest + 2 * _MARGIN, y + _LINE * number), line, fill="black", font=font)
+        y += height + _MARGIN
+    return sheet
+
+
+def enlargement(height: int, width: int) -> int:
+    """Factor by which a clip is enlarged in its mp4: 1, or the smallest even one that makes its longer side 256 pixels.
+
+    Even, because H.264 keeps colour at half the resolution: then every pixel of the clip has a colour of its own.
+    """
+    longer = max(height, width)
+    return 1 if longer >= _CLIP_SIDE else 2 * -(-_CLIP_SIDE // (2 * longer))
+
+
+def encode_mp4(clip: Tensor, fps: float) -> bytes:
+    """uint8 ``[F, H, W, 3]`` -> an mp4, H.264 in yuv420p, BT.709, which every browser plays.
+
+    Clips with a longer side below 256 pixels are enlarged by ``enlargement`` (nearest neighbour). H.264 wants even sizes:
+    of an odd one the last row or column is there twice.
+
+    Raises:
+        ValueError: ``fps`` is not above 0.
+    """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps is {fps!r}; it must be a number above 0")
+    frames = np.asarray(clip.cpu())
+    factor = enlargement(*frames.shape[1:3])
+    frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(_CRF)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # Untagged, a player guesses the colour space from the size of the picture.
+        codec = stream.codec_context
+        codec.colorspace, codec.color_primaries, codec.color_trc = _BT709, _BT709, _BT709
+        codec.color_range = ColorRange.MPEG
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
 def save_samples(
-    folder: Path, media: Tensor, prompts: Sequence[str], rewards: Sequence[dict[str, Any]], columns: int = 4
-) -> Image.Image:
-    """Write ``0000.png`` ..., ``grid.png`` and ``index.json`` (file, prompt, rewards); returns the grid.
+    folder: Path,
+    media: Tensor,
+    prompts: Sequence[str],
+    rewards: Sequence[dict[str, Any]],
+    columns: int = 4,
+    *,
+    fps: float | None = None,
+) -> list[Path]:
+    """Write the samples, ``grid.png`` with all of them and ``index.json``; returns the samples' files.
+
+    Images are ``0000.png`` ..., ``columns`` to a row of the grid. Clips are ``0000.mp4`` ... (``encode_mp4``: small ones
+    are enlarged), each with a contact sheet of some of its frames, ``0000.png`` ...; the grid has a row for each clip.
+    The index says file, prompt and rewards; of clips also contact_sheet, fps, frames (of the file, as of the clip) and
+    enlarged (the factor).
 
     Args:
-        media: uint8 ``[B, F, H, W, 3]``.
+        media: uint8 ``[B, F, H, W, 3]``; F = 1: images.
         rewards: for each sample, reward name -> score (None where invalid).
+        fps: frames per second of clips; images need none.
+
+    Raises:
+        ValueError: clips without ``fps``.
+        OSError: the disk refused.
     """
+    frames, height, width = media.shape[1:4]
     folder.mkdir(parents=True, exist_ok=True)
-    images = [to_image(sample) for sample in media]
-    index = []
-    for i, (image, prompt, scores) in enumerate(zip(images, prompts, rewards, strict=True)):
-        name = f"{i:04d}.png"
-        image.save(folder / name)
-        index.append({"file": name, "prompt": prompt, "rewards": scores})
-    sheet = grid(images, [caption(p, r) for p, r in zip(prompts, rewards, strict=True)], min(columns, len(images)))
+    captions = [caption(p, r) for p, r in zip(prompts, rewards, strict=True)]
+    index: list[dict[str, Any]] = [{"file": "", "prompt": p, "rewards": r} for p, r in zip(prompts, rewards, strict=True)]
+    images = []
+    for i, (sample, entry) in enumerate(zip(media, index, strict=True)):
+        picture = f"{i:04d}.png"
+        if frames == 1:
+            images.append(to_image(sample))
+            entry["file"] = picture
+        else:
+            if fps is None:
+                raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
+            images.append(contact_sheet(sample))
+            entry["file"] = f"{i:04d}.mp4"
+            write_atomic(folder / entry["file"], encode_mp4(sample, fps))
+            entry.update(contact_sheet=picture, fps=fps, frames=frames, enlarged=enlargement(height, width))
+        images[-1].save(folder / picture)
+    sheet = grid(images, captions, min(columns, len(images))) if frames == 1 else rows(images, captions)
     sheet.save(folder / "grid.png")
     write_atomic(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
-    return sheet
+    return [folder / entry["file"] for entry in index]
 
 
 def caption(prompt: str, rewards: dict[str, Any]) -> str:

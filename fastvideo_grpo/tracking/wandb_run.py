@@ -45,10 +45,16 @@ class WandbRun:
             self._run.log(numbers, step=metrics["iteration"])
 
     def log_pictures(self, iteration: int, files: list[Path], captions: list[str]) -> None:
-        """Log captioned pictures under an iteration."""
+        """Log captioned pictures, or clips (files that end in ``.mp4``), under an iteration."""
         if self._run is not None:
-            pictures = [self._wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]
-            self._run.log({"samples": pictures}, step=iteration)
+            # By path: from arrays wandb would encode clips itself, with a library that this project does not need.
+            samples = [
+                self._wandb.Video(str(file), caption=text, format="mp4")
+                if file.suffix == ".mp4"
+                else self._wandb.Image(str(file), caption=text)
+                for file, text in zip(files, captions, strict=True)
+            ]
+            self._run.log({"samples": samples}, step=iteration)
 
     def finish(self) -> None:
         """Flush and close."""

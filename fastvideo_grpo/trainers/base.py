@@ -27,8 +27,10 @@ from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
+from fastvideo_grpo.families import lora_settings
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import Advantages, group_advantages
 from fastvideo_grpo.grpo.selection import Row, best_of, regroup
@@ -37,12 +39,11 @@ from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, enco
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
-from fastvideo_grpo.rewards.reward_set import RewardSet
+from fastvideo_grpo.rewards.reward_set import RewardSet, ScoredBatch
 from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
-from fastvideo_grpo.sampling.rollout import Trajectory
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk
 from fastvideo_grpo.sampling.schedules import Level, Schedule
-from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
 from fastvideo_grpo.tracking.pictures import caption, save_samples
@@ -64,11 +65,12 @@ class TooManyInvalidRewards(UserError):
 class Drawn:
     """A micro-batch of samples.
 
-    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU; ``finite`` bool ``[B]``: whether the final latents are (NaN pixels would
-    become a black picture, which a reward would score); ``trajectory``, if it was recorded.
+    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader of a sequence-parallel group only; ``finite`` bool ``[B]``:
+    whether the final latents are (NaN pixels would become a black picture, which a reward would score); ``trajectory``, if
+    it was recorded.
     """
 
-    media: Tensor
+    media: Tensor | None
     finite: Tensor
     trajectory: Trajectory | None
 
@@ -77,7 +79,8 @@ class Drawn:
 class Rollout:
     """What this rank drew in an iteration, and what everybody's rewards say of it.
 
-    ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples.
+    ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
+    the leader of its sequence-parallel group has them.
     ``scores``, ``valid``: reward name -> ``[P, G]``, all samples.
     """
 
@@ -118,23 +121,12 @@ class GRPOTrainer:
         """Final latents -> uint8 ``[B, F, H, W, 3]`` on the CPU, or float in [0, 1] with gradients."""
         raise NotImplementedError
 
-    def generate(
-        self,
-        conditioning: Conditioning,
-        initial: Tensor,
-        schedule: Schedule,
-        transition: Transition,
-        noise: Callable[[int], Tensor],
-        *,
-        record: bool,
-    ) -> Drawn:
-        """From noise to media, through the model's own pipeline.
+    def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
+        """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
         Args:
             conditioning: tensors ``[B, ...]``.
             initial: float32 ``[B, *latent_shape()]`` on the CPU.
-            noise: transition index -> its noise ``[B, ...]``, in the shape of the states.
-            record: keep the trajectory.
         """
         raise NotImplementedError
 
@@ -147,6 +139,10 @@ class GRPOTrainer:
     def checkpoint(self) -> Path:
         """The folder the model was loaded from."""
         raise NotImplementedError
+
+    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the text encoders; with ``engine.offload_idle`` they are in host memory outside."""
+        return nullcontext()
 
     def release_text_encoders(self) -> None:
         """Let the text encoders leave memory: every embedding that will be asked for is cached."""
@@ -170,7 +166,7 @@ class GRPOTrainer:
         self._conditioning: dict[str, Conditioning] = {}
         self._cache: EmbeddingCache | None = None
         if config.model.lora is not None:
-            add_lora(self.transformer, config.model.lora, config.run.seed)
+            add_lora(self.transformer, lora_settings(config), config.run.seed)
         else:
             self.transformer.requires_grad_(True)
         self.transformer.eval()
@@ -179,10 +175,11 @@ class GRPOTrainer:
         """Make the configured rewards."""
         try:
             self.rewards = RewardSet(self.config.rewards.models)
-            self.rewards.check_frames(1)
+            self.rewards.check_frames(self.config.sample.frames)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.rewards.to(self.world.device)
+        if not self.config.engine.offload_idle:
+            self.rewards.to(self.world.device)
 
     def setup_training(self) -> None:
         """Everything training needs besides: rewards, prompts, dealing, engine, checkpoints, logs; resumes if it can."""
@@ -193,7 +190,7 @@ class GRPOTrainer:
         self.prompts = read_prompts(config.prompts.path)
         self.eval_prompts = read_prompts(config.prompts.eval_path) if config.prompts.eval_path else []
         self.order = PromptOrder(len(self.prompts), config.prompts.seed)
-        self.dealing = dealing(config, world.size)
+        self.dealing = dealing(config, world.data_size)
         self.dealing.check()
         self.objective = objectives.get(
             config.grpo.objective,
@@ -239,7 +236,7 @@ class GRPOTrainer:
         if self.config.prompts.embeddings == "none":
             return
         self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
-        with torch.no_grad(), self.forward_context():
+        with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
             self._cache.fill(prompts, self.encode, self.console.say, self.console.progress("encoding prompts"))
         self.release_text_encoders()
 
@@ -310,7 +307,7 @@ class GRPOTrainer:
         elif prompt.id in self._conditioning:
             one = self._conditioning[prompt.id]
         else:
-            with torch.no_grad(), self.forward_context():
+            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
                 (one,) = self.encode([prompt])
             # Kept for the update of the same iteration.
             self._conditioning[prompt.id] = one
@@ -322,15 +319,25 @@ class GRPOTrainer:
         shape = self.latent_shape()
         shared = self.config.sample.init_noise == "shared" and not deterministic
         initial = noise.initial_noise(list(keys), shape, shared=shared)
-        transition = self.transition.deterministic() if deterministic else self.transition
-        return self.generate(
-            self.conditioning(prompt, len(keys)),
-            initial,
+        walk = Walk(
             self.schedule,
-            transition,
+            self.transition.deterministic() if deterministic else self.transition,
             lambda i: self.pack(noise.step_noise(list(keys), shape, i)),
-            record=not deterministic,
+            record=not deterministic and self.world.leads,
         )
+        return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
+
+    def score(self, prompt: Prompt, media: Tensor) -> ScoredBatch:
+        """What the rewards say of samples of one prompt, ``media`` uint8 ``[B, F, H, W, 3]``."""
+        count = len(media)
+        request = RewardRequest([prompt.text] * count, media, fps=self.fps, metadata=[prompt.metadata] * count)
+        with resident(self.rewards, self.world.device) if self.config.engine.offload_idle else nullcontext():
+            return self.rewards.score(request)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of a video; None for images."""
+        return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
 
     def pack(self, latents: Tensor) -> Tensor:
         """Noise in :meth:`latent_shape` -> the shape of the sampler's states, where a model packs them."""
@@ -401,14 +408,17 @@ class GRPOTrainer:
         shape = (len(groups), self.config.grpo.group_size)
         table = torch.zeros(3, len(names), *shape, dtype=torch.float32)  # score, raw score, valid
         self._conditioning.clear()
-        jobs = self.dealing.rollout(self.world.rank)
+        jobs = self.dealing.rollout(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         for done, (group, members) in enumerate(jobs, start=1):
             prompt = groups[group]
             keys = [SampleKey(self.config.run.seed, iteration, group, prompt.id, member) for member in members]
             with clock.phase("rollout"):
                 drawn = self.draw(prompt, keys)
-            assert drawn.trajectory is not None
+            show(done, len(jobs))
+            if not self.world.leads:
+                continue  # the leader of the group decoded, scores and keeps the same samples
+            assert drawn.trajectory is not None and drawn.media is not None
             sound = self._sound(drawn, drawn.trajectory)
             for row, member in enumerate(members):
                 states, densities = drawn.trajectory.latents[row], drawn.trajectory.log_probs[row]
@@ -416,15 +426,12 @@ class GRPOTrainer:
                 latents[group, member] = states if sound[row] else torch.zeros_like(states)
                 log_probs[group, member] = densities if sound[row] else torch.zeros_like(densities)
             with clock.phase("reward"):
-                count = len(members)
-                request = RewardRequest([prompt.text] * count, drawn.media, metadata=[prompt.metadata] * count)
-                scored = self.rewards.score(request)
+                scored = self.score(prompt, drawn.media)
             for k, name in enumerate(names):
                 valid = scored.valid[name] & sound
                 table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
                 table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
                 table[2, k, group, members] = valid.float()
-            show(done, len(jobs))
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
@@ -490,14 +497,14 @@ class GRPOTrainer:
         stats = UpdateStatistics()
         norms: list[float] = []
         skipped_before = engine.skipped_updates
-        with clock.phase("exchange"):
-            rows = self._fetch_rows(rollout, chosen)
         lr = engine.lr
         for update in range(grpo.updates_per_iteration):
             pairs = self._valid_pairs(update, chosen)
             if pairs == 0:
                 continue  # every sample of these prompts was masked, on all ranks alike
-            batches = self.dealing.update(update, self.world.rank)
+            batches = self.dealing.update(update, self.world.data_rank)
+            with clock.phase("exchange"):
+                rows = self._fetch_rows(update, rollout, chosen)
             per_sample = timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
             engine.accumulate(len(batches) * per_sample)
             show = self.console.progress(f"iteration {iteration + 1}: update {update + 1}/{grpo.updates_per_iteration}")
@@ -520,7 +527,8 @@ class GRPOTrainer:
                 for i in range(per_sample):
                     with clock.phase("update"), self.forward_context():
                         loss, info = self.objective.loss(replay, samples, i)
-                        loss = (loss * samples.weights).sum() / pairs
+                        # Gradients are summed over all processes, and those that share a sample have the same loss.
+                        loss = (loss * samples.weights).sum() / pairs / self.world.sequence_parallel
                         engine.backward(loss)
                     stats.add(loss, info, samples.weights, first=not norms)
                 show(done, len(batches))
@@ -543,15 +551,16 @@ class GRPOTrainer:
         grpo = self.config.grpo
         return rows * timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
 
-    def _fetch_rows(self, rollout: Rollout, chosen: list[list[list[Row]]]) -> dict[Any, Tensor]:
-        """The trajectories this rank trains on; best-of-N may put a sample with a rank that did not draw it."""
-        owners = self.dealing.owners()
+    def _fetch_rows(self, update: int, rollout: Rollout, chosen: list[list[list[Row]]]) -> dict[Any, Tensor]:
+        """The trajectories this rank trains on in an update, from who has them: the leader of its own sequence-parallel
+        group, or another's, since best-of-N may put a sample with a group that did not draw it."""
+        size = self.world.sequence_parallel
+        owners = {key: data_rank * size for key, data_rank in self.dealing.owners().items()}
         wanted: list[list[Any]] = []
         for rank in range(self.world.size):
             keys = [
                 (what, group, row.member)
-                for update in range(self.config.grpo.updates_per_iteration)
-                for group, k in self.dealing.update(update, rank)
+                for group, k in self.dealing.update(update, rank // size)
                 for row in chosen[group][k]
                 for what in ("latents", "log_probs")
             ]
@@ -579,7 +588,7 @@ class GRPOTrainer:
         return metrics
 
     def picture(self, iteration: int) -> FixedSamples:
-        """Save pictures of fixed prompts and noise in ``samples/ITERATION/``."""
+        """Save pictures or clips of fixed prompts and noise in ``samples/ITERATION/``."""
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
         if self.world.rank == 0:
@@ -590,8 +599,8 @@ class GRPOTrainer:
             folder = self.folder / "samples" / f"{iteration:06d}"
             captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
             with keep_going(folder):
-                save_samples(folder, drawn.media, [p.text for p in prompts], rewards)
-            self.wandb.log_pictures(max(iteration - 1, 0), [folder / f"{i:04d}.png" for i in range(len(prompts))], captions)
+                files = save_samples(folder, drawn.media, [p.text for p in prompts], rewards, fps=self.fps)
+                self.wandb.log_pictures(max(iteration - 1, 0), files, captions)
         return drawn
 
     def _evaluate_and_picture(self, iteration: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,15 +23,16 @@ from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
 from fastvideo.forward_context import set_forward_context  # noqa: E402
 from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
+from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
+from fastvideo_grpo.engines.residency import resident  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
-from fastvideo_grpo.sampling.schedules import Schedule  # noqa: E402
-from fastvideo_grpo.sampling.transitions import Transition  # noqa: E402
+from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
 from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer  # noqa: E402
-from fastvideo_grpo.trainers.stages import RolloutRequest, RolloutStage  # noqa: E402
+from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
 
@@ -56,6 +56,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         Args:
             with_text_encoders: False leaves them on disk (all embeddings are cached).
         """
+        self.offload_idle = config.engine.offload_idle
         if not dist.is_initialized():
             # FastVideo wants process groups even for one process; this one needs no port.
             dist.init_process_group(
@@ -70,7 +71,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             pipeline_config=self.pipeline_config(config),
             num_gpus=world.size,
             tp_size=1,
-            sp_size=1,
+            sp_size=config.engine.sequence_parallel,
             attention_backend=ATTENTION_BACKENDS[config.model.attention],
             use_fsdp_inference=False,
             dit_cpu_offload=False,
@@ -79,6 +80,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             image_encoder_cpu_offload=False,
             vae_cpu_offload=False,
             pin_cpu_memory=False,
+            disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
         if not with_text_encoders:
@@ -92,6 +94,9 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.get_module("vae").requires_grad_(False)
         for name in self.text_encoders if with_text_encoders else ():
             self.get_module(name).requires_grad_(False)
+        if self.offload_idle:
+            for name in ("vae", *(self.text_encoders if with_text_encoders else ())):
+                self.get_module(name).to("cpu")
         self.setup(config, world)
 
     def _check_attention(self, wanted: str) -> None:
@@ -116,14 +121,36 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         raise NotImplementedError
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
-        """FastVideo's stages, with the denoising stage replaced."""
+        """FastVideo's stages, with the denoising stage replaced and the decoding stage left to who needs media."""
         super().create_pipeline_stages(fastvideo_args)
-        position = self._stages.index(self._stage_name_mapping["denoising_stage"])
-        stage = RolloutStage(self)
-        stage._pipeline_stage_name = "denoising_stage"
+        self._replace_stage("denoising_stage", RolloutStage(self))
+        decoding = self._stage_name_mapping["decoding_stage"]
+        self._replace_stage("decoding_stage", LeaderDecodingStage(decoding, self.vae_on_device))
+
+    def _replace_stage(self, name: str, stage: PipelineStage) -> None:
+        position = self._stages.index(self._stage_name_mapping[name])
+        stage._pipeline_stage_name = name
         self._stages[position] = stage
-        self._stage_name_mapping["denoising_stage"] = stage
-        self.denoising_stage = stage
+        self._stage_name_mapping[name] = stage
+        setattr(self, name, stage)
+
+    def vae_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the VAE; with ``engine.offload_idle`` it is in host memory outside."""
+        return self._on_device("vae")
+
+    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
+        return self._on_device(*self.text_encoders)
+
+    def _on_device(self, *names: str) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for name in names if self.offload_idle else ():
+            stack.enter_context(resident(self.get_module(name), self.world.device))
+        return stack
+
+    @property
+    def text_stage(self) -> TextEncodingStage:
+        """FastVideo's stage that runs the text encoders."""
+        return next(stage for stage in self._stages if isinstance(stage, TextEncodingStage))
 
     @property
     def transformer(self) -> nn.Module:
@@ -136,7 +163,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     def release_text_encoders(self) -> None:
         for name in self.text_encoders:
             self.modules.pop(name, None)
-        self.text_encoding_stage.text_encoders = [None] * len(self.text_encoders)
+        self.text_stage.text_encoders = [None] * len(self.text_encoders)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -144,24 +171,15 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.
         return set_forward_context(current_timestep=0, attn_metadata=None)
 
-    def generate(
-        self,
-        conditioning: Conditioning,
-        initial: Tensor,
-        schedule: Schedule,
-        transition: Transition,
-        noise: Callable[[int], Tensor],
-        *,
-        record: bool,
-    ) -> Drawn:
+    def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """One pass through all of FastVideo's stages, ours in the middle; see :meth:`GRPOTrainer.generate`."""
         batch = self.forward_batch(conditioning, initial)
-        request = RolloutRequest(schedule, transition, noise, record)
+        request = RolloutRequest(walk, decode=self.world.leads)
         batch.extra["rollout"] = request
         with self.forward_context():
             batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
-        return Drawn(self.to_media(batch.output), request.finite, request.trajectory)
+        return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
 
     @staticmethod
     def to_media(pixels: Tensor) -> Tensor:

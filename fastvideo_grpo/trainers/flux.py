@@ -16,6 +16,7 @@ from fastvideo_grpo.trainers.fastvideo import FastVideoGRPOTrainer  # first: it 
 from fastvideo.configs.pipelines.flux import FluxPipelineConfig  # isort: skip
 from fastvideo.pipelines.basic.flux.flux_pipeline import FluxPipeline  # isort: skip
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # isort: skip
+from fastvideo_grpo.trainers.flux_sharding import shard_sequence  # isort: skip
 from fastvideo.pipelines.stages.flux_stages import (  # isort: skip
     FluxDecodingStage,
     _pack_latents,
@@ -35,10 +36,10 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
 
     @classmethod
     def pipeline_config(cls, config: Config) -> FluxPipelineConfig:
-        """FastVideo's FLUX configuration; the VAE and CLIP always run in float32, T5 in the model's precision."""
+        """FastVideo's FLUX configuration; CLIP always runs in float32, T5 in the model's precision."""
         pipeline = FluxPipelineConfig()
         pipeline.dit_precision = config.model.precision
-        pipeline.vae_precision = "fp32"
+        pipeline.vae_precision = config.model.vae_precision
         pipeline.text_encoder_precisions = ("fp32", config.model.precision)
         return pipeline
 
@@ -49,6 +50,8 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         # Latent preparation reads the channels, and the decoder its compression, from the pipeline's configuration.
         pipeline.dit_config.arch_config.in_channels = transformer.fastvideo_config.arch_config.in_channels
         pipeline.vae_config.arch_config.spatial_compression_ratio = 2 ** (len(vae.config.block_out_channels) - 1)
+        if fastvideo_args.sp_size > 1:
+            shard_sequence(transformer)
         t5 = self.get_module("text_encoder_2")
         if t5 is not None:
             # Loading resets T5's tokenizer arguments (28 tokens for the real model); and diffusers' FLUX shows T5 no mask.
@@ -66,7 +69,7 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         for prompt in prompts:
             # One prompt at a time: a prompt's embedding must not depend on what it was batched with.
             pooled, sequence = (
-                self.text_encoding_stage.encode_text(
+                self.text_stage.encode_text(
                     prompt.text, self.fastvideo_args, encoder_index=i, max_length=length, padding="max_length"
                 )[0]
                 for i, length in lengths.items()
@@ -130,8 +133,9 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         """Packed latents -> uint8 ``[B, 1, H, W, 3]``, or with gradients float ``[B, 1, H, W, 3]`` in [0, 1]."""
         channels, height, width = self.latent_shape()
         vae = self.get_module("vae")
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), self.vae_on_device():
             unpacked = _unpack_latents(latents.float(), len(latents), channels, height, width)
-            decoded = vae.decode(FluxDecodingStage._denormalize_latents(unpacked, vae))
-            pixels = (getattr(decoded, "sample", decoded) / 2 + 0.5).clamp(0, 1).unsqueeze(2)
+            scaled = FluxDecodingStage._denormalize_latents(unpacked, vae)
+            decoded = vae.decode(scaled.to(next(vae.parameters()).dtype))
+            pixels = (getattr(decoded, "sample", decoded).float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
         return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)

@@ -10,7 +10,10 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.prompts.files import read_prompts
 from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache
 
-TRAINERS = {"flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer")}
+TRAINERS = {
+    "flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer"),
+    "hunyuan_video": ("fastvideo_grpo.trainers.hunyuan_video", "HunyuanVideoGRPOTrainer"),
+}
 
 
 def trainer_class(kind: str) -> type[GRPOTrainer]:

@@ -1,10 +1,11 @@
-"""The stage that stands where FastVideo's denoising stage stood."""
+"""The stages that stand where FastVideo's denoising and decoding stages stood."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch
@@ -12,29 +13,26 @@ from fastvideo.pipelines.stages.base import PipelineStage
 from torch import Tensor
 
 from fastvideo_grpo.prompts.embeddings import Conditioning
-from fastvideo_grpo.sampling.rollout import Trajectory, rollout
-from fastvideo_grpo.sampling.schedules import Level, Schedule
-from fastvideo_grpo.sampling.transitions import Transition
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, rollout
+from fastvideo_grpo.sampling.schedules import Level
 
 
 @dataclass
 class RolloutRequest:
     """What travels through the pipeline in ``batch.extra["rollout"]``: how to sample, and afterwards what was done.
 
-    ``noise(i)`` gives the noise of transition i. The stage sets ``finite`` (``[B]``, whether the final latents are) and, when
-    ``record`` is true, ``trajectory``.
+    ``decode``: make media. The stages set ``finite`` (``[B]``, whether the final latents are) and, when the walk records,
+    ``trajectory``.
     """
 
-    schedule: Schedule
-    transition: Transition
-    noise: Callable[[int], Tensor]
-    record: bool
+    walk: Walk
+    decode: bool
     finite: Tensor | None = None
     trajectory: Trajectory | None = None
 
 
 class Policy(Protocol):
-    """What the stage needs of the trainer it belongs to."""
+    """What the stages need of the trainer they belong to."""
 
     def conditioning_of(self, batch: ForwardBatch) -> Conditioning: ...
 
@@ -58,10 +56,30 @@ class RolloutStage(PipelineStage):
         batch.latents, request.trajectory = rollout(
             lambda sample, level: self.policy.predict(sample, level, conditioning),
             batch.latents,
-            request.schedule,
-            request.transition,
-            request.noise,
-            record=request.record,
+            request.walk,
         )
         request.finite = batch.latents.isfinite().flatten(1).all(1).cpu()
+        return batch
+
+
+class LeaderDecodingStage(PipelineStage):
+    """FastVideo's decoding stage where media are asked for: one process of a sequence-parallel group is enough.
+
+    Args:
+        stage: FastVideo's.
+        on_device: the context in which the VAE is on the device.
+    """
+
+    performance_component_metric = "vae_decode_time_s"
+
+    def __init__(self, stage: PipelineStage, on_device: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.on_device = on_device
+
+    def forward(self, batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
+        """Set ``batch.output`` to float ``[B, 3, F, H, W]`` in [0, 1], or leave it."""
+        if batch.extra["rollout"].decode:
+            with self.on_device():
+                batch = self.stage.forward(batch, fastvideo_args)
         return batch

@@ -20,6 +20,14 @@ def tiny_flux(tmp_path_factory) -> Path:
     return write_flux(tmp_path_factory.mktemp("checkpoints") / "tiny-flux")
 
 
+@pytest.fixture(scope="session")
+def tiny_hunyuan_video(tmp_path_factory) -> Path:
+    """A random HunyuanVideo in the published on-disk form."""
+    from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+
+    return write_hunyuan_video(tmp_path_factory.mktemp("checkpoints") / "tiny-hunyuan-video")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Thread counts change sums; the forked runs use one thread too."""

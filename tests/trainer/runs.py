@@ -25,11 +25,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.trainer import brightness as _brightness  # noqa: F401  (registers the reward)
+from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastvideo_grpo.trainers.flux", "deepspeed", "tests.trainer.brightness"])
+CONTEXT.set_forkserver_preload(
+    ["fastvideo_grpo.trainers.flux", "fastvideo_grpo.trainers.hunyuan_video", "deepspeed", "tests.trainer.exact_rewards"]
+)
 TIMEOUT = 300  # seconds a run may take
+
+# Overrides that make a run one of the random tiny HunyuanVideo. 27 and 9 tokens: two processes cannot share them evenly.
+HUNYUAN_T2V: dict[str, Any] = {
+    "model__kind": "hunyuan_video",
+    "prompts__text_length": 256,
+    "sample__height": 48,
+    "sample__width": 48,
+    "sample__frames": 9,
+    "sample__guidance_scale": 6.0,
+    "sample__shift": 5.0,
+}
+HUNYUAN_T2I: dict[str, Any] = {**HUNYUAN_T2V, "sample__frames": 1}
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a cyan circle", "a yellow square"]
 
@@ -135,7 +149,7 @@ def _work(overrides: list[str], rank: int, processes: int, port: int | None, kil
 def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
     """What ``fastvideo-grpo train`` does after reading the command line; returns the trainer."""
     from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import plan
+    from fastvideo_grpo import families, plan
     from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.trainers.load import load_trainer
@@ -143,9 +157,9 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     empty = Path(overrides[0].partition("=")[2]).parent / "empty.yaml"
     empty.write_text("{}")
     config = configuration.load(empty, overrides)
-    plan.check_run(config, plan.model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
+    plan.check_run(config, families.model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
+    trainer = load_trainer(config, World.current(sequence_parallel=config.engine.sequence_parallel))
     trainer.setup_training()
     if record:
         _record(trainer)
@@ -210,6 +224,20 @@ def _record(trainer: Any) -> None:
         return result
 
     trainer.rollout = rollout
+    if trainer.engine.zero_stage in (None, 0):
+        _record_gradients(trainer)
+
+
+def _record_gradients(trainer: Any) -> None:
+    """Keep the whole gradient of each update; without ZeRO every process has it."""
+    original, updates = trainer.engine._update, itertools.count()
+
+    def update() -> float:
+        gradients = {name: parameter.grad.clone() for name, parameter in trainer.engine._parameters.items()}
+        torch.save(gradients, trainer.folder / f"gradients-{next(updates)}-{trainer.world.rank}.pt")
+        return original()
+
+    trainer.engine._update = update
 
 
 def drawn(folder: Path, iteration: int) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor], dict[str, torch.Tensor]]:
@@ -220,6 +248,11 @@ def drawn(folder: Path, iteration: int) -> tuple[dict[Any, torch.Tensor], dict[A
     assert len(latents) == sum(len(part["latents"]) for part in parts), "two processes drew the same sample"
     assert all(torch.equal(part["scores"][name], parts[0]["scores"][name]) for part in parts for name in part["scores"])
     return latents, log_probs, parts[0]["scores"]
+
+
+def gradients(folder: Path, update: int, rank: int = 0) -> dict[str, torch.Tensor]:
+    """Of a recorded run without ZeRO: the gradient of its ``update``-th optimiser step."""
+    return torch.load(folder / "run" / f"gradients-{update}-{rank}.pt")
 
 
 def pictures(folder: Path, iteration: int) -> torch.Tensor:

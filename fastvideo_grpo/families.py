@@ -1,0 +1,207 @@
+"""What the rest of the project has to know of a model family before anything of it is loaded: the checkpoint's parts, its
+sizes, and what they allow. Trainers (one per family) are in :mod:`fastvideo_grpo.trainers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo import published
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checkpoint's ``config.json`` files say; ``source`` names where they were read."""
+
+    source: str
+    components: dict[str, dict[str, Any]]
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        return self.components["transformer"]
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        return self.components["vae"]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return int(self.transformer["num_attention_heads"])
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent, along one side."""
+        ratio = self.vae.get("spatial_compression_ratio")
+        return int(ratio if ratio is not None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        kind: ``model.kind``.
+        name: the published model.
+        pipeline: ``_class_name`` in model_index.json.
+        folders: components a checkpoint must have.
+        configs: the published ``config.json`` of those components whose sizes matter here.
+        sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
+        lora_targets: the attention projections, as FastVideo names them.
+    """
+
+    kind: str
+    name: str
+    pipeline: str
+    folders: tuple[str, ...]
+    configs: dict[str, dict[str, Any]]
+    sequence_encoder: tuple[str, str]
+    lora_targets: tuple[str, ...]
+
+    def size_multiple(self, facts: ModelFacts) -> int:
+        """What height and width must be a multiple of, in pixels."""
+        raise NotImplementedError
+
+    def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
+        """Shape of one sample's latents, ``(channels, ..., height, width)``."""
+        raise NotImplementedError
+
+    def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
+        """Tokens of one sample, text not counted."""
+        raise NotImplementedError
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        """What this model rules out in a configuration, each with a way out."""
+        multiple = self.size_multiple(facts)
+        for key in ("height", "width"):
+            value = getattr(config.sample, key)
+            if value % multiple:
+                below, above = value // multiple * multiple, -(-value // multiple) * multiple
+                near = f"{below} or {above}" if below else str(above)
+                yield f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}"
+
+    def facts(self, path: Path, *, published_if_missing: bool = False) -> ModelFacts:
+        """Read the checkpoint's configuration files; see :func:`model_facts`."""
+        if not path.exists() and published_if_missing:
+            return ModelFacts(f"the published configuration of {self.name} ({path} is not there)", self.configs)
+        index = path / "model_index.json"
+        if not index.is_file():
+            what = "has no model_index.json" if path.exists() else "does not exist"
+            raise ConfigError(
+                f"model.path={path} {what}; expected the diffusers folder of {self.name} (the script in train_scripts says "
+                f"where to get it), or make a tiny one: fastvideo-grpo tiny {self.kind} --out {path}"
+            )
+        found = json.loads(index.read_text()).get("_class_name")
+        if found != self.pipeline:
+            fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.values() if f.pipeline == found), "")
+            raise ConfigError(
+                f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a "
+                f"{self.pipeline}{fitting}"
+            )
+        missing = [folder for folder in self.folders if not (path / folder).is_dir()]
+        if missing:
+            raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
+        parts = {}
+        for component in self.configs:
+            file = path / component / "config.json"
+            if not file.is_file():
+                raise ConfigError(f"model.path={path} lacks {component}/config.json; download the whole repository")
+            parts[component] = json.loads(file.read_text())
+        return ModelFacts(str(path), parts)
+
+    def text_width(self, facts: ModelFacts) -> int:
+        """Width of the text sequence the network reads."""
+        component, key = self.sequence_encoder
+        return int(facts.components[component][key])
+
+
+_TWO_ENCODERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+class _Flux(Family):
+    def size_multiple(self, facts: ModelFacts) -> int:
+        return max(2 * facts.spatial_compression, 16)  # packing takes 2x2 latents; FastVideo's FLUX asks for multiples of 16
+
+    def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
+        ratio = facts.spatial_compression
+        return int(facts.transformer["in_channels"]) // 4, sample.height // ratio, sample.width // ratio
+
+    def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
+        _, height, width = self.latent_shape(facts, sample)
+        return height // 2 * (width // 2)
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        if config.sample.frames != 1:
+            yield f"sample.frames is {config.sample.frames}, but flux makes images; use 1"
+        if config.sample.vae_tiling:
+            yield "sample.vae_tiling is true, but flux decodes images whole; use false"
+        if config.prompts.text_length > 512:
+            yield f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens"
+
+
+class _HunyuanVideo(Family):
+    def size_multiple(self, facts: ModelFacts) -> int:
+        return facts.spatial_compression * int(facts.transformer["patch_size"])
+
+    def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
+        ratio = facts.spatial_compression
+        frames = (sample.frames - 1) // int(facts.vae["temporal_compression_ratio"]) + 1
+        return int(facts.transformer["in_channels"]), frames, sample.height // ratio, sample.width // ratio
+
+    def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
+        _, frames, height, width = self.latent_shape(facts, sample)
+        patch = int(facts.transformer["patch_size"])
+        return frames // int(facts.transformer["patch_size_t"]) * (height // patch) * (width // patch)
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        frames, ratio = config.sample.frames, int(facts.vae["temporal_compression_ratio"])
+        if frames % ratio != 1:
+            below = max(1, frames - (frames - 1) % ratio)
+            yield f"sample.frames is {frames}; it must be {ratio}k + 1 for this model: {below} or {below + ratio}"
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": _Flux(
+        kind="flux",
+        name="FLUX.1-dev",
+        pipeline="FluxPipeline",
+        folders=_TWO_ENCODERS,
+        configs=published.FLUX_1_DEV,
+        sequence_encoder=("text_encoder_2", "d_model"),
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "hunyuan_video": _HunyuanVideo(
+        kind="hunyuan_video",
+        name="HunyuanVideo",
+        pipeline="HunyuanVideoPipeline",
+        folders=_TWO_ENCODERS,
+        configs=published.HUNYUAN_VIDEO,
+        sequence_encoder=("text_encoder", "hidden_size"),
+        # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
+        lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
+    ),
+}
+
+
+def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelFacts:
+    """Read the checkpoint's configuration files.
+
+    Args:
+        published_if_missing: without the folder, take the published model's configuration (``--dry-run`` without weights).
+
+    Raises:
+        ConfigError: no such folder, another kind of checkpoint, or a missing component; says what was expected and found.
+    """
+    return FAMILIES[config.model.kind].facts(Path(config.model.path), published_if_missing=published_if_missing)
+
+
+def lora_settings(config: Config) -> LoRAConfig:
+    """``model.lora`` with the layers named: the model's attention projections where none are."""
+    assert config.model.lora is not None
+    return replace(config.model.lora, targets=list(config.model.lora.targets or FAMILIES[config.model.kind].lora_targets))

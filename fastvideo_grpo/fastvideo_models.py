@@ -1,0 +1,43 @@
+"""Transformers at their real size without weights: on the meta device, as diffusers and as FastVideo build them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo_grpo.patching import require_patched
+
+
+def diffusers_transformer(transformer_config: dict[str, Any]) -> Any:
+    """diffusers' transformer of a ``transformer/config.json``, on the meta device."""
+    import diffusers
+
+    cls = getattr(diffusers, transformer_config["_class_name"])
+    with torch.device("meta"):
+        return cls.from_config({key: value for key, value in transformer_config.items() if key != "_name_or_path"})
+
+
+def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """FastVideo's transformer of a ``transformer/config.json``, on the meta device.
+
+    Args:
+        kind: ``model.kind``.
+        dtype: of its parameters.
+    """
+    require_patched()
+    from fastvideo.configs.models.dits import FluxConfig, HunyuanVideoConfig
+    from fastvideo.models.registry import ModelRegistry
+
+    dit_config = {"flux": FluxConfig, "hunyuan_video": HunyuanVideoConfig}[kind]()
+    settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
+    dit_config.update_model_arch(settings)
+    cls, _ = ModelRegistry.resolve_model_cls(transformer_config["_class_name"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls(config=dit_config, hf_config=dict(transformer_config))
+    finally:
+        torch.set_default_dtype(before)

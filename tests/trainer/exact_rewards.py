@@ -1,0 +1,40 @@
+"""Rewards for comparisons "to rounding" (DESIGN, promise 3): one continuous up to the rounding of pixels, one exact."""
+
+import torch
+
+from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
+from fastvideo_grpo.rewards.registry import register
+
+
+@register("test_brightness")
+class Brightness:
+    """Mean red minus mean blue, in 0 to 255."""
+
+    outputs, media_kind = ("brightness",), "any"
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        mean = request.media.double().mean((1, 2, 3))
+        return RewardResult({"brightness": (mean[:, 0] - mean[:, 2]).float()}, torch.ones(len(mean), dtype=torch.bool))
+
+    def to(self, device: object) -> "Brightness":
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+@register("test_position")
+class Position:
+    """Place in the micro-batch, whatever it looks like: the same advantages on both sides of a comparison of gradients."""
+
+    outputs, media_kind = ("position",), "any"
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        count = len(request)
+        return RewardResult({"position": torch.arange(count).float()}, torch.ones(count, dtype=torch.bool))
+
+    def to(self, device: object) -> "Position":
+        return self
+
+    def close(self) -> None:
+        pass
