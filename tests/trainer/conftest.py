@@ -35,8 +35,9 @@ def one_thread():
 
 
 @pytest.fixture
-def make_trainer(tiny_flux, tmp_path) -> Callable[..., Any]:
-    """``make_trainer(section__key=value, ...)`` -> a FluxGRPOTrainer in this process, ready to train."""
+def make_trainer(request, tmp_path) -> Callable[..., Any]:
+    """``make_trainer(section__key=value, ...)`` -> a trainer (FLUX unless ``model__kind`` says so) in this process, ready to
+    train."""
 
     def make(train: bool = True, **overrides: Any) -> Any:
         from fastvideo_grpo import config as configuration
@@ -45,7 +46,8 @@ def make_trainer(tiny_flux, tmp_path) -> Callable[..., Any]:
 
         empty = tmp_path / "empty.yaml"
         empty.write_text("{}")
-        config = configuration.load(empty, runs.settings(tmp_path, tiny_flux, **overrides))
+        checkpoint = request.getfixturevalue("tiny_" + overrides.get("model__kind", "flux"))
+        config = configuration.load(empty, runs.settings(tmp_path, checkpoint, **overrides))
         trainer = load_trainer(config, World.current())
         trainer.setup_training() if train else trainer.setup_rewards()
         return trainer

@@ -2,11 +2,11 @@
 
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
 from tests.trainer import runs
+from tests.trainer.comparisons import assert_same_bitwise, assert_same_to_rounding
 
 DEEPSPEED = {"engine__kind": "deepspeed"}
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0}
@@ -31,26 +31,6 @@ def finished(tiny_flux, tmp_path_factory):
     return make
 
 
-def _same_to_rounding(two, one):
-    """Two runs in these folders are one run: samples, rewards, pictures, logged numbers and weights."""
-    assert runs.largest_difference(runs.weights(two, 3), runs.weights(one, 3)) < 1e-6
-    for a, b in zip(runs.metrics(two), runs.metrics(one), strict=True):
-        assert a["train/ratio_first_update_max_dev"] == 0.0
-        assert a["train/ratio_max_dev"] > 0.0 and a["train/updates"] == 2
-        assert a["reward/pixels/brightness/mean"] == pytest.approx(b["reward/pixels/brightness/mean"], abs=1e-3)
-        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-2, abs=1e-5)
-    for iteration in range(3):
-        ours, theirs = runs.drawn(two, iteration), runs.drawn(one, iteration)
-        for a, b in zip(ours[:2], theirs[:2], strict=True):
-            assert len(a) == 16 and runs.largest_difference(a, b) < 1e-5
-        # One pixel rounded the other way moves the mean of 64 x 64 by 2.4e-4.
-        assert runs.largest_difference(ours[2], theirs[2]) < 1e-2
-    for iteration in range(4):
-        ours, theirs = runs.pictures(two, iteration).int(), runs.pictures(one, iteration).int()
-        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1
-        assert ours.float().std() > 1  # a constant picture would agree with anything
-
-
 # Every stage at one micro-batch size, another size at one stage, and what shares code with neither in `make test-all`.
 QUICK = {"ZeRO 0": (0, {}), "ZeRO 2": (2, {}), "ZeRO 3": (3, {}), "ZeRO 2, 4 samples": (2, {"engine__micro_batch_size": 4})}
 REST = {
@@ -72,7 +52,7 @@ REST = {
 def test_two_processes_give_the_samples_and_weights_of_one(finished, tiny_flux, tmp_path, stage, settings):
     overrides = runs.settings(tmp_path, tiny_flux, **DEEPSPEED, **settings, engine__zero_stage=stage, run__sample_every=1)
     assert runs.run(overrides, processes=2, record=True) == [0, 0]
-    _same_to_rounding(tmp_path, finished(**settings))
+    assert_same_to_rounding(tmp_path, finished(**settings))
     if "grpo__kl_weight" in settings:
         assert runs.metrics(tmp_path)[-1]["train/kl"] > 0
 
@@ -137,17 +117,6 @@ def never_killed(tiny_flux, tmp_path_factory):
     return make
 
 
-def _same_bitwise(folder, reference, iterations=3):
-    for which in ("model", "ema"):
-        assert runs.same_bits(runs.weights(folder, iterations, which), runs.weights(reference, iterations, which))
-    state = Path("run") / "checkpoints" / f"{iterations:06d}" / "state"
-    files = sorted(path.name for path in (reference / state).iterdir())
-    assert any(name.startswith("optimizer") for name in files)
-    for name in files:
-        assert (folder / state / name).read_bytes() == (reference / state / name).read_bytes(), name
-    assert runs.metrics(folder) == runs.metrics(reference)
-
-
 # LoRA and KL share all of it but the weights' names and the reference: one kill of each here, the rest in `make test-all`.
 @pytest.mark.parametrize(
     "flavour,when",
@@ -172,7 +141,7 @@ def test_a_killed_and_resumed_run_is_bitwise_the_one_never_killed(never_killed, 
     assert runs.run(overrides) == [0]
     assert "after iteration 1" in runs.output(tmp_path)
     assert runs.checkpoints(tmp_path) == ["000003"]
-    _same_bitwise(tmp_path, never_killed(flavour))
+    assert_same_bitwise(tmp_path, never_killed(flavour))
 
 
 def test_two_killed_processes_resume_bitwise_and_on_one_process_to_rounding(tiny_flux, tmp_path):
@@ -185,7 +154,7 @@ def test_two_killed_processes_resume_bitwise_and_on_one_process_to_rounding(tiny
     assert runs.checkpoints(killed) == ["000001"] and len(runs.metrics(killed)) == 1
     shutil.copytree(killed / "run", moved / "run")
     assert runs.run(runs.settings(killed, tiny_flux, **settings), processes=2) == [0, 0]
-    _same_bitwise(killed, whole)
+    assert_same_bitwise(killed, whole)
     assert runs.run(runs.settings(moved, tiny_flux, optim__ema_decay=0.9)) == [0]
     for which in ("model", "ema"):
         assert runs.largest_difference(runs.weights(moved, 3, which), runs.weights(whole, 3, which)) < 1e-6
@@ -214,7 +183,7 @@ def test_two_processes_with_a_recipes_settings_have_ratio_one_and_resume_bitwise
     assert runs.run(runs.settings(killed, tiny_flux, **RECIPE), processes=2, kill=kill) == [-9, -9]
     assert runs.checkpoints(killed) == list(KILLS[when].checkpoints)
     assert runs.run(runs.settings(killed, tiny_flux, **RECIPE), processes=2) == [0, 0]
-    _same_bitwise(killed, whole, iterations=2)
+    assert_same_bitwise(killed, whole, iterations=2)
     for line in runs.metrics(whole):
         assert line["train/ratio_first_update_max_dev"] <= 1e-6 < line["train/ratio_max_dev"]
         assert line["train/updates"] == 2 and line["train/skipped_updates"] == 0

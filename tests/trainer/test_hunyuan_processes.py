@@ -1,0 +1,135 @@
+"""HunyuanVideo in real processes: every ZeRO stage, with and without shared tokens, equals one process (promise 3); kill and
+resume (promise 4)."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.trainer import runs
+from tests.trainer.comparisons import assert_same_bitwise, assert_same_to_rounding
+
+ITERATIONS = 2
+SHORT = {
+    **runs.HUNYUAN_T2V,
+    "sample__steps": 3,
+    "grpo__timesteps__strategy": "first",
+    "run__iterations": ITERATIONS,
+    "run__sample_every": 1,
+    "run__sample_prompts": 2,
+}
+OFFLOAD = {"engine__offload": "optimizer"}
+OFFLOAD_ALL = {"engine__offload": "parameters"}
+SHARED = {"engine__sequence_parallel": 2}
+CHECKPOINTED = {"engine__activation_checkpointing": "every:2", "engine__offload_idle": True}
+
+
+def _case(processes, stage, *settings):
+    together = {"engine__kind": "deepspeed", "engine__zero_stage": stage}
+    for part in settings:
+        together.update(part)
+    return processes, together
+
+
+# Each stage once, with what may go along with it; every combination in `make test-all`.
+QUICK = {
+    "ZeRO 1, optimiser offloaded": _case(2, 1, OFFLOAD),
+    "ZeRO 2, shared tokens, checkpointing": _case(2, 2, SHARED, CHECKPOINTED),
+    "ZeRO 3, parameters offloaded, shared tokens, 4 processes": _case(4, 3, OFFLOAD_ALL, SHARED),
+}
+REST = {
+    **{f"ZeRO {stage}, {n} processes": _case(n, stage) for stage in (0, 1, 2, 3) for n in (2, 4)},
+    **{f"ZeRO {stage}, shared tokens, {n} processes": _case(n, stage, SHARED) for stage in (1, 2, 3) for n in (2, 4)},
+    **{f"ZeRO {stage}, optimiser offloaded": _case(2, stage, OFFLOAD) for stage in (2, 3)},
+    "ZeRO 3, parameters offloaded": _case(2, 3, OFFLOAD_ALL),
+    "ZeRO 3, full checkpointing": _case(2, 3, {"engine__activation_checkpointing": "full"}),
+    "ZeRO 3, tokens shared by 4": _case(4, 3, {"engine__sequence_parallel": 4}),
+    "LoRA, ZeRO 3, shared tokens": _case(2, 3, SHARED, {"model__lora__rank": 4, "model__lora__alpha": 8.0}),
+    "KL, ZeRO 3, shared tokens": _case(2, 3, SHARED, {"grpo__kl_weight": 0.1}),
+    "images, ZeRO 2, shared tokens": _case(2, 2, SHARED, {"sample__frames": 1}),
+}
+# What is particular to how it runs, not to what it computes.
+HOW = ("engine__kind", "engine__zero_stage", *OFFLOAD, *SHARED, *CHECKPOINTED)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_hunyuan_video, tmp_path_factory):
+    """``alone(**settings)`` -> folder of a recorded run of one process; equal ones run once."""
+    folders = {}
+
+    def make(**settings):
+        key = repr(sorted(settings.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("alone")
+            assert runs.run(runs.settings(folders[key], tiny_hunyuan_video, **{**SHORT, **settings}), record=True) == [0]
+        return folders[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "processes,settings",
+    [
+        *(pytest.param(*case, id=name) for name, case in QUICK.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in REST.items()),
+    ],
+)
+def test_processes_give_the_samples_and_weights_of_one(alone, tiny_hunyuan_video, tmp_path, processes, settings):
+    overrides = runs.settings(tmp_path, tiny_hunyuan_video, **{**SHORT, **settings})
+    assert runs.run(overrides, processes=processes, record=True) == [0] * processes
+    assert_same_to_rounding(tmp_path, alone(**{k: v for k, v in settings.items() if k not in HOW}), ITERATIONS)
+    if "grpo__kl_weight" in settings:
+        assert runs.metrics(tmp_path)[-1]["train/kl"] > 0
+
+
+# An iteration is 8 draws, 16 backwards (8 x 2 timesteps) and 2 optimiser steps, over the data-parallel processes.
+KILLS = {
+    "in the rollout": runs.Kill("draw", 10),
+    "in an update": runs.Kill("engine.backward", 20),
+    "between updates": runs.Kill("engine.step", 2, after=True),
+    "in a save": runs.Kill("fastvideo_grpo.engines.base.write_tensors", 3, after=True),
+}
+RESUMED = {**SHORT, "run__sample_every": 0, "optim__ema_decay": 0.9, "optim__lr": 1e-3}
+WAYS = {
+    "ZeRO 1": _case(2, 1),
+    "ZeRO 2": _case(2, 2),
+    "ZeRO 3": _case(2, 3),
+    "ZeRO 2, shared tokens": _case(2, 2, SHARED),
+    "ZeRO 3, shared tokens": _case(2, 3, SHARED),
+    "ZeRO 3, shared tokens, 4 processes": _case(4, 3, SHARED),
+}
+QUICK_KILLS = [("ZeRO 3, shared tokens", "in an update"), ("ZeRO 3, shared tokens", "in a save")]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tiny_hunyuan_video, tmp_path_factory):
+    """``never_killed(way)`` -> folder of a run with EMA that was never killed."""
+    folders = {}
+
+    def make(way):
+        if way not in folders:
+            folders[way] = tmp_path_factory.mktemp("never-killed")
+            processes, settings = WAYS[way]
+            overrides = runs.settings(folders[way], tiny_hunyuan_video, **RESUMED, **settings)
+            assert runs.run(overrides, processes=processes) == [0] * processes
+        return folders[way]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "way,when",
+    [
+        *QUICK_KILLS,
+        *(pytest.param(w, k, marks=pytest.mark.slow) for w in WAYS for k in KILLS if (w, k) not in QUICK_KILLS),
+    ],
+)
+def test_killed_and_resumed_processes_are_bitwise_those_never_killed(never_killed, tiny_hunyuan_video, tmp_path, way, when):
+    processes, settings = WAYS[way]
+    overrides, kill = runs.settings(tmp_path, tiny_hunyuan_video, **RESUMED, **settings), KILLS[when]
+    if kill.target in ("draw", "engine.backward"):
+        kill = replace(kill, call=kill.call * settings.get("engine__sequence_parallel", 1) // processes)
+    assert runs.run(overrides, processes=processes, kill=kill) == [-9] * processes
+    assert runs.checkpoints(tmp_path) == ([".saving-000002"] if when == "in a save" else []) + ["000001"]
+    assert runs.run(overrides, processes=processes) == [0] * processes
+    assert "after iteration 1" in runs.output(tmp_path)
+    assert_same_bitwise(tmp_path, never_killed(way), ITERATIONS)
