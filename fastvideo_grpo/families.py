@@ -34,10 +34,32 @@ class ModelFacts:
         return int(self.transformer["num_attention_heads"])
 
     @property
+    def hidden_width(self) -> int:
+        """Width of the transformer's hidden states."""
+        return self.heads * int(self.transformer["attention_head_dim"])
+
+    @property
     def spatial_compression(self) -> int:
         """Pixels per latent, along one side."""
         ratio = self.vae.get("spatial_compression_ratio")
         return int(ratio if ratio is not None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
+    ``benchmarks/memory.py`` counts again and compares.
+
+    Attributes:
+        double, single: kept by a double (text and image apart) and a single block for the backward pass.
+        rest: kept outside the blocks, per image token and per text token.
+        forward: held at once in a forward without gradients.
+    """
+
+    double: float
+    single: float
+    rest: tuple[float, float]
+    forward: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,10 @@ class Family:
         configs: the published ``config.json`` of those components whose sizes matter here.
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
         lora_targets: the attention projections, as FastVideo names them.
+        activations: dtype -> what the blocks hold.
+        decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
+            ``block_out_channels`` x bytes of the dtype).
+        parameters: of the published VAE and text encoders.
     """
 
     kind: str
@@ -61,6 +87,9 @@ class Family:
     configs: dict[str, dict[str, Any]]
     sequence_encoder: tuple[str, str]
     lora_targets: tuple[str, ...]
+    activations: dict[str, Activations]
+    decode: float
+    parameters: dict[str, float]
 
     def size_multiple(self, facts: ModelFacts) -> int:
         """What height and width must be a multiple of, in pixels."""
@@ -175,6 +204,9 @@ FAMILIES: dict[str, Family] = {
         configs=published.FLUX_1_DEV,
         sequence_encoder=("text_encoder_2", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
+        decode=9.4,
+        parameters={"vae": 83.8e6, "text_encoder": 123e6, "text_encoder_2": 4.762e9},
     ),
     "hunyuan_video": _HunyuanVideo(
         kind="hunyuan_video",
@@ -185,6 +217,9 @@ FAMILIES: dict[str, Family] = {
         sequence_encoder=("text_encoder", "hidden_size"),
         # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
         lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
+        activations={"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
+        decode=9.4,
+        parameters={"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
     ),
 }
 

@@ -27,10 +27,11 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
         dtype: of its parameters.
     """
     require_patched()
-    from fastvideo.configs.models.dits import FluxConfig, HunyuanVideoConfig
+    from fastvideo.configs.pipelines.flux import FluxPipelineConfig
+    from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
     from fastvideo.models.registry import ModelRegistry
 
-    dit_config = {"flux": FluxConfig, "hunyuan_video": HunyuanVideoConfig}[kind]()
+    dit_config = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig}[kind]().dit_config
     settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
     dit_config.update_model_arch(settings)
     cls, _ = ModelRegistry.resolve_model_cls(transformer_config["_class_name"])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from functools import partial
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig
+from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
+from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little
 from fastvideo_grpo.prompts.files import read_prompts
 from fastvideo_grpo.rewards.reward_set import check_entry
+
+logger = logging.getLogger(__name__)
 
 
 def dealing(config: Config, ranks: int) -> Dealing:
@@ -63,8 +70,14 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             )
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
-    checks = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
+    checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
     checks += [partial(check_entry, name, entry) for name, entry in config.rewards.models.items()]
+    json_file = config.engine.deepspeed_json
+    if config.engine.kind == "deepspeed" and json_file is not None and Path(json_file).is_file():
+        from fastvideo_grpo.engines.deepspeed import deepspeed_config
+
+        world = World(size=ranks)
+        checks.append(lambda: deepspeed_config(config.optim, config.engine, config.model.precision, world))
     for check in checks:
         try:
             check()
@@ -94,6 +107,21 @@ def check_folder(config: Config) -> None:
         )
 
 
+def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
+    """Log a warning where the estimate is beyond what a device of this machine has (of its memory, on CPUs)."""
+    import torch
+
+    memory = estimate(config, facts, ranks, count_parameters(config, facts))
+    if torch.cuda.is_available():
+        here, available = memory.peak, float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        here = memory.peak + sum(memory.host.values())
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    if os.environ.get("RANK", "0") == "0" and here > available:
+        logger.warning("%s", too_little(config, memory, here, available))
+
+
 def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     """What one iteration does and what it needs, for a person."""
     import torch
@@ -109,22 +137,15 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     prompts = read_prompts(config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout(0))
-    trajectory = samples * shared / ranks * (sample.steps + 1) * math.prod(latent) * 4
     updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
     bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
     embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
-    weights = total * (2 if config.model.precision == "bf16" else 4)
-    state = trainable * (12 if config.model.precision == "bf16" else 8) + trainable * 4
     gpus = torch.cuda.device_count()
     lines = [
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
         + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
-        f"memory       weights {_gib(weights)}; gradients, optimiser and float32 masters {_gib(state)} in all, before ZeRO "
-        "and offload"
-        + (f"; frozen reference {_gib(weights)} on each device" if config.grpo.kl_weight and not config.model.lora else "")
-        + (f"; EMA {_gib(4 * trainable)} of host memory in all" if config.optim.ema_decay else "")
-        + "; activations, VAE, text encoders and rewards not counted",
-        f"disk         {_gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
+        *describe_memory(estimate(config, facts, ranks, (trainable, total))),
+        f"disk         {gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
         f"sample       {sample.width}x{sample.height} pixels"
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
@@ -133,7 +154,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
         f"{len(prompts) / grpo.prompts_per_iteration:.1f} iterations"
         + (
-            f"; embeddings {_gib(embedding * len(prompts))} in {config.prompts.embeddings}"
+            f"; embeddings {gib(embedding * len(prompts))} in {config.prompts.embeddings}"
             if config.prompts.embeddings != "none"
             else "; encoded as they come"
         ),
@@ -144,8 +165,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"iteration    {grpo.prompts_per_iteration} prompts x {grpo.group_size} samples = {samples} samples "
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
-        f"{rollouts * sample.steps} forwards a process; trajectories {_gib(trajectory)} of host memory a "
-        + ("group" if shared > 1 else "process"),
+        f"{rollouts * sample.steps} forwards a process",
         f"  rewards    {', '.join(f'{name} ({reward.kind})' for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
@@ -159,25 +179,28 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
 
 def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
     """(trained, all) parameters of the transformer, built at its real size on the meta device."""
+    lora = None if config.model.lora is None else tuple(sorted(vars(lora_settings(config)).items(), key=lambda item: item[0]))
+    return _count_parameters(config.model.kind, json.dumps(facts.transformer), json.dumps(lora))
+
+
+@cache
+def _count_parameters(kind: str, transformer: str, lora: str) -> tuple[int, int]:
     from fastvideo_grpo.engines.lora import add_lora
     from fastvideo_grpo.fastvideo_models import diffusers_transformer, fastvideo_transformer
 
+    settings = json.loads(lora)
     # diffusers' class has the same parameters (fused otherwise) and is imported in a fraction of the time; adapters sit on
     # FastVideo's layers, which only FLUX shares.
-    if config.model.lora is None or config.model.kind == "flux":
-        module = diffusers_transformer(facts.transformer)
+    if settings is None or kind == "flux":
+        module = diffusers_transformer(json.loads(transformer))
     else:
-        module = fastvideo_transformer(config.model.kind, facts.transformer)
+        module = fastvideo_transformer(kind, json.loads(transformer))
     total = sum(p.numel() for p in module.parameters())
-    if config.model.lora is not None:
-        add_lora(module, lora_settings(config), seed=0)
+    if settings is not None:
+        add_lora(module, LoRAConfig(**dict(settings)), seed=0)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, total
 
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

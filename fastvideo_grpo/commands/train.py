@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(plan.describe(config, facts, ranks))
         return 0
     plan.check_folder(config)
+    plan.warn_of_memory(config, facts, ranks)
     train(config)
     return 0
 

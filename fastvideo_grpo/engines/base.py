@@ -26,6 +26,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed has split this parameter over ranks (ZeRO-3), so that its own shape says nothing."""
+    return hasattr(parameter, "ds_shape")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, also of one that DeepSpeed has split over ranks."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def cast_parameters(module: nn.Module, precision: str) -> None:
+    """Cast floating-point parameters to `precision`. Buffers stay: they hold things like rotary frequencies, which bf16
+    would spoil.
+
+    Raises:
+        ValueError: an unknown precision, or parameters split over ranks in another one.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"model.precision is {precision!r}; allowed: {', '.join(DTYPES)}")
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if is_partitioned(parameter):
+            if parameter.dtype != DTYPES[precision]:
+                raise ValueError(
+                    f"{name} was loaded in partitions as {parameter.dtype}, but model.precision is {precision}; load it in "
+                    "the engine's precision"
+                )
+        else:
+            parameter.data = parameter.data.to(DTYPES[precision])
+
+
 class Engine(Protocol):
     """Who moves the weights.
 
@@ -95,7 +127,11 @@ class Engine(Protocol):
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """The module with EMA weights inside the block; afterwards bitwise as before. All ranks enter and leave
-        together; no update inside."""
+        together; no update, saving or loading inside.
+
+        With several ranks an error inside leaves the EMA weights in, and the engine refuses to go on: taking them out is
+        an exchange, for which a rank alone with its error would wait in vain.
+        """
         ...
 
 
@@ -111,8 +147,6 @@ class AdamWEngine:
     zero_stage: int | None = None
 
     def __init__(self, module: nn.Module, optim: Any, *, precision: str, world: World) -> None:
-        if precision not in DTYPES:
-            raise ValueError(f"model.precision is {precision!r}; allowed: {', '.join(DTYPES)}")
         if optim.lr <= 0 or not math.isfinite(optim.lr):
             raise ValueError(f"optim.lr is {optim.lr}; it must be a positive number")
         self.optim = optim
@@ -137,11 +171,13 @@ class AdamWEngine:
                 "transformer, or add LoRA layers"
             )
         self.trainable_names = list(self._parameters)
-        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        # Parameters only: buffers hold things like rotary frequencies, which bf16 would spoil.
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(DTYPES[precision])
+        self._shapes = {name: whole_shape(parameter) for name, parameter in self._parameters.items()}
+        if self.zero_stage != 3 and any(is_partitioned(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                "the module's parameters are ZeRO-3 partitions, which only engine.kind=deepspeed with engine.zero_stage=3 "
+                "trains; set these, or load the module whole"
+            )
+        cast_parameters(module, precision)
 
     # What a subclass provides.
 
@@ -217,12 +253,16 @@ class AdamWEngine:
         self._calls_made += 1
         self._backward(loss, last=self._calls_left == 0)
 
-    def step(self) -> float:
+    def _refuse_inside_ema(self, call: str) -> None:
+        # Where the module's weights are the float32 ones, the averages would pass for them.
         if self._inside_ema:
             raise RuntimeError(
-                "step() while the module holds EMA weights; leave ema_weights() first (an error inside it may have "
+                f"{call}() while the module holds EMA weights; leave ema_weights() first (an error inside it may have "
                 "kept them in)"
             )
+
+    def step(self) -> float:
+        self._refuse_inside_ema("step")
         if self._calls_left or not self._calls_made:
             raise RuntimeError(
                 f"step() after {self._calls_made} calls of backward with {self._calls_left} announced calls missing"
@@ -248,12 +288,14 @@ class AdamWEngine:
         return self.world.all_reduce_sum_in_place(whole).view(shape)
 
     def state_dict(self) -> dict[str, Tensor]:
+        self._refuse_inside_ema("state_dict")
         return {
             name: self._whole(name, self._piece(name, "weight") if self.span(name) else None, self.world.device).cpu()
             for name in self.trainable_names
         }
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        self._refuse_inside_ema("load_state_dict")
         self._check_names({name: tuple(weight.shape) for name, weight in weights.items()}, "the given weights")
         with torch.no_grad():
             for name, weight in weights.items():
@@ -263,6 +305,7 @@ class AdamWEngine:
         self._refresh_module()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        self._refuse_inside_ema("save")
         if self._calls_made:
             raise RuntimeError("save() in the middle of an update would lose its gradients; call step() first")
         folder = Path(folder)
@@ -294,6 +337,7 @@ class AdamWEngine:
             (folder / ENGINE_JSON).write_text(json.dumps(description, indent=1))
 
     def load(self, folder: str | os.PathLike[str]) -> None:
+        self._refuse_inside_ema("load")
         folder = Path(folder)
         description = read_engine_json(folder)
         self._check_names({name: tuple(shape) for name, shape in description["parameters"].items()}, str(folder / ENGINE_JSON))

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.base import AdamWEngine
+from fastvideo_grpo.engines.base import AdamWEngine, cast_parameters
+from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
 from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
 
 logger = logging.getLogger(__name__)
-
-# What follows from our own keys and from accumulate(); a deepspeed_json that says otherwise would be a second truth.
-_OWN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "data_types",
-)
 
 
 class DeepSpeedEngine(AdamWEngine):
@@ -47,11 +33,12 @@ class DeepSpeedEngine(AdamWEngine):
 
     Args:
         module: a plain module, the same weights on every rank. Its parameters (not its buffers) are cast to `precision`
-            and moved to `world.device`. Trainable: those with requires_grad; frozen ones work at every stage.
+            and moved to `world.device`. Trainable: those with requires_grad; frozen ones work at every stage. With
+            `zero_stage` 3 also one from `sharded_loading.load_partitioned`, with or without adapters added since.
         optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay.
         engine_cfg: zero_stage (0 to 3), offload ("none", "optimizer": AdamW's state and step on the CPU, "parameters":
-            the weights too, stage 3 only), micro_batch_size; deepspeed_json, if there: a file with further DeepSpeed
-            keys.
+            the weights too, stage 3 only), micro_batch_size; deepspeed_json, if there: a DeepSpeed configuration
+            file that may repeat what ours say, say "auto", and tune the rest.
         precision: "fp32" or "bf16".
         world: from `World.current()`. Without a process group one of a single process is made.
         ema_device: where the EMA weights lie.
@@ -72,14 +59,10 @@ class DeepSpeedEngine(AdamWEngine):
         world: World | None = None,
         ema_device: str | torch.device = "cpu",
     ) -> None:
-        world = world or World.current()
-        if not dist.is_initialized():
-            backend = "nccl" if world.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            world = World.current(device=world.device.type)
+        world = with_process_group(world or World.current())
         self.zero_stage = _zero_stage(engine_cfg, precision)
         super().__init__(module, optim, precision=precision, world=world)
-        deepspeed = _import_deepspeed(world.device)
+        deepspeed = import_deepspeed(world)
         self._adam = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=optim.lr,
@@ -87,12 +70,8 @@ class DeepSpeedEngine(AdamWEngine):
             weight_decay=optim.weight_decay,
             foreach=False,
         )
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, torchrun or not
         config = deepspeed_config(optim, engine_cfg, precision, world)
-        chatter = io.StringIO()
-        with contextlib.redirect_stdout(chatter):  # it prints memory tables, whatever its log level
-            self.module, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=config, dist_init_required=False)
-        logger.debug("deepspeed.initialize: %s", chatter.getvalue())
+        self.module = _initialize(model=module, optimizer=self._adam, config=config)
         self._gathered = deepspeed.zero.GatheredParameters
         self._start_ema(ema_device)
 
@@ -198,14 +177,51 @@ class DeepSpeedEngine(AdamWEngine):
             self._adam.zero_grad(set_to_none=True)
             return norm
         self.module.step()
-        return math.inf if self._zero.overflow else float(self.module.get_global_grad_norm())
+        if not self._zero.overflow:
+            return float(self.module.get_global_grad_norm())
+        if self.zero_stage in (1, 2) and hasattr(self._zero, "averaged_gradients"):
+            # In bf16 with the optimiser offloaded DeepSpeed 0.19.8 keeps the gradients of a skipped step and adds the next
+            # ones to them: after one NaN it would never update again.
+            for group in self._zero.averaged_gradients:
+                self._zero.averaged_gradients[group] = None
+        return math.inf
+
+
+def partitioned_reference(
+    module: nn.Module, optim: Any, engine_cfg: Any, *, precision: str = "fp32", world: World | None = None
+) -> nn.Module:
+    """A frozen module whose weights stay in ZeRO-3 partitions: calling it gathers them layer by layer and lets them go.
+
+    For the starting weights of full fine-tuning (KL), beside the `DeepSpeedEngine` that trains. All ranks call it, and
+    what it returns, equally often. It takes the memory of the partitions and of the layers in flight.
+
+    Args:
+        module: from `sharded_loading.load_partitioned`, or a plain one (the same on every rank). All parameters are
+            frozen; plain ones are cast to `precision`.
+        optim, engine_cfg, precision, world: those of the engine; `engine_cfg.zero_stage` is 3.
+
+    Returns:
+        What to call under `torch.no_grad()` in the place of `module`.
+
+    Raises:
+        ValueError: `zero_stage` is not 3, or another setting that DeepSpeedEngine refuses.
+    """
+    world = with_process_group(world or World.current())
+    if engine_cfg.zero_stage != 3:
+        raise ValueError(
+            f"a partitioned reference needs engine.zero_stage=3, not {engine_cfg.zero_stage}; copy the module instead"
+        )
+    cast_parameters(module.requires_grad_(False), precision)
+    import_deepspeed(world)
+    return _initialize(model=module, config=deepspeed_config(optim, engine_cfg, precision, world))
 
 
 def deepspeed_config(optim: Any, engine_cfg: Any, precision: str, world: World) -> dict[str, Any]:
-    """DeepSpeed's JSON configuration for ours, with the keys of `engine_cfg.deepspeed_json` (a path) laid over it.
+    """DeepSpeed's JSON configuration for ours, with the keys of `engine_cfg.deepspeed_json` (a path) laid over it: what
+    repeats ours or says "auto" is taken, tuning keys go through.
 
     Raises:
-        ValueError: the file cannot be read or sets a key that ours decide.
+        ConfigError: the file cannot be read or contradicts ours.
     """
     stage = _zero_stage(engine_cfg, precision)
     zero: dict[str, Any] = {"stage": stage}
@@ -228,22 +244,46 @@ def deepspeed_config(optim: Any, engine_cfg: Any, precision: str, world: World) 
         "wall_clock_breakdown": False,
     }
     path = getattr(engine_cfg, "deepspeed_json", None)
-    if path:
-        try:
-            extra = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as failure:
-            raise ValueError(f"engine.deepspeed_json {path} cannot be read: {failure}") from failure
-        taken = [key for key in extra if key in _OWN_KEYS] + [
-            f"zero_optimization.{key}" for key in extra.get("zero_optimization", {}) if key in zero
-        ]
-        if taken:
-            raise ValueError(
-                f"engine.deepspeed_json {path} sets {', '.join(taken)}, which follow from engine.*, optim.* and "
-                "model.precision; remove them there"
-            )
-        zero.update(extra.pop("zero_optimization", {}))
-        config.update(extra)
-    return config
+    return merge_json(config, path, _stated(optim, engine_cfg, precision, world)) if path else config
+
+
+def _stated(optim: Any, engine_cfg: Any, precision: str, world: World) -> list[Stated]:
+    """The DeepSpeed keys that follow from ours."""
+    size, clip, stage = engine_cfg.micro_batch_size, float(optim.max_grad_norm or 0.0), engine_cfg.zero_stage
+    offload = f"engine.offload is {engine_cfg.offload}"
+    optimizer_device = "none" if engine_cfg.offload == "none" else "cpu"
+    parameter_device = "cpu" if engine_cfg.offload == "parameters" else "none"
+    bf16 = precision == "bf16"
+    masters = "weights, moments and gradients are float32 at every model.precision"
+    leave = "leave it out"
+    return [
+        Stated(
+            "train_batch_size", (size * world.size,), f"engine.micro_batch_size is {size}, which makes {size * world.size} here"
+        ),
+        Stated("train_micro_batch_size_per_gpu", (size,), f"engine.micro_batch_size is {size}"),
+        Stated(
+            "gradient_accumulation_steps",
+            (1,),
+            "how much makes up an update follows from grpo.* and engine.micro_batch_size",
+            'set it to "auto" or leave it out',
+        ),
+        Stated("gradient_clipping", (clip,), f"optim.max_grad_norm is {optim.max_grad_norm}"),
+        Stated("bf16.enabled", (bf16,), f"model.precision is {precision}"),
+        Stated("bfloat16.enabled", (bf16,), f"model.precision is {precision}"),
+        Stated("bf16.check_grad_overflow", (True,), "updates that are not finite are skipped and counted", leave),
+        Stated("bf16.bf16_master_weights_and_grads", (False,), masters, leave),
+        Stated("bf16.bf16_optimizer_states", (False,), masters, leave),
+        Stated("fp16.enabled", (False,), f"model.precision is {precision} (fp32 and bf16 are there)", "set it to false"),
+        Stated("data_types.grad_accum_dtype", ("fp32",), masters, leave),
+        Stated("zero_optimization.stage", (stage,), f"engine.zero_stage is {stage}"),
+        Stated("zero_optimization.offload_optimizer.device", (optimizer_device,), offload),
+        Stated("zero_optimization.offload_param.device", (parameter_device,), offload),
+        Stated("zero_optimization.cpu_offload", (optimizer_device == "cpu",), offload),
+        Stated("zero_optimization.cpu_offload_param", (parameter_device == "cpu",), offload),
+        Stated("zero_allow_untested_optimizer", (True,), "the optimiser here is torch's AdamW", leave),
+        Stated("zero_force_ds_cpu_optimizer", (False,), "the optimiser here is torch's AdamW", leave),
+        *optimizer_stated(optim),
+    ]
 
 
 def _zero_stage(engine_cfg: Any, precision: str) -> int:
@@ -259,9 +299,19 @@ def _zero_stage(engine_cfg: Any, precision: str) -> int:
     return 1 if stage == 0 and precision == "bf16" else stage
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def with_process_group(world: World) -> World:
+    """`world`, or, where there is no process group, that of one made of this process alone: DeepSpeed needs one."""
+    if dist.is_initialized():
+        return world
+    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return World.current(device=world.device.type)
+
+
+def import_deepspeed(world: World) -> Any:
+    """The package, quiet, on the run's device and process group."""
     # Without this DeepSpeed guesses from what the machine has, not from what the run uses.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, torchrun or not
     extension_logger = logging.getLogger("torch.utils.cpp_extension")
     level = extension_logger.level
     extension_logger.setLevel(logging.ERROR)  # nothing is compiled here, so a CUDA toolkit without a GPU is no news
@@ -273,4 +323,16 @@ def _import_deepspeed(device: torch.device) -> Any:
     # On a CPU it would compile a shared-memory all-reduce into the cache of the user: minutes, and only inference uses
     # it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)  # takes torch's process group
     return deepspeed
+
+
+def _initialize(**arguments: Any) -> Any:
+    """DeepSpeed's engine."""
+    import deepspeed
+
+    chatter = io.StringIO()
+    with contextlib.redirect_stdout(chatter):  # it prints memory tables, whatever its log level
+        engine, *_ = deepspeed.initialize(**arguments, dist_init_required=False)
+    logger.debug("deepspeed.initialize: %s", chatter.getvalue())
+    return engine

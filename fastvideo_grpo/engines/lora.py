@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo.config import ConfigError, LoRAConfig
+from fastvideo_grpo.engines.base import whole_shape
 from fastvideo_grpo.sampling.noise import generator
 
 
@@ -26,7 +27,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor)
-        out_features, in_features = weight.shape
+        out_features, in_features = whole_shape(weight)
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank
         self.enabled = True
@@ -49,15 +50,18 @@ def add_lora(module: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
     """Freeze ``module`` and wrap every linear layer whose name ends in one of ``config.targets``; returns their names.
 
     Raises:
-        ConfigError: a target that matches nothing.
+        ConfigError: no target, or one that matches nothing.
     """
+    if not config.targets:
+        raise ConfigError("model.lora.targets names no layer; leave the key out for the model's attention projections")
+    targets = config.targets
     module.requires_grad_(False)
-    found: dict[str, list[str]] = {target: [] for target in config.targets}
+    found: dict[str, list[str]] = {target: [] for target in targets}
     for name, layer in list(module.named_modules()):
         weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
             continue
-        target = next((t for t in config.targets if name == t or name.endswith("." + t)), None)
+        target = next((t for t in targets if name == t or name.endswith("." + t)), None)
         if target is None:
             continue
         found[target].append(name)

@@ -200,7 +200,7 @@ class GRPOTrainer:
         )
         self.cache_embeddings([*self.prompts, *self.eval_prompts])
         if config.grpo.kl_weight > 0 and config.model.lora is None:
-            self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
+            self._reference = self.make_reference()
         self._lock = self._on_rank_0(lambda: lock_folder(self.folder))
         self.engine = make_engine(self)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
@@ -284,6 +284,10 @@ class GRPOTrainer:
                 yield
         finally:
             self._inside_reference = False
+
+    def make_reference(self) -> nn.Module:
+        """A frozen copy of the starting weights, before the engine takes the network."""
+        return copy.deepcopy(self.transformer).requires_grad_(False)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put trained weights (names without wrappers) into the network, before there is an engine.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from contextlib import AbstractContextManager, ExitStack
@@ -26,17 +27,24 @@ from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from fastvideo_grpo.checkpoints.diffusers_names import transformer_names  # noqa: E402
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.engines.residency import resident  # noqa: E402
+from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
-from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
 
 ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
+
+
+def is_partitioned(config: Config) -> bool:
+    """Whether the transformer's weights live in ZeRO-3 partitions."""
+    return config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
 
 class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
@@ -82,11 +90,13 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             pin_cpu_memory=False,
             disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
+        loaded = {"transformer": self._load_partitioned(config, world)} if is_partitioned(config) else None
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
         if not with_text_encoders:
             components = [name for name in components if name not in (*self.text_encoders, *self.tokenizers)]
-        ComposedPipelineBase.__init__(self, config.model.path, args, required_config_modules=components)
+        ComposedPipelineBase.__init__(self, config.model.path, args, components, loaded)
         self.post_init()
+        self.prepare_transformer(self.get_module("transformer"))
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
         # not rounded on its way, and predict() casts to what the network computes in.
         args.pipeline_config.dit_precision = "fp32"
@@ -98,6 +108,37 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             for name in ("vae", *(self.text_encoders if with_text_encoders else ())):
                 self.get_module(name).to("cpu")
         self.setup(config, world)
+
+    @staticmethod
+    def _load_partitioned(config: Config, world: World) -> nn.Module:
+        """The transformer in ZeRO-3 partitions, read shard by shard; FastVideo's loader would put all of it in each process."""
+        from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightSource, load_partitioned
+
+        folder = Path(config.model.path) / "transformer"
+        facts = json.loads((folder / "config.json").read_text())
+        module = fastvideo_transformer(config.model.kind, facts, DTYPES[config.model.precision])
+
+        def weights() -> WeightSource:
+            reader = CheckpointReader(folder)
+            return FusedWeights(reader, transformer_names(facts["_class_name"], reader.shapes).parts)
+
+        module.requires_grad_(False)  # as FastVideo's loader leaves it
+        return load_partitioned(module, weights, config.optim, config.engine, precision=config.model.precision, world=world)
+
+    def prepare_transformer(self, transformer: nn.Module) -> None:
+        """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""
+
+    def make_reference(self) -> nn.Module:
+        if not is_partitioned(self.config):
+            return super().make_reference()
+        from fastvideo_grpo.engines.deepspeed import partitioned_reference
+
+        module = self._load_partitioned(self.config, self.world)
+        self.prepare_transformer(module)
+        config = self.config
+        return partitioned_reference(
+            module.eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
+        )
 
     def _check_attention(self, wanted: str) -> None:
         """FastVideo falls back to another kernel in silence, for instance where the head size is not supported."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.prompts.embeddings import Conditioning
@@ -50,8 +50,6 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         # Latent preparation reads the channels, and the decoder its compression, from the pipeline's configuration.
         pipeline.dit_config.arch_config.in_channels = transformer.fastvideo_config.arch_config.in_channels
         pipeline.vae_config.arch_config.spatial_compression_ratio = 2 ** (len(vae.config.block_out_channels) - 1)
-        if fastvideo_args.sp_size > 1:
-            shard_sequence(transformer)
         t5 = self.get_module("text_encoder_2")
         if t5 is not None:
             # Loading resets T5's tokenizer arguments (28 tokens for the real model); and diffusers' FLUX shows T5 no mask.
@@ -61,6 +59,10 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
             t5.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
             )
+
+    def prepare_transformer(self, transformer: nn.Module) -> None:
+        if self.fastvideo_args.sp_size > 1:
+            shard_sequence(transformer)
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """CLIP's pooled embedding ``[1, 768]`` and T5's sequence ``[1, text_length, 4096]`` of each prompt."""

@@ -26,6 +26,9 @@ class _Tokens:
     total = 0
     share = 0
 
+    def __deepcopy__(self, memo: Any) -> _Tokens:
+        return self  # a copied transformer has the same hooks, which set this one
+
 
 class ShardedJointAttention(nn.Module):
     """FLUX's attention over ``[text, this process's image tokens]``, with FastVideo's exchange inside.

@@ -5,7 +5,12 @@ import pytest
 from tests.trainer import runs
 
 FLUX = {"sample__height": 48, "sample__width": 48}  # 9 tokens: two processes cannot share them evenly
-MODELS = {"FLUX": FLUX, "HunyuanVideo, video": runs.HUNYUAN_T2V, "HunyuanVideo, image": runs.HUNYUAN_T2I}
+MODELS = {
+    "FLUX": FLUX,
+    "FLUX, KL": {**FLUX, "grpo__kl_weight": 0.1},
+    "HunyuanVideo, video": runs.HUNYUAN_T2V,
+    "HunyuanVideo, image": runs.HUNYUAN_T2I,
+}
 SHORT = {
     "sample__steps": 3,
     "grpo__prompts_per_iteration": 2,
@@ -25,7 +30,7 @@ def alone(tiny_flux, tiny_hunyuan_video, tmp_path_factory):
     def make(model):
         if model not in folders:
             folder = tmp_path_factory.mktemp("alone")
-            checkpoint = tiny_flux if model == "FLUX" else tiny_hunyuan_video
+            checkpoint = tiny_flux if model.startswith("FLUX") else tiny_hunyuan_video
             assert runs.run(runs.settings(folder, checkpoint, **MODELS[model], **SHORT), record=True) == [0]
             folders[model] = folder, checkpoint
         return folders[model]
@@ -34,7 +39,7 @@ def alone(tiny_flux, tiny_hunyuan_video, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] if "KL" in m else []) for m in MODELS])
 def test_shared_tokens_change_nothing(alone, tmp_path, model, processes):
     one, checkpoint = alone(model)
     settings = {**MODELS[model], **SHORT, **DEEPSPEED, "engine__sequence_parallel": 2}
@@ -53,5 +58,6 @@ def test_shared_tokens_change_nothing(alone, tmp_path, model, processes):
     scale = max(gradient.abs().max().item() for gradient in expected.values())
     for rank in range(processes):
         assert runs.largest_difference(runs.gradients(tmp_path, 0, rank), expected) < 1e-5 * scale
+    assert "KL" not in model or a["train/kl"] > 0.0
     pictures = runs.pictures(tmp_path, 1).int(), runs.pictures(one, 1).int()
     assert pictures[0].shape == pictures[1].shape and (pictures[0] - pictures[1]).abs().max() <= 1

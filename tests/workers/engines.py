@@ -1,37 +1,101 @@
-"""Run by test_engines_distributed.py on two processes; writes what it measured to the JSON file named on the command
-line.
+"""Run by test_engines_distributed.py under torchrun: `engines.py RESULTS FOLDER [STATES]`.
 
-Every check runs on both ranks; rank 0 writes, and what a rank finds wrong is gathered first.
+Every check runs on all ranks; rank 0 writes what all of them measured to the JSON file RESULTS. STATES is the FOLDER of an
+earlier run on another number of processes, whose saved states are to be loaded instead of this run's; two processes then do
+nothing else.
 """
 
+import ctypes
 import errno
+import gc
 import hashlib
 import json
+import math
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fastvideo_grpo.checkpoints.store import CheckpointStore
+from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.engines.base import MOMENTS
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
-from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine
+from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine, import_deepspeed, partitioned_reference
 from fastvideo_grpo.engines.local import LocalEngine
+from fastvideo_grpo.engines.lora import add_lora
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, load_partitioned
+from fastvideo_grpo.engines.shards import SavedTensors, read_engine_json
+from fastvideo_grpo.errors import UserError
 
 torch.set_num_threads(1)
+# Precision, stage, offload, and how the module comes: plain, with activation checkpointing, or loaded in partitions.
 CONFIGURATIONS = [
-    ("fp32", 0, "none"),
-    ("fp32", 1, "none"),
-    ("fp32", 2, "none"),
-    ("fp32", 3, "none"),
-    ("bf16", 0, "none"),
-    ("bf16", 2, "none"),
-    ("bf16", 3, "none"),
-    ("fp32", 2, "optimizer"),
-    ("fp32", 3, "parameters"),
+    "fp32-0-none-plain",
+    "fp32-1-none-plain",
+    "fp32-2-none-plain",
+    "fp32-3-none-plain",
+    "bf16-0-none-plain",
+    "bf16-2-none-plain",
+    "bf16-3-none-plain",
+    "fp32-1-optimizer-plain",
+    "fp32-2-optimizer-plain",
+    "fp32-3-optimizer-plain",
+    "fp32-3-parameters-plain",
+    "bf16-1-optimizer-plain",
+    "bf16-2-optimizer-plain",
+    "bf16-3-parameters-plain",
+    "fp32-2-none-checkpointed",
+    "fp32-3-none-checkpointed",
+    "bf16-3-none-checkpointed",
+    "fp32-3-none-partitioned",
+    "bf16-3-parameters-partitioned",
 ]
+# Saved by the first, loaded by the second: other stages, offloads and precisions.
+MOVES = [
+    ("fp32-3-none-plain", "fp32-2-optimizer-plain"),
+    ("fp32-2-none-plain", "fp32-3-none-partitioned"),
+    ("fp32-0-none-plain", "bf16-3-parameters-plain"),
+    ("bf16-3-parameters-partitioned", "bf16-0-none-plain"),
+    ("bf16-2-optimizer-plain", "fp32-0-none-plain"),
+]
+NETWORK = "network.safetensors"
+# A file as transformers' users have it: "auto" where their trainer fills in, and tuning.
+BROUGHT = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 0.1,
+    "steps_per_print": 50,
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": "auto", "eps": 1e-8, "weight_decay": "auto"}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": "auto"},
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": 123456,
+        "stage3_prefetch_bucket_size": 23456,
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "wall_clock_breakdown": False,
+}
 OPTIM = SimpleNamespace(lr=1e-3, betas=[0.9, 0.95], weight_decay=0.01, max_grad_norm=0.1, warmup_steps=3, ema_decay=0.75)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,19 +137,65 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def check_engine(world, folder, precision, stage, offload):
-    config = SimpleNamespace(zero_stage=stage, offload=offload, micro_batch_size=4)
+def whole_state(folder):
+    """Weights, moments and EMA of a saved folder, whole."""
+    description = read_engine_json(folder)
+    names, world_size = description["parameters"], description["world_size"]
+    keys = {
+        "weights": list(names),
+        "ema": list(names),
+        "optimizer": [f"{moment}.{name}" for moment in MOMENTS for name in names],
+    }
+    state = {}
+    for part, entries in keys.items():
+        saved = SavedTensors(folder, part, world_size)
+        for key in entries:
+            state[f"{part}/{key}"] = saved.read(
+                key, 0, math.prod(names[key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")])
+            )
+    return state
+
+
+def make_engine(world, folder, name):
+    precision, stage, offload, form = name.split("-")
+    config = SimpleNamespace(zero_stage=int(stage), offload=offload, micro_batch_size=4)
+    if form == "partitioned":
+        with torch.device("meta"):
+            module = Network()
+        load_partitioned(module, lambda: CheckpointReader(folder / NETWORK), OPTIM, config, precision=precision, world=world)
+    else:
+        module = Network()
+    if form == "checkpointed":
+        for index in (0, 2):
+            module.layers[index] = checkpoint_wrapper(module.layers[index])
+    return DeepSpeedEngine(module, OPTIM, config, precision=precision, world=world)
+
+
+def refused(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return "EMA weights" in str(error)
+    return False
+
+
+def check_engine(world, root, name):
+    precision = name.split("-")[0]
+    folder = root / name
+    per_rank = world.size // 2  # numbers of calls that the ranks can share
 
     def make():
-        return DeepSpeedEngine(Network(), OPTIM, config, precision=precision, world=world)
+        return make_engine(world, root, name)
 
     dealt = {"rank": world.rank, "size": world.size}
     found = {}
     reference, engine = LocalEngine(Network(), OPTIM, precision=precision), make()
     found["stage"] = engine.zero_stage
     found["buffer_dtype"] = str(dict(engine.module.named_buffers())["module.frequencies"].dtype)
+    found["buffer_kept"] = torch.equal(dict(engine.module.named_buffers())["module.frequencies"], Network().frequencies)
     found["norms"] = []
     for seed, calls in enumerate((2, 6, 4)):
+        calls *= per_rank
         found["norms"].append((update(reference, calls, seed), update(engine, calls, seed, **dealt)))
     found["weights"] = largest_difference(engine.state_dict(), reference.state_dict())
 
@@ -94,8 +204,8 @@ def check_engine(world, folder, precision, stage, offload):
     found["poisoned_unchanged"] = same(engine.state_dict(), before)
     found["skipped"] = [engine.skipped_updates, engine.updates, engine.step_calls]
     update(reference, 4, 7, poison=1)
-    update(reference, 2, 8)
-    update(engine, 2, 8, **dealt)
+    update(reference, 2 * per_rank, 8)
+    update(engine, 2 * per_rank, 8, **dealt)
     found["weights_after_skip"] = largest_difference(engine.state_dict(), reference.state_dict())
 
     x = torch.ones(1, 7, dtype=DTYPES[precision])
@@ -103,6 +213,7 @@ def check_engine(world, folder, precision, stage, offload):
         plain = engine.module(x)
         with engine.ema_weights():
             averaged = engine.module(x)
+            found["refused_inside_ema"] = refused(engine.state_dict) and refused(lambda: engine.save(folder))
         with reference.ema_weights():
             expected = reference.module(x)
         found["ema_output"] = float((averaged - expected).abs().max())
@@ -110,8 +221,8 @@ def check_engine(world, folder, precision, stage, offload):
         found["ema_restored"] = torch.equal(engine.module(x), plain)
 
     if world.rank == 0:
-        for name in ("saved", "continued", "resumed", "local"):
-            (folder / name).mkdir(parents=True)
+        for part in ("saved", "single", "continued", "resumed", "local", "from local"):
+            (folder / part).mkdir(parents=True)
     world.barrier()
     engine.save(folder / "saved")
     world.barrier()
@@ -122,13 +233,16 @@ def check_engine(world, folder, precision, stage, offload):
     )
     single = LocalEngine(Network(), OPTIM, precision=precision)
     single.load(folder / "saved")
-    found["loaded_by_one_process"] = same(single.state_dict(), engine.state_dict())
+    if world.rank == 0:
+        single.save(folder / "single")
+    world.barrier()
+    found["loaded_by_one_process"] = same(whole_state(folder / "single"), whole_state(folder / "saved"))
     resumed = make()
-    update(resumed, 2, 99, **dealt)  # a state of its own, which loading must replace
+    update(resumed, 2 * per_rank, 99, **dealt)  # a state of its own, which loading must replace
     resumed.load(folder / "saved")
-    for one, name in ((engine, "continued"), (resumed, "resumed")):
+    for one, part in ((engine, "continued"), (resumed, "resumed")):
         update(one, 4, 9, **dealt)
-        one.save(folder / name)
+        one.save(folder / part)
     update(single, 4, 9)
     found["one_process_after_load"] = largest_difference(single.state_dict(), engine.state_dict())
     world.barrier()
@@ -138,8 +252,287 @@ def check_engine(world, folder, precision, stage, offload):
         single.save(folder / "local")
     world.barrier()
     resumed.load(folder / "local")
-    found["loads_from_one_process"] = same(resumed.state_dict(), weights_from_checkpoint(folder / "local"))
+    resumed.save(folder / "from local")
+    world.barrier()
+    found["loads_from_one_process"] = same(whole_state(folder / "from local"), whole_state(folder / "local"))
     return found
+
+
+def check_move(world, source, root, name, target):
+    """Load a state of another engine, ZeRO stage, precision or world size; save it again, and go on from it."""
+    precision = target.split("-")[0]
+    folder = root / f"{name} to {target}"
+    engine = make_engine(world, root, target)
+    update(engine, world.size, 99, rank=world.rank, size=world.size)  # a state of its own, which loading must replace
+    engine.load(source)
+    if world.rank == 0:
+        folder.mkdir()
+    world.barrier()
+    engine.save(folder)
+    world.barrier()
+    counters = [{key: read_engine_json(f)[key] for key in ("step_calls", "updates", "ema_decay")} for f in (source, folder)]
+    found = {"bitwise": same(whole_state(folder), whole_state(source)) and counters[0] == counters[1]}
+    single = LocalEngine(Network(), OPTIM, precision=precision)
+    single.load(source)
+    update(single, 4, 9)
+    update(engine, 4, 9, rank=world.rank, size=world.size)
+    found["continues"] = largest_difference(engine.state_dict(), single.state_dict())
+    with torch.no_grad(), engine.ema_weights(), single.ema_weights():
+        x = torch.ones(1, 7, dtype=DTYPES[precision])
+        found["ema_continues"] = float((engine.module(x) - single.module(x)).abs().max())
+    return found
+
+
+class Tower(nn.Module):
+    """About 100 MB with no layer above 4 MB; half of its layers are three tensors in the checkpoint."""
+
+    def __init__(self, precision):
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(512, 1536) for _ in range(16 if precision == "fp32" else 32))
+        self.mlp = nn.ModuleList(nn.Linear(1024, 1023) for _ in range(12 if precision == "fp32" else 24))
+        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("table", torch.arange(5.0), persistent=False)
+
+    def forward(self, x):
+        for qkv in self.qkv:
+            query, key, value = qkv(x).chunk(3, dim=-1)
+            x = (query + key * value).tanh()
+        x = torch.cat([x, x], dim=-1)
+        for mlp in self.mlp:
+            x = nn.functional.pad(mlp(x).tanh(), (0, 1))
+        return x + self.offset + self.table.sum()
+
+
+def tower_parts(precision):
+    with torch.device("meta"):
+        names = list(Tower(precision).state_dict())
+    return {
+        name: [name.replace("qkv", part) for part in ("q", "k", "v")] if name.startswith("qkv") else [name] for name in names
+    }
+
+
+def write_tower(folder, precision):
+    """The checkpoint of a Tower as diffusers would have it: q, k and v apart, two files and an index."""
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Tower(precision).state_dict().items()}
+    tensors = {}
+    for name, keys in tower_parts(precision).items():
+        whole = (torch.rand(shapes[name]) - 0.5) / 32
+        tensors |= dict(zip(keys, whole.chunk(len(keys)) if len(keys) > 1 else [whole], strict=True))
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    keys = list(tensors)
+    files = {"part-1.safetensors": keys[::2], "part-2.safetensors": keys[1::2]}
+    for file, inside in files.items():
+        save_file({key: tensors[key] for key in inside}, folder / file)
+    index = {"weight_map": {key: file for file, inside in files.items() for key in inside}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class PeakMemory:
+    """Growth of this process's own memory (mapped files do not count) at its highest, in bytes."""
+
+    def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed but not given back would hide growth
+        self.start = self.peak = self.now()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stopped.set()
+        self.thread.join()
+        self.growth = max(self.peak, self.now()) - self.start
+
+    def watch(self):
+        while not self.stopped.is_set():
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.002)
+
+    @staticmethod
+    def now():
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
+def check_memory(world, folder, precision):
+    """Loading a Tower in partitions, and calling it as a frozen reference."""
+    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4, deepspeed_json=folder / "small.json")
+    if world.rank == 0:
+        folder.mkdir()
+        write_tower(folder, precision)
+        # DeepSpeed's own limits are larger than the Tower: all of it would count as a layer in flight.
+        small = {"stage3_prefetch_bucket_size": 1_000_000, "stage3_max_live_parameters": 4_000_000}
+        config.deepspeed_json.write_text(json.dumps({"zero_optimization": small}))
+    world.barrier()
+    table = torch.arange(5.0)
+    with torch.device("meta"):
+        module = Tower(precision)
+
+    def weights():
+        return FusedWeights(CheckpointReader(folder), tower_parts(precision))
+
+    with PeakMemory() as loading:
+        load_partitioned(module, weights, OPTIM, config, precision=precision, world=world, buffers={"table": table})
+    sizes = [parameter.ds_numel * parameter.dtype.itemsize for parameter in module.parameters()]
+    found = {"whole": sum(sizes), "largest": max(sizes), "loading": loading.growth}
+
+    reference = partitioned_reference(module, OPTIM, config, precision=precision, world=world)
+    live = []
+    for layer in [*module.qkv, *module.mlp]:
+        layer.register_forward_hook(lambda *_: live.append(sum(p.numel() * p.dtype.itemsize for p in module.parameters())))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(world.rank)).to(DTYPES[precision])
+    with torch.no_grad():
+        outputs = [reference(x) for _ in range(3)]  # the first call is traced, later ones prefetch
+    found["live"] = max(live)
+
+    with PeakMemory() as ordinary:
+        reader = CheckpointReader(folder)
+        state = {}
+        for name, keys in tower_parts(precision).items():
+            whole = torch.cat([reader.read(key) for key in keys]) if len(keys) > 1 else reader.read(*keys)
+            state[name] = whole.to(torch.float32 if name == "offset" else DTYPES[precision])
+    found["ordinary"] = ordinary.growth
+    with torch.device("meta"):
+        plain = Tower(precision)
+    plain.load_state_dict(state, assign=True)
+    plain.table = table
+    with torch.no_grad():
+        expected = plain(x)
+    found["output"] = max(float((output - expected).abs().max()) for output in outputs)
+    return found
+
+
+def check_adapters(world, folder):
+    """LoRA on a partitioned base, beside a partitioned reference, against one process."""
+    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4)
+    lora = LoRAConfig(rank=2, alpha=4, targets=["layers.0", "layers.2"])
+
+    def partitioned():
+        with torch.device("meta"):
+            module = Network()
+        return load_partitioned(
+            module, lambda: CheckpointReader(folder / NETWORK), OPTIM, config, precision="fp32", world=world
+        )
+
+    plain, module = Network(), partitioned()
+    found = {"names": add_lora(plain, lora, 5) == add_lora(module, lora, 5)}
+    single = LocalEngine(plain, OPTIM)
+    engine = DeepSpeedEngine(module, OPTIM, config, precision="fp32", world=world)
+    reference = partitioned_reference(partitioned(), OPTIM, config, precision="fp32", world=world)
+    x = torch.linspace(-1, 1, 14).view(2, 7)
+    for seed in range(3):
+        found["norm"] = [update(single, 4, seed), update(engine, 4, seed, rank=world.rank, size=world.size)]
+        with torch.no_grad():
+            found["reference"] = float((reference(x) - Network()(x)).abs().max())
+    with torch.no_grad():
+        found["moved"] = float((engine.module(x) - reference(x)).abs().max())
+        found["output"] = float((engine.module(x) - single.module(x)).abs().max())
+    found["trained"] = engine.trainable_names == single.trainable_names == [n for n in engine.trainable_names if "lora_" in n]
+    found["weights"] = largest_difference(engine.state_dict(), single.state_dict())
+    if world.rank == 0:
+        (folder / "adapters").mkdir()
+    world.barrier()
+    engine.save(folder / "adapters")
+    world.barrier()
+    single.load(folder / "adapters")
+    found["saved"] = same(single.state_dict(), engine.state_dict())
+    return found
+
+
+def check_refusals(world, folder):
+    """What load_partitioned says on this rank."""
+    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4)
+
+    class Buffered(Network):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("unsaved", torch.zeros(2), persistent=False)
+
+    class Other(Network):
+        def __init__(self):
+            super().__init__()
+            self.unreached = nn.Linear(3, 4)
+
+    class Fewer(Network):
+        def __init__(self):
+            super().__init__()
+            del self.unreached
+
+    class More(Network):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.Linear(1, 1)
+
+    class Failing(CheckpointReader):
+        def read_into(self, name, out):
+            if name == "layers.2.weight":
+                raise OSError(errno.EIO, "the disk is gone")
+            super().read_into(name, out)
+
+    def message(make, source=CheckpointReader, **changes):
+        with torch.device("meta"):
+            module = make()
+        try:
+            load_partitioned(
+                module,
+                lambda: source(folder / NETWORK),
+                OPTIM,
+                SimpleNamespace(**(vars(config) | changes)),
+                precision="fp32",
+                world=world,
+            )
+        except (UserError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    def engine_message(stage, precision):
+        with torch.device("meta"):
+            module = Network()
+        load_partitioned(module, lambda: CheckpointReader(folder / NETWORK), OPTIM, config, precision="fp32", world=world)
+        try:
+            DeepSpeedEngine(
+                module, OPTIM, SimpleNamespace(**(vars(config) | {"zero_stage": stage})), precision=precision, world=world
+            )
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    return {
+        "wrapped_as_stage_2": engine_message(2, "fp32"),
+        "wrapped_as_bf16": engine_message(3, "bf16"),
+        "buffer": message(Buffered),
+        "shape": message(Other),
+        "extra": message(Fewer),
+        "missing": message(More),
+        "absent": message(Network, lambda path: CheckpointReader(path.with_name("absent.safetensors"))),
+        "failing": message(Network, Failing),
+        "stage": message(Network, zero_stage=2),
+    }
+
+
+def check_json(world, folder):
+    """A DeepSpeed configuration as people bring it reaches DeepSpeed where it tunes."""
+    path = folder / "deepspeed.json"
+    if world.rank == 0:
+        path.write_text(json.dumps(BROUGHT))
+    world.barrier()
+    config = SimpleNamespace(zero_stage=3, offload="parameters", micro_batch_size=4, deepspeed_json=path)
+    engine = DeepSpeedEngine(Network(), OPTIM, config, precision="bf16", world=world)
+    single = LocalEngine(Network(), OPTIM, precision="bf16")
+    norms = [update(single, 4, 1), update(engine, 4, 1, rank=world.rank, size=world.size)]
+    zero = engine.module._config.zero_config
+    return {
+        "norms": norms,
+        "weights": largest_difference(engine.state_dict(), single.state_dict()),
+        "reduce_bucket_size": engine.module.optimizer.reduce_bucket_size,
+        "prefetch_bucket_size": int(zero.prefetch_bucket_size),
+        "sub_group_size": int(engine.module.optimizer.sub_group_size),
+        "pin_memory": zero.offload_optimizer.pin_memory,
+        "steps_per_print": engine.module.steps_per_print(),
+    }
 
 
 def check_exchange(world):
@@ -200,11 +593,23 @@ def check_store(world, folder):
 
 def main():
     results, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    states = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     world = World.current(device="cpu")
-    found = {"exchange": check_exchange(world), "store": check_store(world, folder / "store")}
-    for precision, stage, offload in CONFIGURATIONS:
-        name = f"{precision}-{stage}-{offload}"
-        found[name] = check_engine(world, folder / name, precision, stage, offload)
+    if world.rank == 0:
+        folder.mkdir()
+        save_file(Network().state_dict(), folder / NETWORK)
+    world.barrier()
+    import_deepspeed(world)  # once, so that no measurement of memory holds it
+    found = {}
+    if states is None:
+        found |= {"exchange": check_exchange(world), "store": check_store(world, folder / "store")}
+        found |= {"refusals": check_refusals(world, folder), "json": check_json(world, folder)}
+    if states is None or world.size > 2:
+        found["memory"] = {precision: check_memory(world, folder / f"tower-{precision}", precision) for precision in DTYPES}
+        found["adapters"] = check_adapters(world, folder)
+        found |= {name: check_engine(world, folder, name) for name in CONFIGURATIONS}
+    for source, target in MOVES:
+        found[f"{source} > {target}"] = check_move(world, (states or folder) / source / "saved", folder, source, target)
     every = world.all_gather_object(found)
     if world.rank == 0:
         results.write_text(json.dumps(every))

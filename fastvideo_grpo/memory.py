@@ -1,0 +1,214 @@
+"""How much memory a run will take on each process, worked out from sizes alone (``train --dry-run``).
+
+Sizes of weights, optimiser state and trajectories are exact; activations follow from how much each block keeps per token
+(:class:`~fastvideo_grpo.families.Activations`), decoding from how much the VAE holds per pixel. What the allocator, the
+kernels' workspaces and the communication library add (some 1 to 3 GB on a GPU) is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvideo_grpo.config import Config, checkpointed_blocks
+from fastvideo_grpo.families import FAMILIES, ModelFacts
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PHASES = ("rollout", "decode", "reward", "update")
+# Tiles of FastVideo's video VAEs: pixels along a side, frames.
+_TILE, _TILE_FRAMES = 256, 17
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one process.
+
+    Attributes:
+        resident: part -> bytes that lie on the device all the time.
+        phases: phase -> what it needs besides; the VAE and the rewards count where they are used when they may leave the
+            device, else in ``resident``.
+        host: part -> bytes of host memory.
+    """
+
+    resident: dict[str, float]
+    phases: dict[str, float]
+    host: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the device at the worst moment."""
+        return sum(self.resident.values()) + max(self.phases.values())
+
+    @property
+    def worst_phase(self) -> str:
+        """The phase of that moment."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[int, int]) -> MemoryEstimate:
+    """Memory of each of ``ranks`` processes.
+
+    Args:
+        parameters: (trained, all) parameters of the transformer.
+    """
+    trained, total = parameters
+    engine, family = config.engine, FAMILIES[config.model.kind]
+    size, shared = BYTES[config.model.precision], engine.sequence_parallel
+    stage = engine.zero_stage if engine.kind == "deepspeed" else 0
+    if stage == 0 and engine.kind == "deepspeed" and config.model.precision == "bf16":
+        stage = 1  # DeepSpeed has one optimiser for both
+    resident: dict[str, float] = {}
+    host: dict[str, float] = {}
+
+    weights = total * size / (ranks if stage == 3 else 1)
+    (host if engine.offload == "parameters" else resident)["weights"] = weights
+    separate_masters = config.model.precision != "fp32" or stage > 0
+    moments = (8 + 4 * separate_masters) * trained / (ranks if stage >= 1 else 1)
+    (host if engine.offload != "none" else resident)["optimiser"] = moments
+    if config.grpo.kl_weight and config.model.lora is None:
+        resident["reference"] = weights if stage == 3 else total * size
+    if config.optim.ema_decay is not None:
+        host["EMA"] = 4 * trained / (ranks if stage >= 1 else 1)
+
+    vae = _folder_bytes(config, "vae", 4) * BYTES[config.model.vae_precision] / 4
+    rewards = sum(_file_bytes(reward.checkpoint) for reward in config.rewards.models.values())
+    leaves = host if engine.offload_idle else resident
+    leaves["VAE"], leaves["rewards"] = vae, rewards
+    encoders = sum(_folder_bytes(config, name, size) for name in family.folders if name.startswith("text_encoder"))
+    if config.prompts.embeddings == "none":
+        leaves["text encoders"] = encoders
+
+    block = _largest_block(facts) * size if stage == 3 else 0.0  # gathered while it runs
+    phases = {
+        "rollout": _forward_bytes(config, facts) + block,
+        "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0),
+        "reward": rewards if engine.offload_idle else 0,
+        "update": _update_bytes(config, facts) + 2 * block + 4 * trained / (ranks if stage >= 2 else 1),
+    }
+    samples = config.grpo.prompts_per_iteration * config.grpo.group_size * shared / ranks
+    state = math.prod(family.latent_shape(facts, config.sample)) * 4
+    host["trajectories"] = samples * (config.sample.steps + 1) * state
+    if shared > 1 or config.grpo.best_of is not None:
+        # The samples of one update are fetched from who drew them.
+        host["trajectories in exchange"] = host["trajectories"] / config.grpo.updates_per_iteration
+    return MemoryEstimate(resident, phases, host)
+
+
+def describe_memory(memory: MemoryEstimate) -> list[str]:
+    """Lines for a person."""
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in memory.resident.items() if value)
+    lines = [
+        f"memory       {gib(memory.peak)} on each device at the worst moment ({memory.worst_phase}), the allocator's own not "
+        "counted",
+        f"  always     {parts or 'nothing'}",
+    ]
+    lines += [f"  {phase:<10} {gib(memory.phases[phase])} more" for phase in PHASES if memory.phases[phase]]
+    on_host = ", ".join(f"{name} {gib(value)}" for name, value in memory.host.items() if value)
+    return [*lines, f"  host       {on_host} a process"]
+
+
+def ways_out(config: Config, memory: MemoryEstimate) -> list[str]:
+    """Settings that would need less, the cheapest first."""
+    engine, ways = config.engine, []
+    if memory.worst_phase == "update" and engine.activation_checkpointing != "full":
+        ways.append("engine.activation_checkpointing=full")
+    if memory.worst_phase == "decode" and not config.sample.vae_tiling and config.sample.frames > 1:
+        ways.append("sample.vae_tiling=true")
+    if memory.worst_phase == "decode" and config.model.vae_precision == "fp32":
+        ways.append("model.vae_precision=bf16")
+    if not engine.offload_idle:
+        ways.append("engine.offload_idle=true")
+    if config.prompts.embeddings == "none":
+        ways.append("prompts.embeddings=FOLDER")
+    if engine.micro_batch_size > 1:
+        ways.append("engine.micro_batch_size=1")
+    if engine.kind == "local":
+        ways.append("engine.kind=deepspeed under torchrun")
+    else:
+        if engine.zero_stage < 3:
+            ways.append(f"engine.zero_stage={engine.zero_stage + 1}")
+        ways.append("a larger engine.sequence_parallel")
+        if engine.offload == "none":
+            ways.append("engine.offload=optimizer")
+        elif engine.offload == "optimizer" and engine.zero_stage == 3:
+            ways.append("engine.offload=parameters")
+    if config.model.lora is None:
+        ways.append("model.lora")
+    return ways
+
+
+def too_little(config: Config, memory: MemoryEstimate, needed: float, available: float) -> str:
+    """What to say where a process needs more than it has, in bytes."""
+    return (
+        f"by the estimate a process needs {gib(needed)} (most of it in the {memory.worst_phase} phase), and there are "
+        f"{gib(available)} for it; what would need less: {', '.join(ways_out(config, memory))} (train --dry-run shows the "
+        "parts, docs/scaling.md examples)"
+    )
+
+
+def _tokens(config: Config, facts: ModelFacts) -> tuple[float, int]:
+    """Image tokens of a process, and text tokens, of one sample."""
+    image = FAMILIES[config.model.kind].image_tokens(facts, config.sample)
+    return math.ceil(image / config.engine.sequence_parallel), config.prompts.text_length
+
+
+def _unit(config: Config, facts: ModelFacts) -> float:
+    """Bytes of one hidden vector of a micro-batch."""
+    return facts.hidden_width * BYTES[config.model.precision] * config.engine.micro_batch_size
+
+
+def _forward_bytes(config: Config, facts: ModelFacts) -> float:
+    kept = FAMILIES[config.model.kind].activations[config.model.precision]
+    return kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
+
+
+def _update_bytes(config: Config, facts: ModelFacts) -> float:
+    """Kept for the backward pass, and what one block's backward holds besides (as much as it kept)."""
+    kept = FAMILIES[config.model.kind].activations[config.model.precision]
+    image, text = _tokens(config, facts)
+    doubles, singles = int(facts.transformer["num_layers"]), int(facts.transformer["num_single_layers"])
+    every = checkpointed_blocks(config.engine.activation_checkpointing)
+
+    def blocks(count: int, factor: float) -> float:
+        recomputed = -(-count // every) if every else 0
+        return recomputed * 1.0 + (count - recomputed) * factor  # a checkpointed block keeps its input
+
+    per_token = blocks(doubles, kept.double) + blocks(singles, kept.single)
+    working = max(kept.double, kept.single) * (2 if every else 1)
+    units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text + working * (image + text)
+    return units * _unit(config, facts)
+
+
+def _decode_bytes(config: Config, facts: ModelFacts) -> float:
+    sample, tile = config.sample, config.sample.vae_tiling
+    height, width = (min(side, _TILE) if tile else side for side in (sample.height, sample.width))
+    frames = min(sample.frames, _TILE_FRAMES) if tile else sample.frames
+    channels = int(facts.vae["block_out_channels"][0])
+    at_once = 1 if sample.frames > 1 or config.model.kind == "hunyuan_video" else config.engine.micro_batch_size
+    held = FAMILIES[config.model.kind].decode * height * width * frames * channels * BYTES[config.model.vae_precision]
+    return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
+
+
+def _largest_block(facts: ModelFacts) -> float:
+    """Parameters of a double block, the largest: two streams of attention (4 D^2), MLP (8 D^2) and modulation (6 D^2)."""
+    return 36.0 * facts.hidden_width**2
+
+
+def _folder_bytes(config: Config, component: str, size: int) -> float:
+    """Bytes of a component's weights at ``size`` bytes a weight, from its files; of a published model from its size."""
+    from fastvideo_grpo.engines.sharded_loading import CheckpointReader
+
+    folder = Path(config.model.path) / component
+    if not folder.is_dir():
+        return FAMILIES[config.model.kind].parameters.get(component, 0.0) * size
+    return sum(math.prod(shape) for shape in CheckpointReader(folder).shapes.values()) * size
+
+
+def _file_bytes(path: str | None) -> float:
+    return float(Path(path).stat().st_size) if path is not None and Path(path).is_file() else 0.0
+
+
+def gib(size: float) -> str:
+    """Bytes for a person."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
