@@ -163,21 +163,29 @@ def _forward_bytes(config: Config, facts: ModelFacts) -> float:
     return kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
 
 
-def _update_bytes(config: Config, facts: ModelFacts) -> float:
-    """Kept for the backward pass, and what one block's backward holds besides (as much as it kept)."""
+def _kept_bytes(config: Config, facts: ModelFacts) -> float:
+    """What a forward of a micro-batch keeps for its backward pass."""
     kept = FAMILIES[config.model.kind].activations[config.model.precision]
     image, text = _tokens(config, facts)
     doubles, singles = int(facts.transformer["num_layers"]), int(facts.transformer["num_single_layers"])
     every = checkpointed_blocks(config.engine.activation_checkpointing)
 
     def blocks(count: int, factor: float) -> float:
-        recomputed = -(-count // every) if every else 0
-        return recomputed * 1.0 + (count - recomputed) * factor  # a checkpointed block keeps its input
+        checkpointed = -(-count // every) if every else 0
+        return checkpointed + (count - checkpointed) * factor  # a checkpointed block keeps its input
 
     per_token = blocks(doubles, kept.double) + blocks(singles, kept.single)
-    working = max(kept.double, kept.single) * (2 if every else 1)
-    units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text + working * (image + text)
+    units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text
     return units * _unit(config, facts)
+
+
+def _update_bytes(config: Config, facts: ModelFacts) -> float:
+    """What is kept, and what the backward of one block holds besides: all that it would have kept, where it was checkpointed,
+    else the gradients on their way (about a third of that)."""
+    kept = FAMILIES[config.model.kind].activations[config.model.precision]
+    share = 1.0 if config.engine.activation_checkpointing != "none" else 0.3
+    working = share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
+    return _kept_bytes(config, facts) + working
 
 
 def _decode_bytes(config: Config, facts: ModelFacts) -> float:

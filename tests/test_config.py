@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastvideo_grpo import cli, plan
+from fastvideo_grpo import cli, families, plan
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config import ConfigError, RewardConfig
 from fastvideo_grpo.tiny.flux import write_flux
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def run_config(load, checkpoint, tmp_path):
 
 
 def _check(config, ranks=1):
-    plan.check_run(config, plan.model_facts(config), ranks)
+    plan.check_run(config, families.model_facts(config), ranks)
 
 
 def test_a_good_configuration_passes(run_config):
@@ -162,15 +162,15 @@ def test_what_the_model_and_the_processes_rule_out(run_config, overrides, ranks,
 
 def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist.*fastvideo-grpo tiny flux"):
-        plan.model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))
+        families.model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ConfigError, match=r"holds a StableDiffusionPipeline.*needs a FluxPipeline"):
-        plan.model_facts(run_config(f"model.path={other}"))
+        families.model_facts(run_config(f"model.path={other}"))
     (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigError, match=r"lacks the folders transformer, vae"):
-        plan.model_facts(run_config(f"model.path={other}"))
+        families.model_facts(run_config(f"model.path={other}"))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -183,7 +183,38 @@ PROCESSES = {
     "flux_t2i_released_lora": 8,
     "flux_t2i_tiny": 1,
     "flux_t2i_tiny_lora": 1,
+    "hunyuan_t2i_paper": 32,
+    "hunyuan_t2i_released": 16,
+    "hunyuan_t2i_released_8gpu": 8,
+    "hunyuan_t2i_released_lora": 8,
+    "hunyuan_t2i_tiny": 1,
+    "hunyuan_t2i_tiny_lora": 1,
+    "hunyuan_t2v_paper_mq": 64,
+    "hunyuan_t2v_paper_vq": 64,
+    "hunyuan_t2v_paper_vq_mq": 64,
+    "hunyuan_t2v_paper_vq_zero3": 64,
+    "hunyuan_t2v_released_mq": 32,
+    "hunyuan_t2v_released_mq_8gpu": 8,
+    "hunyuan_t2v_released_mq_lora": 8,
+    "hunyuan_t2v_released_vq": 32,
+    "hunyuan_t2v_released_vq_8gpu": 8,
+    "hunyuan_t2v_released_vq_lora": 8,
+    "hunyuan_t2v_tiny": 1,
+    "hunyuan_t2v_tiny_lora": 1,
 }
+SIZES = {
+    "flux_t2i": ("11.901 B parameters", "latents 16x90x90, 2025 tokens, 512 text tokens"),
+    "hunyuan_t2i": ("12.821 B parameters", "latents 16x1x90x90, 2025 tokens, 256 text tokens"),
+    "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
+}
+
+
+def _recipe(name):
+    """A recipe as it is, but for a video reward that is there: the one it names comes with a later version."""
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    if "videoalign" in config.rewards.models:
+        config.rewards.models = {"motion": RewardConfig(kind="frame_difference")}
+    return config
 
 
 def test_every_recipe_is_listed_here():
@@ -193,14 +224,28 @@ def test_every_recipe_is_listed_here():
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
-    facts = plan.model_facts(config, published_if_missing=True)
+    config = _recipe(name)
+    facts = families.model_facts(config, published_if_missing=True)
     plan.check_run(config, facts, PROCESSES[name], here=False)
     text = plan.describe(config, facts, PROCESSES[name])
     if "tiny" not in name:
-        assert "11.901 B parameters" in text
+        assert all(size in text for size in SIZES["_".join(name.split("_")[:2])])
         assert ("LoRA rank 128" in text) == ("lora" in name)
-        assert "2025 image tokens of 64 channels, 512 text tokens" in text
+        assert config.run.dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("hunyuan_t2v") and "tiny" not in name])
+def test_the_video_recipes_train_on_what_their_name_says(name):
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    reward, parts = config.rewards.models["videoalign"], name.split("_")
+    counted = {output for output, settings in reward.outputs.items() if settings.weight > 0}
+    assert (reward.kind, reward.checkpoint) == ("videoalign", "checkpoints/VideoReward")
+    assert counted == {output for output in ("VQ", "MQ") if output.lower() in parts}
+    paper = "paper" in parts
+    sample, grpo = config.sample, config.grpo
+    assert (sample.steps, sample.noise_level, sample.shift, sample.fps) == (25 if paper else 16, 0.3 if paper else 0.25, 5, 8)
+    assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == ((32, 12, 4) if paper else (32, 24, 2))
+    assert grpo.best_of is None if paper else (grpo.best_of.top, grpo.best_of.bottom) == (4, 4)
 
 
 def test_dry_run_from_the_command_line_loads_nothing_heavy():
@@ -228,7 +273,7 @@ def test_dry_run_prints_the_resolved_configuration_and_the_plan(monkeypatch, cap
     expected = configuration.load(file, overrides)
     assert yaml.safe_load(resolved) == configuration.to_dict(expected)
     assert expected.run.iterations == 7 and expected.optim.lr == 3e-4
-    assert plan.describe(expected, plan.model_facts(expected, published_if_missing=True), 4) in text
+    assert plan.describe(expected, families.model_facts(expected, published_if_missing=True), 4) in text
     assert "processes    4 (deepspeed, ZeRO" in text and "7 iterations in" in text
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, tensor_shapes, transformer_names
 from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.fastvideo_models import diffusers_transformer
 
 # Module names that only say how a layer was wrapped (activation checkpointing, our LoRA layer).
 _WRAPPERS = ("_checkpoint_wrapped_module.",)
+
+# What --link links; the rest are small files that people edit.
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,86 +36,169 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def empty_transformer(transformer_config: dict[str, Any]) -> Any:
-    """diffusers' transformer of this ``config.json``, on the meta device."""
-    import diffusers
+def model_names(transformer_config: dict[str, Any]) -> DiffusersNames:
+    """FastVideo's names against diffusers' for the model of a ``transformer/config.json``."""
+    module = diffusers_transformer(transformer_config)
+    return transformer_names(transformer_config["_class_name"], tensor_shapes(module.state_dict()))
 
-    cls = getattr(diffusers, transformer_config["_class_name"])
-    with torch.device("meta"):
-        return cls.from_config(transformer_config)
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``out`` at the end of the block; after an exception nothing of it is left.
+
+    Raises:
+        UserError: ``out`` holds something already, or the disk refused.
+    """
+    from safetensors import SafetensorError
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty; choose another folder")
+    target = out.resolve()
+    unfinished = target.with_name(target.name + ".unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        # Not one rename: an empty folder that is there may be the one the user stands in.
+        target.mkdir(exist_ok=True)
+        for entry in sorted(unfinished.iterdir()):
+            entry.rename(target / entry.name)
+    except (OSError, SafetensorError) as failure:
+        raise UserError(f"--out {out} cannot be written ({failure}); free space there, or choose another folder") from failure
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_transformer(
-    weights: Mapping[str, Tensor], checkpoint: Path, out: Path, dtype: torch.dtype | None, shard_size: str = "10GB"
+    weights: Mapping[str, Tensor],
+    transformer_config: dict[str, Any],
+    out: Path,
+    dtype: torch.dtype,
+    shard_size: str = "10GB",
 ) -> None:
     """Write full weights as ``out/`` in diffusers' layout (``config.json``, sharded safetensors with an index).
 
+    Memory holds one file's tensors in ``dtype`` beyond what ``weights`` itself holds.
+
     Args:
-        weights: names as diffusers has them (FastVideo's FLUX has the same), complete.
-        checkpoint: the folder training started from; its ``transformer/config.json`` describes the model.
-        dtype: of the files; None keeps the weights'.
+        weights: complete, under diffusers' names; each is asked for once.
+        transformer_config: ``transformer/config.json`` of the checkpoint that training started from.
+        dtype: of the files.
+        shard_size: of the largest file, such as "10GB" or "500MB".
 
     Raises:
-        UserError: names or shapes are not those of the model.
+        UserError: names or shapes are not those of the model, or the size is none.
     """
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
-    module = empty_transformer(config)
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    if found != expected:
-        wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-        raise UserError(
-            f"these weights are not those of {checkpoint / 'transformer'}: {len(wrong)} names or shapes differ, first "
-            f"{wrong[0]}: {found.get(wrong[0])} instead of {expected.get(wrong[0])}"
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    module = diffusers_transformer(transformer_config)
+    shapes = tensor_shapes(module.state_dict())
+    check_shapes({name: shapes.get(name, ()) for name in weights}, shapes)  # the shapes themselves are checked below
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    try:
+        plan = split_torch_state_dict_into_shards(
+            planned, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard_size
         )
-    module.load_state_dict({n: t.to(dtype or t.dtype).contiguous() for n, t in weights.items()}, assign=True)
-    module.save_pretrained(out, max_shard_size=shard_size)
+    except ValueError as failure:
+        raise UserError(f"--max-shard-size {shard_size} is no size ({failure}); use for example 10GB or 500MB") from failure
+    module.save_config(out)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            weight = weights[name]
+            check_shapes({name: tuple(weight.shape)}, {name: shapes[name]})
+            tensors[name] = weight.to(dtype).contiguous()
+        save_file(tensors, out / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_lora(weights: Mapping[str, Tensor], lora: LoRAConfig, out: Path, dtype: torch.dtype | None) -> None:
+def write_lora(adapters: Mapping[str, Tensor], lora: LoRAConfig, pipeline: str, out: Path, dtype: torch.dtype) -> None:
     """Write adapters as ``out/pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
 
     Rank and alpha go into the file's metadata, so that diffusers scales the adapters as training did.
-    """
-    from diffusers import FluxPipeline
 
-    layers = {f"{name}.weight": t.to(dtype or t.dtype).contiguous() for name, t in weights.items()}
-    targets = sorted({name.rpartition(".lora_")[0] for name in weights})
+    Args:
+        adapters: under diffusers' names, see :meth:`DiffusersNames.lora_to_diffusers`.
+        pipeline: diffusers' pipeline class, such as "FluxPipeline".
+        dtype: of the file.
+    """
+    import diffusers
+
+    # The parts of a fused layer share one tensor, which safetensors refuses.
+    layers = {f"{name}.weight": t.to(dtype, copy=True).contiguous() for name, t in adapters.items()}
+    targets = sorted({name.rpartition(".lora_")[0] for name in adapters})
     metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
-    FluxPipeline.save_lora_weights(
+    getattr(diffusers, pipeline).save_lora_weights(
         str(out),
         transformer_lora_layers=layers,
         transformer_lora_adapter_metadata=metadata,
     )
 
 
-def merge_lora(base: Mapping[str, Tensor], weights: Mapping[str, Tensor], lora: LoRAConfig) -> dict[str, Tensor]:
-    """Full weights ``W + (alpha / rank) B A`` in float32 where there is an adapter."""
-    merged = {name: t.float() for name, t in base.items()}
-    for name, down in weights.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "lora_A":
-            up = weights[f"{layer}.lora_B"]
-            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + lora.alpha / lora.rank * (up.float() @ down.float())
-    return merged
+class MergedLoRA(Mapping[str, Tensor]):
+    """Full weights ``W + (alpha / rank) B A``, read and added when asked for; nothing is kept.
+
+    The tensors are float32 where there is an adapter, elsewhere in the file's dtype.
+
+    Args:
+        base: the weights that training started from.
+        adapters: under diffusers' names, see :meth:`DiffusersNames.lora_to_diffusers`.
+
+    Raises:
+        UserError: ``base`` lacks a layer that has an adapter.
+    """
+
+    def __init__(self, base: CheckpointReader, adapters: Mapping[str, Tensor], lora: LoRAConfig) -> None:
+        self.base, self.adapters, self.scale = base, adapters, lora.alpha / lora.rank
+        for name in adapters:
+            weight = f"{name.rpartition('.')[0]}.weight"
+            if weight not in base.shapes:
+                raise UserError(f"{base.path} has no {weight}, which has an adapter; use the checkpoint it was trained on")
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.base.read(name)
+        layer = name.removesuffix(".weight")
+        if not name.endswith(".weight") or f"{layer}.lora_A" not in self.adapters:
+            return weight
+        down, up = self.adapters[f"{layer}.lora_A"], self.adapters[f"{layer}.lora_B"]
+        return weight.float() + self.scale * (up.float() @ down.float())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base.shapes)
+
+    def __len__(self) -> int:
+        return len(self.base.shapes)
 
 
-def read_transformer(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights of ``checkpoint/transformer``, all shards, on the CPU."""
-    from safetensors.torch import load_file
+def copy_components(checkpoint: Path, out: Path, *, link: bool = False) -> None:
+    """Copy everything but the transformer, so that the folder loads with one ``from_pretrained``.
 
-    weights: dict[str, Tensor] = {}
-    for file in sorted((checkpoint / "transformer").glob("*.safetensors")):
-        weights.update(load_file(file))
-    return weights
+    Args:
+        link: hard links instead of copies of weight files; what symbolic links point at is linked.
 
+    Raises:
+        UserError: the file system makes no hard link there.
+    """
 
-def copy_components(checkpoint: Path, out: Path) -> None:
-    """Copy everything but the transformer, so that the folder loads with one ``from_pretrained``."""
+    def place(source: str, target: str) -> str:
+        if not link or Path(source).suffix not in _WEIGHT_FILES:
+            return str(shutil.copy2(source, target))
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError as failure:
+            raise UserError(
+                f"--link: {source} cannot be hard-linked into {out.parent} ({failure.strerror}); put --out on the file "
+                "system of the checkpoint, or leave --link out to copy"
+            ) from failure
+        return target
+
     for entry in sorted(checkpoint.iterdir()):
         if entry.name == "transformer" or entry.name.startswith("."):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, out / entry.name, dirs_exist_ok=True)
+            shutil.copytree(entry, out / entry.name, copy_function=place)
         elif entry.suffix == ".json":
             shutil.copy2(entry, out / entry.name)

@@ -8,6 +8,7 @@ import os
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
 examples:
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0: all iterations are done."""
+    """Exit code 0: all iterations are done. 75 (EXIT_STOPPED): stopped by SIGUSR1, saved; start it again to go on."""
+    stop = None if arguments.dry_run else StopSignal()
     config = configuration.load(arguments.config, arguments.overrides)
     if arguments.world_size is not None and not arguments.dry_run:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
@@ -44,12 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     plan.check_folder(config)
     plan.warn_of_memory(config, facts, ranks)
-    train(config)
-    return 0
+    return 0 if train(config, stop) else EXIT_STOPPED
 
 
-def train(config: Config) -> None:
-    """Load the model and train; the configuration was checked."""
+def train(config: Config, stop: StopSignal | None = None) -> bool:
+    """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
     prepare_process(config)
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.trainers.load import load_trainer
@@ -57,7 +58,7 @@ def train(config: Config) -> None:
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     trainer = load_trainer(config, world)
     trainer.setup_training()
-    trainer.train()
+    return trainer.train(stop)
 
 
 def prepare_process(config: Config) -> None:

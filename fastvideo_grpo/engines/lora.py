@@ -36,6 +36,13 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(initial.to(weight))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank).to(weight))
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's: some of FastVideo's modules look at the dtype of a layer before they call it."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         out = self.base(x)
         if not self.enabled:

@@ -51,6 +51,7 @@ from fastvideo_grpo.tracking.provenance import git_commit, versions
 from fastvideo_grpo.tracking.statistics import Clock, UpdateStatistics, memory_metrics
 from fastvideo_grpo.tracking.wandb_run import WandbRun
 from fastvideo_grpo.trainers.replay import TrajectoryReplay
+from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -349,8 +350,11 @@ class GRPOTrainer:
 
     # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, stop: StopSignal | None = None) -> bool:
         """Iterations of Algorithm 1, from where the run stands to ``run.iterations``.
+
+        Returns:
+            True when all of them are done; False when ``stop`` asked to leave before, and what was trained is saved.
 
         Raises:
             TooManyInvalidRewards: after saving what was trained so far.
@@ -359,10 +363,13 @@ class GRPOTrainer:
         if self.first_iteration >= config.iterations:
             self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
             self.unlock()
-            return
+            return True
         if self.first_iteration == 0:
             self._evaluate_and_picture(0)
         for iteration in range(self.first_iteration, config.iterations):
+            if stop is not None and stop.agreed(self.world):
+                self._stop(iteration)
+                return False
             clock = Clock()
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
@@ -376,6 +383,20 @@ class GRPOTrainer:
         self.unlock()
         if self._saved != config.iterations:
             raise UserError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+        return True
+
+    def _stop(self, finished: int) -> None:
+        """Leave with ``finished`` iterations done, saved (before the first one there is nothing to save)."""
+        if self._saved != finished:
+            self._save(finished)
+        self.wandb.finish()
+        self.unlock()
+        if self._saved != finished:
+            raise UserError(f"asked to stop, but iteration {finished} was not saved in {self.store.folder}: see above")
+        self.console.say(
+            f"stopped by SIGUSR1 after iteration {finished} of {self.config.run.iterations}, saved in {self.folder}: start the "
+            f"same command again to go on (exit code {EXIT_STOPPED})"
+        )
 
     def _finish_iteration(self, finished: int, metrics: dict[str, Any], clock: Clock) -> None:
         """Evaluate, log, save pictures and a checkpoint, each where it is due; ``finished`` iterations are done."""

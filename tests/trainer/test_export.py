@@ -252,6 +252,7 @@ def test_hunyuan_video_adapters_are_split_for_diffusers(make_trainer, tiny_hunyu
     for layer in {name.rpartition(".")[0] for name in trained}:
         base[f"{layer}.weight"] = base[f"{layer}.weight"] + 3.0 * trained[f"{layer}.lora_B"] @ trained[f"{layer}.lora_A"]
     torch.testing.assert_close(whole.state_dict(), names.to_diffusers(base), rtol=0, atol=1e-6)
+    assert (_our_clip(trainer) - _diffusers_clip(pipeline, trainer)).abs().max() <= 0.5 / 255 + 1e-4
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     torch.testing.assert_close(pipeline.transformer.state_dict(), whole.state_dict(), rtol=0, atol=1e-6)

@@ -1,0 +1,123 @@
+"""The estimate of memory: what it follows from, and the ways out it names (against real models: trainer/test_memory.py)."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo import families
+from fastvideo_grpo.memory import describe_memory, estimate, too_little, ways_out
+
+PARAMETERS = (12_821_012_544, 12_821_012_544)  # HunyuanVideo
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """``planned(ranks, key=value, ...)`` -> (config, estimate) of HunyuanVideo at 480 x 480 x 53."""
+
+    def make(ranks=1, trained=PARAMETERS[0], **overrides):
+        (tmp_path / "empty.yaml").write_text("{}")
+        (tmp_path / "prompts.txt").write_text("a prompt")
+        values = {
+            "model.kind": "hunyuan_video",
+            "model.path": tmp_path / "not there",
+            "prompts.path": tmp_path / "prompts.txt",
+            "prompts.embeddings": tmp_path / "embeddings",
+            "sample.height": 480,
+            "sample.width": 480,
+            "sample.frames": 53,
+            "engine.kind": "deepspeed",
+            "rewards.models.motion.kind": "frame_difference",
+            "run.dir": tmp_path / "run",
+            **{key.replace("__", "."): value for key, value in overrides.items()},
+        }
+        config = configuration.load(tmp_path / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+        facts = families.model_facts(config, published_if_missing=True)
+        return config, estimate(config, facts, ranks, (trained, PARAMETERS[1]))
+
+    return make
+
+
+def test_weights_and_optimiser_by_stage(planned):
+    total = PARAMETERS[1]
+    expected = {
+        0: (2 * total, 12 * total / 8),
+        1: (2 * total, 12 * total / 8),
+        2: (2 * total, 12 * total / 8),
+        3: (total / 4, 1.5 * total),
+    }
+    for stage, (weights, optimiser) in expected.items():
+        _, memory = planned(8, engine__zero_stage=stage)
+        assert memory.resident["weights"] == weights and memory.resident["optimiser"] == optimiser
+    _, alone = planned(1, engine__kind="local")
+    assert alone.resident["optimiser"] == 12 * total  # float32 masters and two moments
+    _, alone = planned(1, engine__kind="local", model__precision="fp32")
+    assert alone.resident["optimiser"] == 8 * total  # the weights are the masters
+
+
+def test_offload_moves_it_to_the_host(planned):
+    _, memory = planned(8, engine__zero_stage=3, engine__offload="parameters")
+    assert not {"weights", "optimiser"} & set(memory.resident) and {"weights", "optimiser"} <= set(memory.host)
+    _, memory = planned(8, engine__offload_idle=True)
+    assert {"VAE", "rewards"} <= set(memory.host) and "VAE" not in memory.resident
+
+
+def test_device_memory_does_not_grow_with_the_group_and_trajectories_are_linear(planned):
+    small, large = planned(2, grpo__group_size=8)[1], planned(2, grpo__group_size=24)[1]
+    assert small.resident == large.resident and small.phases == large.phases
+    assert large.host["trajectories"] == 3 * small.host["trajectories"]
+    state = 16 * 14 * 60 * 60 * 4
+    assert small.host["trajectories"] == 32 * 8 / 2 * 17 * state
+    longer = planned(2, grpo__group_size=8, sample__steps=33)[1]
+    assert longer.host["trajectories"] == pytest.approx(2 * small.host["trajectories"])
+
+
+def test_what_lowers_the_update_and_the_decode(planned):
+    base = planned(8)[1]
+    full = planned(8, engine__activation_checkpointing="full")[1]
+    second = planned(8, engine__activation_checkpointing="every:2")[1]
+    shared = planned(8, engine__sequence_parallel=4)[1]
+    assert full.phases["update"] < second.phases["update"] < base.phases["update"]
+    gradients = 4 * PARAMETERS[0] / 8
+    ratio = (shared.phases["update"] - gradients) / (base.phases["update"] - gradients)
+    assert 0.25 < ratio < 0.3  # the text is not shared
+    assert planned(8, sample__vae_tiling=True)[1].phases["decode"] < base.phases["decode"] / 4
+    assert planned(8, model__vae_precision="bf16")[1].phases["decode"] < 0.6 * base.phases["decode"]
+
+
+def test_lora_and_kl(planned):
+    _, adapters = planned(1, trained=1e8, model__lora__rank=4)
+    assert adapters.resident["optimiser"] == 12e8
+    _, memory = planned(8, engine__zero_stage=3, grpo__kl_weight=0.1)
+    assert memory.resident["reference"] == memory.resident["weights"]
+
+
+def test_the_warning_names_ways_out(planned):
+    config, memory = planned(8, model__vae_precision="fp32")
+    text = too_little(config, memory, 2.0**37, 2.0**36)
+    assert "128.0 GiB" in text and "64.0 GiB" in text
+    for way in ("engine.activation_checkpointing=full", "engine.offload_idle=true", "engine.zero_stage=3", "model.lora"):
+        assert way in text
+    settings = {"engine__activation_checkpointing": "full", "engine__offload_idle": True, "engine__zero_stage": 3}
+    config, memory = planned(8, **settings, engine__offload="parameters", sample__vae_tiling=True)
+    assert ways_out(config, memory) == ["a larger engine.sequence_parallel", "model.lora"]
+
+
+def test_the_description_adds_up(planned):
+    _, memory = planned(8)
+    assert memory.peak == sum(memory.resident.values()) + memory.phases[memory.worst_phase]
+    assert memory.phases[memory.worst_phase] == max(memory.phases.values())
+    lines = "\n".join(describe_memory(memory))
+    assert "worst moment" in lines and "trajectories" in lines and "weights 23.9 GiB" in lines
+
+
+def test_a_checkpoint_on_disk_is_measured_not_assumed(planned, tmp_path):
+    from fastvideo_grpo.engines.sharded_loading import CheckpointReader
+    from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+
+    folder = write_hunyuan_video(tmp_path / "tiny")
+    _, memory = planned(1, model__path=folder, sample__height=32, sample__width=32, sample__frames=5)
+    vae = sum(math.prod(shape) for shape in CheckpointReader(Path(folder) / "vae").shapes.values())
+    assert memory.resident["VAE"] == 4 * vae
+    assert memory.host["trajectories"] == 32 * 12 * 17 * 4 * (4 * 2 * 4 * 4)

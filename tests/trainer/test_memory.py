@@ -1,0 +1,53 @@
+"""The estimate of memory against what real models hold."""
+
+import pytest
+import torch
+
+from fastvideo_grpo import families, memory, plan
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.tracking.statistics import Clock
+from tests.trainer import runs
+
+MODELS = {"FLUX": {}, "HunyuanVideo": {**runs.HUNYUAN_T2V, "sample__height": 96, "sample__width": 96}}
+
+
+def _kept_for_backward(trainer, conditioning, sample, level):
+    """Bytes that a forward with gradients keeps, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in trainer.transformer.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor too: or another may get its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.forward_context():
+        trainer.predict(sample, level, conditioning)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_are_those_that_blocks_keep(make_trainer, model):
+    """Counted in a forward, tensor by tensor."""
+    trainer = make_trainer(train=False, **MODELS[model])
+    config = trainer.config
+    facts = families.model_facts(config)
+    batch = config.engine.micro_batch_size
+    initial = trainer.pack(torch.randn(batch, *trainer.latent_shape()))
+    conditioning = trainer.conditioning(Prompt("0", runs.PROMPTS[0]), batch)
+    # The estimate counts all of prompts.text_length; HunyuanVideo is shown the prompt's own tokens.
+    config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
+    counted = _kept_for_backward(trainer, conditioning, initial, trainer.schedule.at(torch.zeros(batch, dtype=torch.long)))
+    assert memory._kept_bytes(config, facts) == pytest.approx(counted, rel=0.1)
+
+
+def test_trajectories_take_what_was_estimated(make_trainer, tmp_path):
+    for group in (4, 8):
+        trainer = make_trainer(**runs.HUNYUAN_T2V, grpo__group_size=group, run__dir=tmp_path / str(group))
+        facts = families.model_facts(trainer.config)
+        planned = memory.estimate(trainer.config, facts, 1, plan.count_parameters(trainer.config, facts))
+        drawn = trainer.rollout(0, trainer.prompts[:4], Clock())
+        assert sum(t.nbytes for t in drawn.latents.values()) == planned.host["trajectories"]
+        assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in drawn.latents.values())
+        trainer.unlock()
