@@ -7,11 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo/config.py)
 
-.PHONY: help env demo test test-all bench lint lock clean
+DEMO_ARGUMENTS = $(if $(REWARD),--reward $(REWARD)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: help env demo demo-video test test-all bench lint lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a tiny FLUX with GRPO on the CPU (REWARD=name ITERATIONS=n SEED=n)"
+	@echo "make demo-video  a tiny HunyuanVideo on moving shapes, in under five minutes (the same variables)"
 	@echo "make test      checks and tests; test-all adds the slow ones"
 	@echo "make bench     every script in benchmarks/"
 	@echo "make lint      ruff, and mypy on sampling, grpo and config"
@@ -22,13 +25,16 @@ help:
 env: $(READY)
 
 demo: $(READY)
-	@$(BIN)/fastvideo-grpo demo $(if $(REWARD),--reward $(REWARD)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/fastvideo-grpo demo $(DEMO_ARGUMENTS)
+
+demo-video: $(READY)
+	@$(BIN)/fastvideo-grpo demo --video $(DEMO_ARGUMENTS)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: lint
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 bench: $(READY)
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -177,7 +177,7 @@ class EngineConfig:
     offload: str = _key(
         "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
     )
-    deepspeed_json: str | None = _key(None, "a DeepSpeed configuration file whose keys are added to ours (deepspeed only)")
+    deepspeed_json: str | None = _key(None, "your DeepSpeed JSON: may repeat ours or say auto, and tunes the rest (deepspeed)")
     sequence_parallel: int = _key(
         1, "processes that share the tokens of one sample (Ulysses attention); divides heads and processes", minimum=1
     )
@@ -200,8 +200,8 @@ class RunConfig:
     eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)
     eval_prompts: int = _key(32, "prompts of each set (training, kept out) scored at an evaluation", minimum=1)
     eval_samples: int = _key(2, "samples per prompt at an evaluation", minimum=1)
-    sample_every: int = _key(50, "iterations between saved pictures of fixed prompts and noise; 0: never", minimum=0)
-    sample_prompts: int = _key(8, "prompts in those pictures", minimum=1)
+    sample_every: int = _key(50, "iterations between saved pictures or clips of fixed prompts and noise; 0: never", minimum=0)
+    sample_prompts: int = _key(8, "prompts of those pictures or clips", minimum=1)
     deterministic: bool = _key(False, "deterministic GPU kernels (slower); exact resume on GPUs needs it")
     threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1)
     timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1)

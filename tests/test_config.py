@@ -13,6 +13,7 @@ from fastvideo_grpo import cli, families, plan
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import ConfigError, RewardConfig
 from fastvideo_grpo.tiny.flux import write_flux
+from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """
@@ -150,6 +151,12 @@ def test_a_good_configuration_passes(run_config):
         (["model.attention=flash"], 1, "flash-attn is not installed"),
         (["prompts.path=nowhere.txt"], 1, "prompts.path: no such prompt file"),
         (["prompts.text_length=600"], 1, "at most 512"),
+        (["sample.frames=5"], 1, "sample.frames is 5, but flux makes images; use 1"),
+        (["engine.sequence_parallel=2"], 1, "needs engine.kind=deepspeed"),
+        (["engine.kind=deepspeed", "engine.sequence_parallel=3"], 6, "must divide the 6 processes and the model's 4 .*: 1, 2"),
+        (["engine.kind=deepspeed", "engine.sequence_parallel=4"], 6, "must divide the 6 processes"),
+        (["engine.activation_checkpointing=every:0"], 1, "allowed: none, full, every:K"),
+        (["engine.activation_checkpointing=True"], 1, "allowed: none, full, every:K"),
         (["rewards.models.size.kind=jpg_size"], 1, "jpeg_size"),
         (["rewards.models.size.params={qality: 3}"], 1, "quality"),
         (["rewards.models.size.outputs={score: {weight: 1}}"], 1, "jpeg_size"),
@@ -158,6 +165,52 @@ def test_a_good_configuration_passes(run_config):
 def test_what_the_model_and_the_processes_rule_out(run_config, overrides, ranks, message):
     with pytest.raises(ConfigError, match=message):
         _check(run_config(*overrides), ranks)
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(tmp_path_factory):
+    return write_hunyuan_video(tmp_path_factory.mktemp("plan") / "hunyuan-video")
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["sample.frames=6"], "sample.frames is 6; it must be 4k . 1.*: 5 or 9"),
+        (["sample.width=40"], "sample.width is 40; it must be a multiple of 16 for this model: 32 or 48"),
+        (["engine.kind=deepspeed", "engine.sequence_parallel=3"], "must divide the 1 processes and the model's 4"),
+        (["sample.transition=ddim"], "hunyuan_video predicts a velocity"),
+        (["model.kind=flux"], "holds a HunyuanVideoPipeline.*set model.kind=hunyuan_video"),
+        (["rewards.models.size.kind=moving_colour", "sample.frames=5"], None),
+    ],
+)
+def test_what_a_video_model_rules_out(run_config, video_checkpoint, overrides, message):
+    settings = [f"model.path={video_checkpoint}", "model.kind=hunyuan_video", "sample.height=32", "sample.width=32", *overrides]
+    if message is None:
+        _check(run_config(*settings))
+        return
+    with pytest.raises(ConfigError, match=message):
+        _check(run_config(*settings))
+
+
+def test_a_deepspeed_json_is_compared_before_anything_is_loaded(run_config, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    settings = ["engine.kind=deepspeed", f"engine.deepspeed_json={file}"]
+    _check(run_config(*settings, "engine.zero_stage=3"), 2)
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage.*engine\.zero_stage"):
+        _check(run_config(*settings, "engine.zero_stage=2"), 2)
+
+
+def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, caplog):
+    config = run_config("sample.height=64", "sample.width=64")
+    facts = families.model_facts(config)
+    with caplog.at_level("WARNING", "fastvideo_grpo"):
+        plan.warn_of_memory(config, facts, 1)
+        assert not caplog.records
+        monkeypatch.setattr("os.sysconf", lambda name: 1000)  # pages and their size: a megabyte
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        plan.warn_of_memory(config, facts, 1)
+    assert "engine.activation_checkpointing=full" in caplog.text and "1.0 MiB for it" in caplog.text
 
 
 def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):

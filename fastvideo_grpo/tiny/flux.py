@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvideo_grpo.tiny import checkpoint_files
+from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize
 from fastvideo_grpo.tiny.shapes import SIZE
 from fastvideo_grpo.tiny.tokenizer_files import (
-    CLIP_LENGTH,
     clip_vocabulary,
     t5_pieces,
     t5_sentinels,
     write_clip_tokenizer,
-    write_json,
     write_t5_tokenizer,
 )
 
@@ -74,7 +72,6 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"tiny FLUX has no preset '{preset}'; allowed: {', '.join(PRESETS)}")
     sizes = _SIZES[preset]
     levels = len(sizes["vae_channels"])
-    clip_tokens = len(clip_vocabulary()[0])
     t5_tokens = len(t5_pieces()) + len(t5_sentinels())
     return {
         "transformer": {
@@ -113,25 +110,7 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
             "use_post_quant_conv": False,
             "use_quant_conv": False,
         },
-        "text_encoder": {
-            "architectures": ["CLIPTextModel"],
-            "attention_dropout": 0.0,
-            "bos_token_id": 0,
-            "dropout": 0.0,
-            # As published: 2 is not the id of the end token, and tells transformers to pool at the largest id instead.
-            "eos_token_id": 2,
-            "hidden_act": "quick_gelu",
-            "initializer_factor": 1.0,
-            "initializer_range": 0.02,
-            "layer_norm_eps": 1e-05,
-            "max_position_embeddings": CLIP_LENGTH,
-            "model_type": "clip_text_model",
-            "pad_token_id": 1,
-            "projection_dim": sizes["clip"]["hidden_size"],
-            "transformers_version": "4.43.3",
-            "vocab_size": clip_tokens,
-            **sizes["clip"],
-        },
+        "text_encoder": clip_config(sizes["clip"], tokens=len(clip_vocabulary()[0]), transformers_version="4.43.3"),
         "text_encoder_2": {
             "architectures": ["T5EncoderModel"],
             "classifier_dropout": 0.0,
@@ -175,24 +154,6 @@ def build(preset: str) -> dict[str, nn.Module]:
     return {name: module.eval() for name, module in modules.items()}
 
 
-@torch.no_grad()
-def randomize(module: nn.Module, seed: int) -> None:
-    """Draw all weights so that signals keep their size from layer to layer: nothing in the output is trivially small,
-    as it is with the libraries' own initial weights (zeros in places)."""
-    generator = torch.Generator().manual_seed(seed)
-    tables = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
-    for name, parameter in sorted(module.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if id(parameter) in tables:
-            parameter.copy_(noise)
-        elif parameter.ndim > 1:
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-            if name.endswith("SelfAttention.q.weight"):
-                parameter.div_(4)  # T5 does not scale its attention scores: its queries are small instead
-        else:
-            parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
-
-
 def write_flux(folder: str | Path, *, seed: int = 0, preset: str = "random", overwrite: bool = False) -> Path:
     """Write a complete FLUX folder with random weights and return its path.
 
@@ -212,15 +173,7 @@ def write_flux(folder: str | Path, *, seed: int = 0, preset: str = "random", ove
 
 def prepare(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raise FileExistsError unless a checkpoint may be written to `folder`; see `write_flux`."""
-    folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or pass --overwrite")
-    index = folder / "model_index.json"
-    if not index.is_file() or json.loads(index.read_text()).get("_class_name") != MODEL_INDEX["_class_name"]:
-        raise FileExistsError(f"{folder} holds something else than a FLUX checkpoint, so it is not overwritten; "
-                              "choose another folder, or empty this one yourself")
+    checkpoint_files.prepare(folder, "FLUX", MODEL_INDEX["_class_name"], overwrite=overwrite)
 
 
 def write(folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dtype: torch.dtype,
@@ -230,57 +183,15 @@ def write(folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dty
     vae_config: values to put in place of the preset's, for the measured scaling and shift factors. The folder appears
     when it is complete. Raises what `write_flux` raises.
     """
-    folder = Path(folder)
     prepare(folder, overwrite=overwrite)
     config = configs(preset)
     config["vae"].update(vae_config or {})
-    for name in ("text_encoder", "text_encoder_2"):
-        # transformers 5 loads in this dtype, diffusers in float32 whatever the files hold: they have to agree.
-        config[name]["torch_dtype"] = "float32"
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_json(unfinished / "model_index.json", MODEL_INDEX)
-    (unfinished / "scheduler").mkdir()
-    write_json(unfinished / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_clip_tokenizer(unfinished / "tokenizer")
-    write_t5_tokenizer(unfinished / "tokenizer_2")
-    for name, module in modules.items():
-        (unfinished / name).mkdir()
-        write_json(unfinished / name / "config.json", dict(sorted(config[name].items())))
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        shards = {"transformer": 3, "text_encoder_2": 2}.get(name, 1)
-        _write_weights(unfinished / name, stem, _published_keys(name, module.state_dict()), shards, dtype)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    return folder
-
-
-def _published_keys(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Published text encoders were saved by transformers 4: CLIP's keys start with `text_model.`, which transformers 5
-    dropped, and T5's embedding stands there once, as `shared.weight`."""
-    if name == "text_encoder":
-        return {"text_model." + key.removeprefix("text_model."): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if key != "encoder.embed_tokens.weight"}
-
-
-def _write_weights(folder: Path, stem: str, state: dict[str, torch.Tensor], shards: int, dtype: torch.dtype) -> None:
-    """Safetensors of about equal size, with an index when there is more than one."""
-    from safetensors.torch import save_file
-
-    state = {key: value.detach().to(dtype).contiguous() for key, value in sorted(state.items())}
-    total = sum(value.nbytes for value in state.values())
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
-    before = 0
-    for key, value in state.items():
-        parts[before * shards // total][key] = value
-        before += value.nbytes
-    if shards == 1:
-        save_file(parts[0], folder / f"{stem}.safetensors", metadata={"format": "pt"})
-        return
-    files = [f"{stem}-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
-    for file, part in zip(files, parts, strict=True):
-        save_file(part, folder / file, metadata={"format": "pt"})
-    places = {key: file for file, part in zip(files, parts, strict=True) for key in part}
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    states = {name: module.state_dict() for name, module in modules.items()}
+    states["text_encoder"] = clip_keys(states["text_encoder"])
+    # T5's embedding stands in a published file once, as `shared.weight`.
+    states["text_encoder_2"].pop("encoder.embed_tokens.weight", None)
+    shards = {"transformer": 3, "text_encoder_2": 2}
+    return checkpoint_files.write(
+        folder, MODEL_INDEX, SCHEDULER, dtype=dtype,
+        tokenizers={"tokenizer": write_clip_tokenizer, "tokenizer_2": write_t5_tokenizer},
+        components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()})

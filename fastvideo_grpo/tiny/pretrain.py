@@ -7,8 +7,7 @@ x_t = (1 - t) x + t noise the transformer learns the velocity noise - x. The tex
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo_grpo.tiny import flux
+from fastvideo_grpo.tiny.fitting import Teller, fit, teller
 from fastvideo_grpo.tiny.shapes import PROMPTS, dataset
 from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH, write_clip_tokenizer, write_t5_tokenizer
 
@@ -42,11 +42,7 @@ def pretrain_flux(folder: str | Path, *, seed: int = 0, caption_noise: float = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules: dict[str, Any] = flux.build("demo")
-        started = time.monotonic()
-
-        def tell(line: str) -> None:
-            progress(f"[{time.monotonic() - started:5.0f} s] {line}")
-
+        tell = teller(progress)
         _train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
         with torch.no_grad():
             latents = torch.cat([modules["vae"].encode(part).latent_dist.mode() for part in x.split(256)])
@@ -58,42 +54,35 @@ def pretrain_flux(folder: str | Path, *, seed: int = 0, caption_noise: float = 0
                           overwrite=overwrite)
 
 
-def _train_autoencoder(vae: Any, x: torch.Tensor, steps: int, tell: Callable[[str], None]) -> None:
+def _train_autoencoder(vae: Any, x: torch.Tensor, steps: int, tell: Teller) -> None:
     """`x`: float32 [N, 3, H, W] in -1..1."""
     with torch.no_grad():  # weights that keep signals' size, in blocks close to the identity: a third fewer steps
         for name, parameter in vae.named_parameters():
             if name.endswith("weight") and parameter.ndim == 4:
                 torch.nn.init.kaiming_normal_(parameter, nonlinearity="linear")
                 parameter.mul_(0.2 if name.endswith("conv2.weight") else 1.0)
-    optimizer = torch.optim.AdamW(vae.parameters(), 3e-3, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
+
+    def loss() -> torch.Tensor:
         batch = x[torch.randint(len(x), (16, ))]
         posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        loss = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-6 * posterior.kl().mean()
-        _step(optimizer, schedule, loss, vae.parameters())
-        if step % 50 == 0 or step == steps - 1:
-            tell(f"autoencoder {step + 1}/{steps}: loss {loss.item():.4f}")
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-6 * posterior.kl().mean()
+
+    fit("autoencoder", vae.parameters(), loss, steps, tell, weight_decay=1e-2, warm_up=0.3, average=False)
 
 
 def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.Tensor, steps: int,
-                       tell: Callable[[str], None]) -> None:
+                       tell: Teller) -> None:
     """`x`: packed latents, float32 [N, tokens, channels], of unit size; `caption`: int64 [N], positions in PROMPTS.
 
     The modules end up with an exponential moving average of the weights.
     """
-    trained = [modules[name] for name in ("transformer", "text_encoder", "text_encoder_2")]
-    parameters: list[torch.Tensor] = [parameter for module in trained for parameter in module.parameters()]
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, 3e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     clip_ids, t5_ids = prompt_ids()
     # CLIP is causal and read at its end token: what comes after cannot matter, and would be most of its cost.
     clip_ids = clip_ids[:, :int(clip_ids.argmax(dim=1).max()) + 1]
     image_ids, text_ids = position_ids(x.shape[1])
-    recent = 0.0
-    for step in range(steps):
+
+    def loss() -> torch.Tensor:
         chosen = torch.randint(len(x), (64, ))
         noise = torch.randn(64, *x.shape[1:])
         t = torch.sigmoid(1.2 * torch.randn(64) + 0.3)
@@ -103,25 +92,11 @@ def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.
             hidden_states=torch.lerp(x[chosen], noise, t[:, None, None]), encoder_hidden_states=text,
             pooled_projections=pooled, timestep=t, guidance=torch.empty(64).uniform_(*GUIDANCE), img_ids=image_ids,
             txt_ids=text_ids, return_dict=False)[0]
-        loss = F.mse_loss(velocity, noise - x[chosen])
-        _step(optimizer, schedule, loss, parameters)
-        decay = min(0.99, (step + 1) / (step + 20))
-        with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - decay)
-        recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
-        if step % 100 == 0 or step == steps - 1:
-            tell(f"transformer and text encoders {step + 1}/{steps}: loss {recent:.4f}")
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        return F.mse_loss(velocity, noise - x[chosen])
 
-
-def _step(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, loss: torch.Tensor,
-          parameters: Iterable[torch.Tensor]) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
+    trained = [modules[name] for name in ("transformer", "text_encoder", "text_encoder_2")]
+    fit("transformer and text encoders", (parameter for module in trained for parameter in module.parameters()), loss,
+        steps, tell, weight_decay=1e-3, warm_up=0.1, average=True)
 
 
 def prompt_ids() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,14 @@
 """Tokenizers small enough to commit, in the files that published ones have.
 
-Both know a short list of words as one token each and spell out everything else, so that any prompt is encoded. They are
+They know a short list of words as one token each and spell out everything else, so that any prompt is encoded. They are
 written rather than trained: the same files each time, whatever the library version.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from fastvideo_grpo.tiny.shapes import COLOURS, SHAPES
 WORDS = (*COLOURS, *SHAPES, "a", "an", "and", "as", "at", "by", "cat", "dog", "from", "full", "in", "is", "light",
          "night", "of", "on", "over", "photo", "picture", "sea", "snow", "the", "to", "tree", "two", "under", "water",
          "white", "black", "with", "walks", "grass", "realistic", "style")
+
+# The words of video models; a list of its own, since another token would move the ids of FLUX's.
+VIDEO_WORDS = (*WORDS, "moving", "left", "right", "up", "down")
 
 CLIP_LENGTH = 77
 T5_LENGTH = 512
@@ -28,12 +33,12 @@ def write_json(path: Path, content: Any) -> None:
 # --- CLIP: byte-level BPE
 
 
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_vocabulary(words: Sequence[str] = WORDS) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id, and the merges in order of rank, laid out as CLIP's: bytes, bytes that end a word, merges, the two
     special tokens last (the pooled embedding is read at the largest id)."""
     letters = list(_byte_letters())
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in words:
         tokens = [*word[:-1], word[-1] + "</w>"]
         for merge in merges:
             tokens = _merge(tokens, merge)
@@ -45,10 +50,10 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate([*tokens, CLIP_START, CLIP_END])}, merges
 
 
-def write_clip_tokenizer(folder: Path) -> None:
+def write_clip_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     """Write vocab.json, merges.txt, special_tokens_map.json and tokenizer_config.json."""
     folder.mkdir(parents=True)
-    vocabulary, merges = clip_vocabulary()
+    vocabulary, merges = clip_vocabulary(words)
     write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -168,3 +173,67 @@ def _sentencepiece_model(pieces: list[tuple[str, float]]) -> bytes:
     model.trainer_spec.pad_piece = "<pad>"
     model.normalizer_spec.name = "identity"
     return model.SerializeToString(deterministic=True)
+
+
+# --- Llama 3: byte-level BPE that takes a whole word where it knows it
+
+
+LLAMA_LENGTH = 8192
+LLAMA_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>")
+# Where Llama 3 splits a text: contractions, words with the mark or space before them, up to three digits, signs, breaks.
+LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+               r"\s+(?!\S)|\s+")
+
+
+def llama_vocabulary(words: Sequence[str], text: str) -> dict[str, int]:
+    """Token -> id, laid out as Llama 3's: bytes, longer tokens, special tokens last.
+
+    Every piece into which Llama 3 splits `text` is one token, and so is each of `words`, with and without a space before
+    it. Llama 3's own vocabulary has the pieces of ordinary English too, so that `text` is as long here as it is there.
+    """
+    splitter = _llama_splitter()
+    parts = re.split("|".join(re.escape(token) for token in LLAMA_SPECIAL), text)
+    pieces = [piece for part in (*parts, *words, *(" " + word for word in words))
+              for piece, _ in splitter.pre_tokenize_str(part)]
+    tokens = dict.fromkeys([*_byte_letters(), *pieces, *LLAMA_SPECIAL])
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def write_llama_tokenizer(folder: Path, words: Sequence[str], text: str) -> None:
+    """Write tokenizer.json, special_tokens_map.json and tokenizer_config.json; `words` and `text` as for the vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    folder.mkdir(parents=True)
+    vocabulary = llama_vocabulary(words, text)
+    # As in Llama 3's file, a whole piece that is in the vocabulary needs no merges. What is not stays in bytes.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = _llama_splitter()
+    start, end, pad = LLAMA_SPECIAL[0], LLAMA_SPECIAL[1], LLAMA_SPECIAL[-1]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[start, "$A"], pair=[start, "$A", f"{start}:1", "$B:1"], special_tokens=[(start, vocabulary[start])])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in LLAMA_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    marks = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    named = {"bos_token": start, "eos_token": end, "pad_token": pad}
+    write_json(folder / "special_tokens_map.json", {name: {"content": token, **marks} for name, token in named.items()})
+    write_json(folder / "tokenizer_config.json", {
+        "added_tokens_decoder": {
+            str(vocabulary[token]): {"content": token, **marks, "special": True} for token in LLAMA_SPECIAL},
+        **named,
+        "clean_up_tokenization_spaces": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": LLAMA_LENGTH,
+        "padding_side": "right",
+        # Published: LlamaTokenizer, for which transformers 5 makes a tokenizer of Llama 2's kind, whatever the file says.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    })
+
+
+def _llama_splitter() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(LLAMA_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
