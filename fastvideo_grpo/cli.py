@@ -17,7 +17,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastvideo_grpo.commands.train", "train a model with GRPO, or resume a run"),
     "sample": ("fastvideo_grpo.commands.sample", "draw pictures or clips from a configuration's model, or from a run"),
     "export": ("fastvideo_grpo.commands.export", "write a run's weights as diffusers loads them"),
-    "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX, on one CPU core, in under two minutes"),
+    "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX or HunyuanVideo, on one CPU core, in minutes"),
     "tiny": ("fastvideo_grpo.tiny.command", "write a tiny checkpoint in the real on-disk format"),
     "patch": ("fastvideo_grpo.patching", "apply, check or revert this project's patches to FastVideo"),
     "doctor": ("fastvideo_grpo.doctor", "say what this machine has, and what is missing"),

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrain",
         action="store_true",
         help="train it, 32x32 pixels: flux on pictures of coloured shapes (about 5 minutes on one CPU core), 40%% of the "
-        "captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 8 minutes), 40%% of the "
+        "captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 minutes), 40%% of the "
         "captions' directions wrong. Without it the weights are random",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tiny checkpoint that is already there")

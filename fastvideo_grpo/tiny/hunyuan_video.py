@@ -4,6 +4,7 @@ key names."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,7 +240,7 @@ def write(
     )
 
 
-def tokenizers() -> dict[str, Any]:
+def tokenizers() -> dict[str, Callable[[Path], None]]:
     """The two functions that write a tokenizer into a folder, by component."""
     return {
         "tokenizer": partial(write_llama_tokenizer, words=VIDEO_WORDS, text=prompt_template()),

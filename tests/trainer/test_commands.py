@@ -34,6 +34,31 @@ def test_the_demo_learns_on_training_and_kept_out_prompts(tmp_path, capsys, seed
     assert "wrong on purpose" in printed and "noise level is 1.0" in printed and "make demo REWARD=jpeg_size" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_video_demo_learns_on_training_prompts(tmp_path, capsys, seed):
+    assert cli.main(["demo", "--video", "--seed", str(seed), "--out", str(tmp_path / "demo")]) == 0
+    number = r"(\d\.\d+) ± (\d\.\d+)"
+    printed = re.search(rf"training prompts: motion/moving_colour {number} -> {number}", capsys.readouterr().out)
+    before, error_before, after, error_after = map(float, printed.groups())
+    assert after - before > 2 * (error_before**2 + error_after**2) ** 0.5
+
+
+def test_the_video_demo_runs_and_shows_its_clips(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    command = ["demo", "--video", "--iterations", "1", "--out", str(folder), "run.eval_prompts=4", "run.eval_samples=1"]
+    assert cli.main([*command, "run.sample_every=1", "run.sample_prompts=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "wrong on purpose" in printed and "make demo-video REWARD=frame_difference" in printed
+    assert (folder / "before_after.png").stat().st_size > 0
+    index = json.loads((folder / "samples" / "000001" / "index.json").read_text())
+    assert [entry["frames"] for entry in index] == [9, 9] and all(
+        (folder / "samples" / "000001" / e["file"]).is_file() for e in index
+    )
+    assert cli.main(["demo", "--reward", "moving_colour"]) == 1
+    assert "this demo has colour_match, threshold, jpeg_size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reward", ["threshold", "jpeg_size"])
 def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
     command = ["demo", "--reward", reward, "--iterations", "2", "--out", str(tmp_path / "demo"), "run.eval_samples=2"]
