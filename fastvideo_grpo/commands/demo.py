@@ -71,7 +71,7 @@ paper's 0.3, and the learning rate 5e-4, not 1e-5: a model this small has to lea
         settings="demo_video.yaml",
         checkpoint="tiny-hunyuan-shapes",
         prompts="moving",
-        iterations=40,
+        iterations=30,
         built_in="""\
 A tiny HunyuanVideo (made by this project) draws clips of a coloured shape that moves. It was pretrained with 40 % of the
 captions' directions wrong on purpose, so that there is something to put right; GRPO sees only rewards. The noise level and
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", action="store_true", help="a tiny HunyuanVideo on moving shapes, instead of a tiny FLUX")
     known = "; ".join(f"{name}: {', '.join(demo.rewards)}" for name, demo in DEMOS.items())
     parser.add_argument("--reward", metavar="NAME", help=f"what is rewarded ({known}; default: the first)")
-    parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40; 30 with --video)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)")
     parser.epilog = EPILOG

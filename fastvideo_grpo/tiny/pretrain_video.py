@@ -56,7 +56,8 @@ def pretrain_hunyuan_video(
         modules: dict[str, Any] = hunyuan_video.build("demo")
         for number, name in enumerate(("text_encoder", "text_encoder_2")):
             randomize(modules[name], 1000 * seed + number)
-        _train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
+        with torch.random.fork_rng(devices=[]):  # what the transformer draws is not to depend on the autoencoder's steps
+            _train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
         latents = _normalize_latents(modules["vae"], x)
         _train_transformer(modules["transformer"], latents, caption, *embeddings(modules), transformer_steps, tell)
         return hunyuan_video.write(folder, modules, preset="demo", dtype=torch.float16, overwrite=overwrite)
