@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.schedules import Level
@@ -54,9 +54,22 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
         self.decoding_stage.stage = SamplewiseDecodingStage(self.get_module("vae"))
 
     def initialize_pipeline(self, fastvideo_args: Any) -> None:
-        """Repair what FastVideo's loader leaves different from the checkpoint."""
+        """Repair what FastVideo's loader leaves different from the checkpoint, and check what the cropping rests on.
+
+        Raises:
+            ConfigError: the tokenizer cuts the prompt template into another number of tokens than are cut off again.
+        """
         llama = self.get_module("text_encoder")
         if llama is not None:
+            prefix, crop = prompt_template_video["template"].split("{}")[0], prompt_template_video["crop_start"]
+            found = len(self.get_module("tokenizer")(prefix)["input_ids"])
+            if found != crop:
+                raise ConfigError(
+                    f"{self.model_path}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
+                    "the embeddings: prompts would be read wrongly. transformers 5 ignores the tokenizer.json of a "
+                    'tokenizer declared as a Llama one: write "PreTrainedTokenizerFast" as tokenizer_class in its '
+                    "tokenizer_config.json and as the tokenizer's class in model_index.json"
+                )
             # On CPUs FastVideo keeps norms in float32, which then meet bf16 weights.
             llama.to(next(llama.parameters()).dtype)
 

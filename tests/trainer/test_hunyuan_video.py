@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
 from tests.trainer import runs
@@ -80,6 +81,15 @@ def test_embeddings_latents_and_pixels_are_those_of_diffusers(make_trainer, diff
     torch.testing.assert_close(ours.detach(), pixels, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(ours.sum(), latents)
     assert gradient.abs().sum() > 0 and pixels.std() > 0.01
+
+
+def test_a_tokenizer_that_reads_the_template_otherwise_is_refused(make_trainer):
+    """What transformers 5 makes of a published Llama tokenizer would shift every prompt in silence."""
+    trainer = make_trainer(train=False, **runs.HUNYUAN_T2V)
+    tokenizer = trainer.get_module("tokenizer")
+    trainer.modules["tokenizer"] = lambda text: {"input_ids": tokenizer(text)["input_ids"][1:]}
+    with pytest.raises(ConfigError, match=r"makes 94 tokens.*PreTrainedTokenizerFast"):
+        trainer.initialize_pipeline(trainer.fastvideo_args)
 
 
 def test_tiles_are_those_of_diffusers(make_trainer, diffusers_pipeline):
