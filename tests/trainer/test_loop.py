@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -397,7 +398,12 @@ def test_wandb_offline_writes_captioned_pictures_and_a_run_that_a_resumed_traini
         folders.append(folder)
         pictures = {path.read_bytes() for path in (folder / "files" / "media").rglob("samples*.png")}
         saved = trainer.folder / "samples" / f"{iterations:06d}"
-        record = (folder / f"run-{identity}.wandb").read_bytes()
+        # wandb's own process writes it, and on a loaded machine may still be at it when the run has finished.
+        for _ in range(120):
+            record = (folder / f"run-{identity}.wandb").read_bytes()
+            if b"brightness" in record:
+                break
+            time.sleep(0.5)
         for entry in json.loads((saved / "index.json").read_text()):
             assert (saved / entry["file"]).read_bytes() in pictures
             caption = json.dumps(f"{entry['prompt']}\nbrightness {entry['rewards']['pixels/brightness']:.3f}")
