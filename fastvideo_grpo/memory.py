@@ -66,6 +66,9 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     separate_masters = config.model.precision != "fp32" or stage > 0
     moments = (8 + 4 * separate_masters) * trained / (ranks if stage >= 1 else 1)
     (host if engine.offload != "none" else resident)["optimiser"] = moments
+    gradients, offloaded = _gradient_bytes(config, trained, ranks, stage)
+    if offloaded:
+        host["gradients"] = offloaded
     if config.grpo.kl_weight and config.model.lora is None:
         resident["reference"] = weights if stage == 3 else total * size
     if config.optim.ema_decay is not None:
@@ -84,14 +87,16 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
         "rollout": _forward_bytes(config, facts) + block,
         "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0),
         "reward": rewards if engine.offload_idle else 0,
-        "update": _update_bytes(config, facts) + 2 * block + 4 * trained / (ranks if stage >= 2 else 1),
+        "update": _update_bytes(config, facts) + 2 * block + gradients,
     }
     samples = config.grpo.prompts_per_iteration * config.grpo.group_size * shared / ranks
     state = math.prod(family.latent_shape(facts, config.sample)) * 4
     host["trajectories"] = samples * (config.sample.steps + 1) * state
     if shared > 1 or config.grpo.best_of is not None:
-        # The samples of one update are fetched from who drew them.
-        host["trajectories in exchange"] = host["trajectories"] / config.grpo.updates_per_iteration
+        # The samples of one update are fetched from who drew them; only the kept ones are trained on.
+        best_of = config.grpo.best_of
+        kept = 1.0 if best_of is None else (best_of.top + best_of.bottom) / config.grpo.group_size
+        host["trajectories in exchange"] = host["trajectories"] * kept / config.grpo.updates_per_iteration
     return MemoryEstimate(resident, phases, host)
 
 
@@ -145,6 +150,21 @@ def too_little(config: Config, memory: MemoryEstimate, needed: float, available:
         f"{gib(available)} for it; what would need less: {', '.join(ways_out(config, memory))} (train --dry-run shows the "
         "parts, docs/scaling.md examples)"
     )
+
+
+def _gradient_bytes(config: Config, trained: int, ranks: int, stage: int) -> tuple[float, float]:
+    """Gradients (float32 in every precision) of an update on the device and on the host, as DeepSpeed 0.19 keeps them."""
+    whole, part = 4.0 * trained, 4.0 * trained / ranks
+    bf16, offloaded = config.model.precision == "bf16", config.engine.offload != "none"
+    if config.engine.kind == "local" or stage == 0:
+        return whole, 0.0
+    if stage == 1:
+        # Reduced after the last backward pass, so whole until then; in bf16 the parameters keep theirs beside the sums.
+        return (whole, part) if offloaded else (whole * 1.5 if bf16 else whole, 0.0)
+    if not offloaded:
+        return part, 0.0
+    # Sums while they accumulate, and a copy for the optimiser's step. Stage 2 in bf16 leaves the sums on the device.
+    return (part, part) if stage == 2 and bf16 else (0.0, 2 * part)
 
 
 def _tokens(config: Config, facts: ModelFacts) -> tuple[float, int]:

@@ -228,6 +228,12 @@ def test_nothing_outside_the_run_is_touched(launch):
     assert noise == []
 
 
+def test_gradients_are_summed_in_float32_also_in_bf16_and_offloaded(ranks):
+    for rank in ranks:
+        # In bfloat16 the sum would stay at 1, and the norm at the number of ranks.
+        assert list(rank["gradient_sums"].values()) == pytest.approx([len(ranks) * (1 + 8 * 2**-9)] * 6, rel=1e-6)
+
+
 def test_exchange_sends_rows_from_owner_to_reader(launch):
     for rank in launch["ranks"]:
         assert rank["exchange"]["rows"]

@@ -63,6 +63,36 @@ def test_offload_moves_it_to_the_host(planned):
     assert {"VAE", "rewards"} <= set(memory.host) and "VAE" not in memory.resident
 
 
+@pytest.mark.parametrize(
+    ("stage", "offload", "precision", "device", "host"),
+    [
+        (1, "none", "bf16", 6, 0),
+        (1, "optimizer", "bf16", 4, 4 / 8),
+        (2, "none", "bf16", 4 / 8, 0),
+        (2, "optimizer", "bf16", 4 / 8, 4 / 8),
+        (2, "optimizer", "fp32", 0, 8 / 8),
+        (3, "none", "bf16", 4 / 8, 0),
+        (3, "optimizer", "bf16", 0, 8 / 8),
+    ],
+)
+def test_gradients_lie_where_deepspeed_sums_them(planned, stage, offload, precision, device, host):
+    """Bytes a weight on each of 8 ranks, as read off the tensors that DeepSpeed 0.19.8 holds between two backward passes."""
+    settings = {"engine__zero_stage": stage, "engine__offload": offload, "model__precision": precision}
+    few = planned(8, trained=0, **settings)[1]
+    memory = planned(8, **settings)[1]
+    assert memory.phases["update"] - few.phases["update"] == pytest.approx(device * PARAMETERS[0])
+    assert memory.host.get("gradients", 0) == pytest.approx(host * PARAMETERS[0])
+
+
+def test_only_what_is_trained_on_is_exchanged(planned):
+    memory = planned(8)[1]
+    assert "trajectories in exchange" not in memory.host
+    shared = planned(8, engine__sequence_parallel=2)[1]
+    assert shared.host["trajectories in exchange"] == shared.host["trajectories"] / 4
+    best = planned(8, grpo__group_size=24, grpo__best_of="{top: 4, bottom: 4}")[1]
+    assert best.host["trajectories in exchange"] == pytest.approx(best.host["trajectories"] / 3 / 4)
+
+
 def test_device_memory_does_not_grow_with_the_group_and_trajectories_are_linear(planned):
     small, large = planned(2, grpo__group_size=8)[1], planned(2, grpo__group_size=24)[1]
     assert small.resident == large.resident and small.phases == large.phases

@@ -283,6 +283,19 @@ def check_move(world, source, root, name, target):
     return found
 
 
+def check_gradient_precision(world, stage, offload):
+    """The sum over backward passes in bf16, of addends that bfloat16 would lose: 1 + 8 * 2^-9 on each rank."""
+    config = SimpleNamespace(zero_stage=stage, offload=offload, micro_batch_size=1)
+    optim = SimpleNamespace(**{**vars(OPTIM), "max_grad_norm": None})
+    module = nn.Linear(8, 8, bias=False)
+    engine = DeepSpeedEngine(module, optim, config, precision="bf16", world=world)
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    engine.accumulate(9)
+    for factor in [1.0] + [2.0**-9] * 8:
+        engine.backward(engine.module(x).float().sum() * factor)
+    return float(engine.step()) / 8
+
+
 class Tower(nn.Module):
     """About 100 MB with no layer above 4 MB; half of its layers are three tensors in the checkpoint."""
 
@@ -607,6 +620,11 @@ def main():
     if states is None or world.size > 2:
         found["memory"] = {precision: check_memory(world, folder / f"tower-{precision}", precision) for precision in DTYPES}
         found["adapters"] = check_adapters(world, folder)
+        found["gradient_sums"] = {
+            f"{stage}, {offload}": check_gradient_precision(world, stage, offload)
+            for stage in (1, 2, 3)
+            for offload in ("none", "optimizer")
+        }
         found |= {name: check_engine(world, folder, name) for name in CONFIGURATIONS}
     for source, target in MOVES:
         found[f"{source} > {target}"] = check_move(world, (states or folder) / source / "saved", folder, source, target)
