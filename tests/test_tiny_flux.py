@@ -1,19 +1,26 @@
 """Tiny FLUX checkpoints: published files and names, loaded by diffusers, the same from the same seed."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from fastvideo_grpo.rewards import RewardRequest, create
 from fastvideo_grpo.rewards.colour_match import PALETTE
 from fastvideo_grpo.tiny import command, flux, shapes
 from fastvideo_grpo.tiny.tokenizer_files import WORDS, clip_vocabulary, t5_pieces
+from tests import tiny_checkpoints
+from tests.tiny_checkpoints import (
+    check_every_weight_is_loaded,
+    check_files,
+    check_index,
+    check_same_form,
+    contents_of,
+    keys_of,
+    read,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 COMMITTED = REPOSITORY / "data" / "tiny-flux-shapes"
@@ -61,52 +68,22 @@ def folder(request, random_folder):
     return random_folder if request.param == "random" else COMMITTED
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def keys_of(folder):
-    names = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            names += tensors.keys()
-    return names
-
-
 def load(folder):
     from diffusers import FluxPipeline
 
-    pipeline = FluxPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_checkpoints.load(FluxPipeline, folder)
 
 
 # --- the form
 
 
 def test_the_files_are_those_of_the_published_checkpoint(folder):
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    for pattern in PUBLISHED_FILES:
-        matching = {name for name in found if Path(name).match(pattern)}
-        assert matching, pattern
-        assert len(matching) > 1 or "*" not in pattern, f"{pattern} is sharded"
-        found -= matching
-    assert not found
+    check_files(folder, PUBLISHED_FILES)
 
 
 @pytest.mark.parametrize("component, stem", [("transformer", "diffusion_pytorch_model"), ("text_encoder_2", "model")])
 def test_the_index_names_every_tensor_and_its_shard(folder, component, stem):
-    index = read(folder / component / f"{stem}.safetensors.index.json")
-    shards = sorted(set(index["weight_map"].values()))
-    assert shards == [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    total = 0
-    seen = {}
-    for shard in shards:
-        for key, value in load_file(folder / component / shard).items():
-            seen[key] = shard
-            total += value.nbytes
-    assert seen == index["weight_map"]
-    assert total == index["metadata"]["total_size"]
+    check_index(folder / component, stem)
 
 
 def test_text_encoder_keys_are_those_of_transformers_4(folder):
@@ -193,15 +170,7 @@ def test_diffusers_makes_a_picture(folder):
 
 
 def test_every_weight_reaches_diffusers(folder):
-    pipeline = load(folder)
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        files = {}
-        for file in (folder / name).glob("*.safetensors"):
-            files |= load_file(file)
-        loaded = getattr(pipeline, name).state_dict()
-        loaded = {key.removeprefix("text_model."): value for key, value in loaded.items()}
-        for key, value in files.items():
-            assert torch.equal(loaded[key.removeprefix("text_model.")], value.float()), f"{name}: {key}"
+    check_every_weight_is_loaded(load(folder), folder)
 
 
 def test_random_weights_give_outputs_of_ordinary_size(random_folder):
@@ -221,15 +190,11 @@ def test_random_weights_give_outputs_of_ordinary_size(random_folder):
 # --- writing
 
 
-def weights_of(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_the_same_seed_writes_the_same_bytes(random_folder, tmp_path):
     again = flux.write_flux(tmp_path / "again")
-    assert weights_of(again) == weights_of(random_folder)
+    assert contents_of(again) == contents_of(random_folder)
     other = flux.write_flux(tmp_path / "other", seed=1)
-    assert weights_of(other) != weights_of(random_folder)
+    assert contents_of(other) != contents_of(random_folder)
 
 
 def test_unknown_presets_are_refused(tmp_path):
@@ -261,7 +226,7 @@ def test_the_command_writes_a_checkpoint_and_refuses_politely(tmp_path, capsys, 
     out = tmp_path / "out"
     assert run_command("flux", "--out", str(out)) == 0
     assert str(out) in capsys.readouterr().out
-    assert weights_of(out) == weights_of(random_folder)
+    assert contents_of(out) == contents_of(random_folder)
     assert run_command("flux", "--out", str(out)) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert run_command("flux", "--out", str(out), "--seed", "3", "--overwrite") == 0
@@ -279,10 +244,10 @@ def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
                            progress=lines.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert any("transformer" in line and "2/2" in line for line in lines)
-    assert set(weights_of(folder)) == set(weights_of(COMMITTED))
+    assert set(contents_of(folder)) == set(contents_of(COMMITTED))
     again = pretrain_flux(tmp_path / "again", pictures=16, autoencoder_steps=2, transformer_steps=2,
                           progress=lines.append)
-    assert weights_of(again) == weights_of(folder)
+    assert contents_of(again) == contents_of(folder)
     with pytest.raises(FileExistsError):
         pretrain_flux(folder)
 
@@ -290,20 +255,7 @@ def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
 def test_the_committed_checkpoint_is_small_and_what_the_code_writes(tmp_path):
     assert sum(path.stat().st_size for path in COMMITTED.rglob("*") if path.is_file()) < 2_000_000
     written = flux.write_flux(tmp_path / "demo", preset="demo")
-    assert set(weights_of(written)) == set(weights_of(COMMITTED))
-    for path in sorted(written.rglob("*")):
-        name = path.relative_to(written)
-        if not path.is_file() or path.suffix == ".safetensors":
-            continue
-        if str(name) == "vae/config.json":  # its factors are measured
-            ours, theirs = read(path), read(COMMITTED / name)
-            assert {**ours, "scaling_factor": 0, "shift_factor": 0} == {**theirs, "scaling_factor": 0, "shift_factor": 0}
-        else:
-            assert path.read_bytes() == (COMMITTED / name).read_bytes(), name
-    for component in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        shapes_of = [{key: (value.shape, value.dtype) for file in (folder / component).glob("*.safetensors")
-                      for key, value in load_file(file).items()} for folder in (written, COMMITTED)]
-        assert shapes_of[0] == shapes_of[1], component
+    check_same_form(written, COMMITTED, measured=("scaling_factor", "shift_factor"))
 
 
 def test_the_committed_checkpoint_draws_shapes_whose_colour_is_often_wrong():

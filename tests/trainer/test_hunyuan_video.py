@@ -8,6 +8,7 @@ import torch
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
+from tests import tiny_checkpoints
 from tests.trainer import runs
 
 PROMPT = Prompt("parity", "a red circle walks over the grass, realistic style, and a cat")
@@ -18,9 +19,7 @@ SAMPLES = 4
 def diffusers_pipeline(tiny_hunyuan_video):
     from diffusers import HunyuanVideoPipeline
 
-    pipeline = HunyuanVideoPipeline.from_pretrained(tiny_hunyuan_video, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_checkpoints.load(HunyuanVideoPipeline, tiny_hunyuan_video)
 
 
 def _keys(count):

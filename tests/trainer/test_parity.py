@@ -7,6 +7,7 @@ import torch
 
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise, schedules
+from tests import tiny_checkpoints
 
 PROMPT = Prompt("parity", "a red circle on a cat, realistic style")
 SAMPLES = 4
@@ -16,9 +17,7 @@ SAMPLES = 4
 def diffusers_pipeline(tiny_flux):
     from diffusers import FluxPipeline
 
-    pipeline = FluxPipeline.from_pretrained(tiny_flux, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_checkpoints.load(FluxPipeline, tiny_flux)
 
 
 def _diffusers_schedule(trainer, tokens):
