@@ -19,21 +19,8 @@ from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_transformer
 
-# Module names that only say how a layer was wrapped (activation checkpointing, our LoRA layer).
-_WRAPPERS = ("_checkpoint_wrapped_module.",)
-
 # What --link links; the rest are small files that people edit.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
-
-
-def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what activation checkpointing put into them."""
-    plain = {}
-    for name, weight in weights.items():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        plain[name] = weight
-    return plain
 
 
 def model_names(transformer_config: dict[str, Any]) -> DiffusersNames:

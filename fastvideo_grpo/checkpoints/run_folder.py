@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.checkpoints.export import plain_names
 from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
@@ -26,7 +25,7 @@ class RunCheckpoint:
 
     def weights(self, which: str) -> dict[str, Tensor]:
         """Trained weights ("model" or "ema"), float32, under the model's own names."""
-        return plain_names(weights_from_checkpoint(self.folder / "state", which))
+        return weights_from_checkpoint(self.folder / "state", which)
 
 
 def open_run(run: str | Path, iteration: int | None = None, overrides: list[str] | None = None) -> RunCheckpoint:
