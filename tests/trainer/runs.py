@@ -268,10 +268,9 @@ def checkpoints(folder: Path) -> list[str]:
 
 def weights(folder: Path, iteration: int, which: str = "model") -> dict[str, torch.Tensor]:
     """Trained weights of a run's checkpoint."""
-    from fastvideo_grpo.checkpoints.export import plain_names
     from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 
-    return plain_names(weights_from_checkpoint(folder / "run" / "checkpoints" / f"{iteration:06d}" / "state", which))
+    return weights_from_checkpoint(folder / "run" / "checkpoints" / f"{iteration:06d}" / "state", which)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
