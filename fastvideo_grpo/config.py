@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
+from fastvideo_grpo.rewards.placement import PLACEMENTS
 from fastvideo_grpo.sampling import transitions
 
 
@@ -27,7 +29,7 @@ class ConfigError(UserError, ValueError):
     """A configuration that cannot run. The message names each key, its value, what is allowed and a way out."""
 
 
-def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | list[str] | None = None, **bounds: float) -> Any:
+def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | Sequence[str] | None = None, **bounds: float) -> Any:
     """A configuration key: default, meaning, and what is allowed (``minimum``, ``above``, ``maximum``, ``choices``)."""
     metadata = {"help": help, "choices": choices, **bounds}
     if isinstance(default, (list, dict)) or callable(default):
@@ -130,10 +132,13 @@ class GRPOConfig:
 
 @dataclass
 class OutputConfig:
-    """What one output of a reward counts for."""
+    """What one output of a reward counts for. What changes the score comes in the order affine, clamp, threshold, invert."""
 
     weight: float = _key(1.0, "factor of its advantage; 0 only watches it")
     threshold: float | None = _key(None, "score becomes 1 above this, else 0 (binary reward)")
+    invert: bool = _key(False, "score becomes -score: less is better")
+    affine: list[float] | None = _key(None, "[a, b]: score becomes a * score + b")
+    clamp: list[float] | None = _key(None, "[low, high]: score is brought between them")
 
 
 @dataclass
@@ -143,6 +148,15 @@ class RewardConfig:
     kind: str = _key(MISSING, "registered reward")
     checkpoint: str | None = _key(None, "its weights, for kinds that have some")
     params: dict[str, Any] = _key({}, "settings of this kind")
+    placement: str = _key(
+        "inline", "where it runs: in the training process, in a process of its own, or behind a server", choices=PLACEMENTS
+    )
+    python: str | None = _key(None, "placement=process: interpreter of another environment (default: this one)")
+    device: str | None = _key(None, "placement=process: where its weights lie, e.g. cuda:1 (default: the trainer's device)")
+    url: str | None = _key(None, "placement=http: its server (fastvideo-grpo serve-reward), e.g. http://127.0.0.1:8800")
+    token_variable: str | None = _key(
+        None, f"placement=http: environment variable that holds the server's token (default: {TOKEN_VARIABLE})"
+    )
     outputs: dict[str, OutputConfig] = _key({}, "outputs that count; none named: all, with weight 1")
 
 
@@ -150,6 +164,11 @@ class RewardConfig:
 class RewardsConfig:
     """The reward models."""
 
+    # "async" in files and on the command line; Python has that word for itself.
+    async_: bool = _key(False, "score while later micro-batches of the iteration are sampled; the same numbers")
+    timeout_s: float = _key(600.0, "seconds in which a reward must have scored a micro-batch", above=0)
+    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0)
+    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0)
     max_invalid_fraction: float = _key(
         0.1, "the run stops when more than this share of an iteration's samples could not be scored", minimum=0, maximum=1
     )
@@ -228,7 +247,16 @@ FREE_ON_RESUME = [
     "model.path",
     "prompts.path",
     "prompts.eval_path",
+    "rewards.async",
+    "rewards.timeout_s",
+    "rewards.retries",
+    "rewards.backoff_s",
     "rewards.max_invalid_fraction",
+    "rewards.models.*.placement",
+    "rewards.models.*.python",
+    "rewards.models.*.device",
+    "rewards.models.*.url",
+    "rewards.models.*.token_variable",
     "rewards.models.*.checkpoint",
     "rewards.models.*.params.tokenizer",
     "engine.kind",
@@ -289,17 +317,22 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
     return OmegaConf.from_dotlist(overrides)
 
 
+def _in_file(name: str) -> str:
+    """A field's name as files have it."""
+    return name.rstrip("_")
+
+
 def _known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(cls).items():
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        yield prefix + name
+        yield prefix + _in_file(name)
         if isinstance(inner, type):
             yield from _known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
 
 
 def _to_dataclasses(raw: Any) -> Config:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _renamed(raw, "async", "async_"))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
@@ -308,12 +341,24 @@ def _to_dataclasses(raw: Any) -> Config:
         key = str(getattr(error, "full_key", None) or "")
         if "not in" in str(error):
             near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
-            allowed = [f.name for f in fields(_section_of(key.rpartition(".")[0]))]
+            allowed = [_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}") from error
         raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})") from error
     assert isinstance(config, Config)
     return config
+
+
+def _renamed(raw: Any, old: str, new: str) -> Any:
+    """``raw`` with the key ``old`` of the rewards called ``new``."""
+    plain = OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
+    rewards = plain.get("rewards") if isinstance(plain, dict) else None
+    if not isinstance(rewards, dict):
+        return raw
+    if new in rewards:
+        raise ConfigError(f"unknown key rewards.{new}: did you mean rewards.{old}?")
+    assert isinstance(plain, dict)
+    return OmegaConf.create({**plain, "rewards": {new if key == old else key: value for key, value in rewards.items()}})
 
 
 def _section_of(key: str) -> type[Any]:
@@ -340,7 +385,7 @@ def _help_of(key: str) -> str:
 def _check_values(node: Any, prefix: str) -> Iterator[str]:
     """Problems of single values, from the bounds and choices beside each key."""
     for f in fields(node):
-        value, key, allowed = getattr(node, f.name), prefix + f.name, f.metadata
+        value, key, allowed = getattr(node, f.name), prefix + _in_file(f.name), f.metadata
         if is_dataclass(value):
             yield from _check_values(value, key + ".")
         elif isinstance(value, dict):
@@ -430,14 +475,14 @@ def check(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain containers."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    plain = OmegaConf.to_container(_renamed(OmegaConf.structured(config), "async_", "async"))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(_renamed(OmegaConf.structured(config), "async_", "async"))
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -485,7 +530,7 @@ def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
         bounds = {"minimum": "at least", "above": "above", "maximum": "at most"}
         limits = [f"{words} {f.metadata[name]}" for name, words in bounds.items() if name in f.metadata]
         allowed = ", ".join((known() if callable(known) else known) if known is not None else limits)
-        yield f"| `{prefix}{f.name}` | {shown} | {allowed} | {f.metadata['help']} |"
+        yield f"| `{prefix}{_in_file(f.name)}` | {shown} | {allowed} | {f.metadata['help']} |"
         if isinstance(inner, type):
             yield from _reference_rows(inner, f"{prefix}{f.name}.{'NAME.' if isinstance(default, dict) else ''}")
 

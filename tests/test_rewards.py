@@ -3,6 +3,8 @@
 import importlib.metadata
 import logging
 import math
+import threading
+import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 from fastvideo_grpo.rewards import Reward, RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
 from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
 from fastvideo_grpo.rewards.moving_colour import DIRECTIONS, direction_of
-from fastvideo_grpo.rewards.threshold import Threshold, above
+from fastvideo_grpo.rewards.output_transform import OutputTransform
 from fastvideo_grpo.tiny import moving_shapes
 
 
@@ -51,7 +53,7 @@ def scripted_kinds(monkeypatch):
 
 
 def scripted_set(answer, **entry):
-    return RewardSet({"script": {"kind": "scripted", "params": {"answer": answer}, **entry}})
+    return RewardSet({"script": {"kind": "scripted", "params": {"answer": answer}, **entry}}, backoff_s=0.0)
 
 
 def good_answer(quality=(1.0, 2.0, 3.0), motion=(4.0, 5.0, 6.0), valid=(True, True, True)):
@@ -110,7 +112,7 @@ def test_entries_may_be_objects():
     )
     rewards = RewardSet({"size": entry})
     assert rewards.weights == {"size/jpeg_size": 2.0}
-    assert rewards.rewards["size"].quality == 50
+    assert rewards.rewards["size"].reward.quality == 50
 
 
 def test_threshold_changes_scores_and_keeps_raw():
@@ -145,7 +147,10 @@ def test_a_reward_that_raises_is_masked_named_and_counted(caplog):
         assert not batch.valid["script/quality"].any() and batch.scores["script/quality"].isnan().all()
         assert "reward script: RuntimeError: no such weights (3 of 3 samples masked)" in batch.failures
     assert rewards.failure_counts == {"reward script: RuntimeError: no such weights": 2}
-    assert len(caplog.records) == 1, "the same message is logged once"
+    logged = [record.getMessage() for record in caplog.records]
+    assert sum("masked" in line for line in logged) == 1, "the same message is logged once"
+    assert sum("asked again, 2 times" in line for line in logged) == 1
+    assert rewards.retried == {"script": 4}
 
 
 def test_a_failing_reward_leaves_the_others_alone():
@@ -153,7 +158,8 @@ def test_a_failing_reward_leaves_the_others_alone():
         {
             "broken": {"kind": "scripted", "params": {"answer": ValueError("x")}},
             "size": {"kind": "jpeg_size"},
-        }
+        },
+        backoff_s=0.0,
     )
     batch = rewards.score(request_of())
     assert batch.valid["size/jpeg_size"].all()
@@ -568,20 +574,120 @@ def test_moving_colour_refuses_other_parameters(params):
         create("moving_colour", params=params)
 
 
-# --- threshold
+# --- what becomes of a score
 
 
-def test_above_is_strict_and_keeps_nan():
-    scores = above(torch.tensor([0.4, 0.5, 0.6, math.nan]), 0.5)
-    assert scores[:3].tolist() == [0, 0, 1] and scores[3].isnan()
-    assert scores.dtype == torch.float32
+SCORES = torch.tensor([0.4, 0.5, 0.6, math.nan])
 
 
-def test_threshold_wraps_one_output():
-    wrapped = Threshold(Scripted(answer=good_answer(valid=(True, False, True))), "motion", 4.5)
-    result = wrapped.score(request_of())
-    assert result.scores["motion"].tolist() == [0, 1, 1]
-    assert result.scores["quality"].tolist() == [1, 2, 3]
-    assert result.valid.tolist() == [True, False, True]
-    with pytest.raises(ValueError, match=r"no output 'speed'.*quality, motion"):
-        Threshold(wrapped, "speed", 1.0)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.5, 0.6]),
+        ({"threshold": 0.5}, [0, 0, 1]),  # strictly above
+        ({"invert": True}, [-0.4, -0.5, -0.6]),
+        ({"affine": (10.0, -1.0)}, [3, 4, 5]),
+        ({"clamp": (0.45, 0.55)}, [0.45, 0.5, 0.55]),
+        ({"affine": (10.0, -1.0), "clamp": (3.5, 4.5)}, [3.5, 4, 4.5]),  # the limits are those of what affine made
+        ({"affine": (10.0, -1.0), "threshold": 3.5, "invert": True}, [0, -1, -1]),
+    ],
+)
+def test_scores_are_transformed_in_the_stated_order(settings, expected):
+    scores = OutputTransform(**settings)(SCORES)
+    assert scores.dtype == torch.float32 and scores[3].isnan()
+    torch.testing.assert_close(scores[:3], torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"affine": [1.0]}, r"outputs.quality.affine is \[1.0\]; it must be two finite numbers"),
+        ({"affine": [0.0, 1.0]}, "makes all scores equal"),
+        ({"clamp": [1.0, math.inf]}, "clamp is .*finite"),
+        ({"clamp": [1.0, 0.0]}, "low below high"),
+    ],
+)
+def test_transforms_that_make_no_sense_are_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        scripted_set(good_answer(), outputs={"quality": settings})
+
+
+def test_the_raw_score_is_kept_beside_what_counts():
+    batch = scripted_set(good_answer(), outputs={"quality": {"affine": [2.0, 0.0], "invert": True}}).score(request_of())
+    assert batch.raw["script/quality"].tolist() == [1, 2, 3] and batch.scores["script/quality"].tolist() == [-2, -4, -6]
+
+
+# --- asked again
+
+
+def test_a_request_that_failed_is_made_again_and_keeps_what_it_had():
+    answers = iter(
+        [
+            RuntimeError("lost"),
+            good_answer(quality=(1.0, math.nan, 3.0)),
+            good_answer(quality=(7.0, 2.0, math.nan)),
+        ]
+    )
+    rewards = scripted_set(lambda: next(answers))
+    batch = rewards.score(request_of())
+    assert batch.scores["script/quality"].tolist() == [1, 2, 3]
+    assert batch.valid["script/quality"].all() and not batch.failures
+    assert rewards.retried == {"script": 2} and not rewards.failure_counts
+
+
+def test_a_sample_that_cannot_be_judged_is_not_asked_for_again():
+    rewards = scripted_set(good_answer(valid=(True, False, True)))
+    assert rewards.score(request_of()).valid["script/quality"].tolist() == [True, False, True]
+    assert not rewards.retried
+
+
+def test_a_reward_is_left_alone_once_the_run_will_stop_anyway():
+    asked = []
+
+    def lost():
+        asked.append(1)
+        return RuntimeError("lost")
+
+    rewards = scripted_set(lost)
+    rewards.begin(failures=3)
+    batches = [rewards.score(request_of()) for _ in range(4)]
+    assert len(asked) == 3 * 2, "three attempts at each of two requests: 3 failed samples are allowed, 6 are not"
+    assert "not asked" in batches[2].failures[0] and not any(batch.valid["script/quality"].any() for batch in batches)
+    rewards.begin(failures=3)
+    rewards.score(request_of())
+    assert len(asked) == 9
+
+
+def test_a_request_that_hangs_costs_its_time_limit():
+    release = threading.Event()
+
+    def late():
+        release.wait(30)
+        return good_answer()
+
+    rewards = RewardSet({"script": {"kind": "scripted", "params": {"answer": late}}}, timeout_s=0.2, retries=0, backoff_s=0.0)
+    for _ in range(2):  # the second waits for the first, which nobody can end
+        assert "TimeoutError: no answer within 0.2 s" in rewards.score(request_of()).failures[0]
+    release.set()
+    time.sleep(0.3)
+    assert rewards.score(request_of()).valid["script/quality"].all()
+
+
+def test_requests_are_scored_in_order_and_side_by_side():
+    begun = threading.Barrier(2, timeout=10)  # each waits for the other: they would not meet one after the other
+    order = []
+
+    def answer(name):
+        def scored():
+            begun.wait()
+            order.append(name)
+            return good_answer()
+
+        return scored
+
+    models = {name: {"kind": "scripted", "params": {"answer": answer(name)}} for name in ("one", "two")}
+    rewards = RewardSet(models)
+    pending = [rewards.submit(request_of()) for _ in range(3)]
+    for scores in reversed(pending):
+        assert scores.result().valid["two/motion"].all()
+    assert sorted(order) == ["one"] * 3 + ["two"] * 3

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.base import Reward, RewardRequest, RewardResult
-from fastvideo_grpo.rewards.threshold import above
+from fastvideo_grpo.rewards.output_transform import OutputTransform
+from fastvideo_grpo.rewards.placement import check_placement, get, place
+from fastvideo_grpo.rewards.threads import SerialThread
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +27,7 @@ logger = logging.getLogger(__name__)
 class ScoredBatch:
     """What a `RewardSet` says of B samples; every dict has one entry per name "MODEL/OUTPUT".
 
-    scores: float32 [B] on the CPU, after thresholds; NaN where invalid. This is what is optimised.
+    scores: float32 [B] on the CPU, after the outputs' transforms; NaN where invalid. This is what is optimised.
     raw: float32 [B] on the CPU, as the reward gave it; NaN where invalid.
     valid: bool [B] on the CPU.
     failures: one line for each thing that went wrong in this batch, with the reward's name and the number of samples.
@@ -36,32 +41,56 @@ class ScoredBatch:
 
 class RewardSet:
     """The rewards of `rewards.models`: a mapping from a name to an entry with `kind` and, each optional, `checkpoint`,
-    `params` and `outputs` (OUTPUT -> `weight`, 1 if left out, and `threshold`), as keys or as attributes.
-    Without `outputs` all outputs of the reward count with weight 1.
+    `params`, `placement` with its keys, and `outputs` (OUTPUT -> `weight`, 1 if left out, and the keys of
+    `OutputTransform`), as keys or as attributes. Without `outputs` all outputs of the reward count with weight 1.
 
-    names: "MODEL/OUTPUT" in the order of the configuration. weights: name -> float. rewards: MODEL -> Reward.
-    failure_counts: how often each failure happened, by its message, since this set was made.
+    Each reward has a thread that asks it, one request after the other, so that slow ones (processes, servers) work side by
+    side. A request that fails is asked again, `retries` times, after `backoff_s`, twice that, and so on; what then has no
+    score is masked.
+
+    device, offload_idle, timeout_s: see `placement.place`.
+
+    names: "MODEL/OUTPUT" in the order of the configuration. weights, transforms: by name. rewards: MODEL -> Reward.
+    failure_counts: how often each failure that cost samples happened, by its message, since this set was made.
+    retried: requests that were asked again, by reward, since this set was made.
 
     Raises ValueError, with the key, for anything wrong in the configuration; every entry is checked before the first
     reward is loaded.
     """
 
-    def __init__(self, models: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        offload_idle: bool = False,
+        timeout_s: float = 600.0,
+        retries: int = 2,
+        backoff_s: float = 0.5,
+    ) -> None:
         if not models:
             raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
         for model, entry in models.items():
             check_entry(model, entry)
+        self.attempts, self.backoff_s = retries + 1, backoff_s
         self.rewards: dict[str, Reward] = {}
         self.weights: dict[str, float] = {}
-        self.thresholds: dict[str, float | None] = {}
+        self.transforms: dict[str, OutputTransform] = {}
         self.failure_counts: Counter[str] = Counter()
-        for model, entry in models.items():
-            reward = registry.create(_get(entry, "kind"), checkpoint=_get(entry, "checkpoint"), params=_get(entry, "params"))
-            self.rewards[model] = reward
-            for output, settings in _outputs(model, entry, reward.outputs).items():
-                weight = _get(settings, "weight")
-                self.weights[f"{model}/{output}"] = 1.0 if weight is None else float(weight)
-                self.thresholds[f"{model}/{output}"] = _get(settings, "threshold")
+        self.retried: Counter[str] = Counter()
+        self._failures_left: dict[str, float] = {}
+        self._threads: dict[str, SerialThread] = {}
+        try:
+            for model, entry in models.items():
+                reward = place(model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s)
+                self.rewards[model] = reward
+                for output, settings in _outputs(model, entry, reward.outputs).items():
+                    weight = get(settings, "weight")
+                    self.weights[f"{model}/{output}"] = 1.0 if weight is None else float(weight)
+                    self.transforms[f"{model}/{output}"] = _transform(model, output, settings)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def names(self) -> list[str]:
@@ -77,70 +106,127 @@ class RewardSet:
                     f"use a reward for {'images' if frames == 1 else 'videos'}"
                 )
 
+    def begin(self, failures: float = math.inf) -> None:
+        """Begin an iteration that ends the run anyway once a reward has no score for more than `failures` samples: it is
+        then not asked any more, or one that hangs would hold the run for each of the others, too."""
+        self._failures_left = dict.fromkeys(self.rewards, failures)
+
     def score(self, request: RewardRequest) -> ScoredBatch:
         """Score the samples with every reward.
 
-        A reward that raises, or whose answer has a wrong shape or lacks an output, has all its samples masked; one that
-        returns NaN or infinity has those samples masked. All of it is told in `failures`, and logged the first time.
+        A reward that raises, is late, or whose answer has a wrong shape or lacks an output, has all its samples masked; one
+        that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
+        `failures`, and logged the first time.
         """
-        batch = ScoredBatch({}, {}, {}, [])
-        for model, reward in self.rewards.items():
-            outputs = [name for name in self.weights if name.rpartition("/")[0] == model]
-            raw, valid = self._score_one(model, reward, outputs, request, batch.failures)
-            for name in outputs:
-                threshold = self.thresholds[name]
-                batch.raw[name] = raw[name]
-                batch.scores[name] = raw[name].clone() if threshold is None else above(raw[name], threshold)
-                batch.valid[name] = valid[name]
-        return batch
+        return self.submit(request).result()
 
-    def _score_one(
-        self, model: str, reward: Reward, names: list[str], request: RewardRequest, failures: list[str]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        size = len(request)
-        raw = {name: torch.full((size,), float("nan")) for name in names}
-        valid = {name: torch.zeros(size, dtype=torch.bool) for name in names}
-        try:
-            with torch.no_grad():
-                result = reward.score(request)
-            judged = _judged(result, size)
-        except Exception as error:  # not BaseException: Ctrl-C ends the run
-            self._note(failures, f"reward {model}: {type(error).__name__}: {error}", size, size)
-            return raw, valid
-        if not judged.all():
-            self._note(
-                failures,
-                f"reward {model}: could not judge the sample: {result.invalid_because}",
-                int((~judged).sum()),
-                size,
-            )
-        for name in names:
-            try:
-                scores = _column(result, name.rpartition("/")[2], size)
-            except Exception as error:
-                self._note(failures, f"reward {name}: {type(error).__name__}: {error}", size, size)
-                continue
-            finite = scores.isfinite()
-            if (judged & ~finite).any():
-                self._note(failures, f"reward {name}: returned NaN or infinity", int((judged & ~finite).sum()), size)
-            valid[name] = judged & finite
-            raw[name] = torch.where(valid[name], scores, float("nan"))
-        return raw, valid
+    def submit(self, request: RewardRequest) -> PendingScores:
+        """Begin to score; `result()` waits. Requests are scored in the order they come in, whenever they are collected."""
+        asked = {}
+        for model in self.rewards:
+            if model not in self._threads:
+                self._threads[model] = SerialThread(f"reward {model}")
+            asked[model] = self._threads[model].submit(partial(self._ask, model, request))
+        return PendingScores(self, asked)
 
-    def _note(self, failures: list[str], message: str, count: int, size: int) -> None:
+    def _ask(self, model: str, request: RewardRequest) -> _Answer:
+        """All attempts of one reward at one request."""
+        names = [name for name in self.weights if name.rpartition("/")[0] == model]
+        answer = _Answer(model, names, len(request))
+        if self._failures_left.get(model, math.inf) < 0:
+            answer.failures[f"reward {model}: not asked: too many samples have no score already"] = len(request)
+            return answer
+        for attempt in range(self.attempts):
+            if attempt:
+                self.retried[model] += 1
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            answer.take(lambda: self.rewards[model].score(request))
+            if not answer.failures:
+                break
+            reasons = "; ".join(answer.failures)
+            if attempt + 1 < self.attempts and self.retried[model] == 0:
+                logger.warning("%s (it is asked again, %d times at most)", reasons, self.attempts - 1)
+        counted = [answer.valid[name] for name in names if self.weights[name] != 0]
+        if counted:
+            left = self._failures_left.get(model, math.inf)
+            self._failures_left[model] = left - int((~torch.stack(counted).all(0)).sum())
+        return answer
+
+    def note(self, failures: list[str], message: str, count: int, size: int) -> None:
+        """Count and tell a failure that cost `count` of `size` samples; log it the first time."""
         failures.append(f"{message} ({count} of {size} samples masked)")
         if message not in self.failure_counts:
             logger.warning("%s (%d of %d samples masked; told once, counted always)", message, count, size)
         self.failure_counts[message] += 1
 
-    def to(self, device: torch.device | str) -> RewardSet:
-        for reward in self.rewards.values():
-            reward.to(device)
-        return self
-
     def close(self) -> None:
+        """Let go of the rewards, their processes and connections."""
+        for thread in self._threads.values():
+            thread.close()
         for reward in self.rewards.values():
             reward.close()
+
+
+class PendingScores:
+    """Samples that are being scored."""
+
+    def __init__(self, rewards: RewardSet, asked: dict[str, Future[_Answer]]) -> None:
+        self._rewards, self._asked = rewards, asked
+
+    def result(self) -> ScoredBatch:
+        """Wait for all rewards, and tell what failed."""
+        batch = ScoredBatch({}, {}, {}, [])
+        for model, asked in self._asked.items():
+            answer = asked.result()
+            for message, count in answer.failures.items():
+                self._rewards.note(batch.failures, message, count, answer.size)
+            for message, count in answer.judgements.items():
+                self._rewards.note(batch.failures, f"reward {model}: could not judge the sample: {message}", count, answer.size)
+            for name, raw in answer.raw.items():
+                batch.raw[name] = raw
+                batch.scores[name] = self._rewards.transforms[name](raw)
+                batch.valid[name] = answer.valid[name] & batch.scores[name].isfinite()
+        return batch
+
+
+class _Answer:
+    """What the attempts at a request have given so far.
+
+    raw, valid: by name, [B]. failures: message -> samples that the last attempt failed at. judgements: message -> samples
+    that the reward says it cannot judge, which is an answer, and not asked again.
+    """
+
+    def __init__(self, model: str, names: list[str], size: int) -> None:
+        self.model, self.size = model, size
+        self.raw = {name: torch.full((size,), float("nan")) for name in names}
+        self.valid = {name: torch.zeros(size, dtype=torch.bool) for name in names}
+        self.failures: dict[str, int] = {}
+        self.judgements: dict[str, int] = {}
+
+    def take(self, score: Callable[[], RewardResult]) -> None:
+        """One attempt. What an earlier one gave stays: asked again, a reward answers for the same batch."""
+        self.failures, self.judgements = {}, {}
+        try:
+            result = score()
+            judged = _judged(result, self.size)
+        except Exception as error:  # not BaseException: Ctrl-C ends the run
+            self.failures[f"reward {self.model}: {type(error).__name__}: {error}"] = self.size
+            return
+        if not judged.all():
+            self.judgements[result.invalid_because] = int((~judged).sum())
+        for name in self.raw:
+            output = name.rpartition("/")[2]
+            try:
+                scores = _column(result, output, self.size)
+            except Exception as error:
+                self.failures[f"reward {name}: {type(error).__name__}: {error}"] = self.size
+                continue
+            fresh = judged & scores.isfinite() & ~self.valid[name]
+            self.raw[name] = torch.where(fresh, scores, self.raw[name])
+            self.valid[name] |= fresh
+            missing = int((judged & ~self.valid[name]).sum())
+            if missing:
+                self.failures[f"reward {name}: returned NaN or infinity"] = missing
 
 
 def _judged(result: RewardResult, size: int) -> torch.Tensor:
@@ -165,38 +251,39 @@ def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _get(entry: Any, key: str) -> Any:
-    return entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None)
-
-
 def check_entry(model: str, entry: Any) -> None:
     """Raise ValueError, with the key, for a wrong entry of `rewards.models`; loads nothing and opens no file."""
     if "/" in model:
         raise ValueError(f"rewards.models has the name '{model}'; a name may not hold '/', which joins it to an output")
-    kind = _get(entry, "kind")
-    if not isinstance(kind, str):
-        known_kinds = ", ".join(registry.kinds())
-        raise ValueError(f"rewards.models.{model}.kind is {kind!r}; set it to one of {known_kinds}")
-    try:
-        factory = registry.check(kind, checkpoint=_get(entry, "checkpoint"), params=_get(entry, "params"))
-    except ValueError as error:
-        raise ValueError(f"rewards.models.{model}: {error}") from error
-    known = getattr(factory, "outputs", None)
-    if isinstance(known, tuple):
+    known = check_placement(model, entry)
+    for output, settings in (get(entry, "outputs") or {}).items():
+        _transform(model, output, settings)
+    if known is not None:
         _outputs(model, entry, known)
+
+
+def _transform(model: str, output: str, settings: Any) -> OutputTransform:
+    pairs = {name: get(settings, name) for name in ("affine", "clamp")}
+    try:
+        return OutputTransform(
+            **{name: tuple(pair) if pair is not None else None for name, pair in pairs.items()},
+            threshold=get(settings, "threshold"),
+            invert=bool(get(settings, "invert")),
+        )
+    except ValueError as error:
+        raise ValueError(f"rewards.models.{model}.outputs.{output}.{error}") from error
 
 
 def _outputs(model: str, entry: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
     """The outputs that count, with their settings, checked against those the reward has."""
-    chosen = _get(entry, "outputs") or {output: {} for output in known}
+    chosen = get(entry, "outputs") or {output: {} for output in known}
     for output, settings in chosen.items():
         key = f"rewards.models.{model}.outputs.{output}"
         if output not in known:
             raise ValueError(f"{key}: the reward has no such output; it has {', '.join(known)}")
-        for name in ("weight", "threshold"):
-            value = _get(settings, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-            ):
-                raise ValueError(f"{key}.{name} is {value!r}; it must be a finite number")
+        weight = get(settings, "weight")
+        if weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight)
+        ):
+            raise ValueError(f"{key}.weight is {weight!r}; it must be a finite number")
     return chosen

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import lora_settings
@@ -39,7 +39,7 @@ from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, enco
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
-from fastvideo_grpo.rewards.reward_set import RewardSet, ScoredBatch
+from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
 from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Trajectory, Walk
@@ -56,6 +56,10 @@ from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+MAX_PENDING = 4
+"""Micro-batches that may wait to be scored (``rewards.async``): their media take host memory."""
 
 
 class TooManyInvalidRewards(UserError):
@@ -82,7 +86,7 @@ class Rollout:
 
     ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
     the leader of its sequence-parallel group has them.
-    ``scores``, ``valid``: reward name -> ``[P, G]``, all samples.
+    ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``retried``: requests to rewards that were made again.
     """
 
     prompts: list[Prompt]
@@ -91,6 +95,7 @@ class Rollout:
     scores: dict[str, Tensor]
     raw: dict[str, Tensor]
     valid: dict[str, Tensor]
+    retried: int
 
 
 class GRPOTrainer:
@@ -174,13 +179,19 @@ class GRPOTrainer:
 
     def setup_rewards(self) -> None:
         """Make the configured rewards."""
+        config = self.config.rewards
         try:
-            self.rewards = RewardSet(self.config.rewards.models)
+            self.rewards = RewardSet(
+                config.models,
+                device=self.world.device,
+                offload_idle=self.config.engine.offload_idle,
+                timeout_s=config.timeout_s,
+                retries=config.retries,
+                backoff_s=config.backoff_s,
+            )
             self.rewards.check_frames(self.config.sample.frames)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if not self.config.engine.offload_idle:
-            self.rewards.to(self.world.device)
 
     def setup_training(self) -> None:
         """Everything training needs besides: rewards, prompts, dealing, engine, checkpoints, logs; resumes if it can."""
@@ -334,10 +345,14 @@ class GRPOTrainer:
 
     def score(self, prompt: Prompt, media: Tensor) -> ScoredBatch:
         """What the rewards say of samples of one prompt, ``media`` uint8 ``[B, F, H, W, 3]``."""
+        return self.submit_for_scores(prompt, media).result()
+
+    def submit_for_scores(self, prompt: Prompt, media: Tensor) -> PendingScores:
+        """Like :meth:`score`, whose result comes later."""
         count = len(media)
-        request = RewardRequest([prompt.text] * count, media, fps=self.fps, metadata=[prompt.metadata] * count)
-        with resident(self.rewards, self.world.device) if self.config.engine.offload_idle else nullcontext():
-            return self.rewards.score(request)
+        return self.rewards.submit(
+            RewardRequest([prompt.text] * count, media, fps=self.fps, metadata=[prompt.metadata] * count)
+        )
 
     @property
     def fps(self) -> float | None:
@@ -426,7 +441,11 @@ class GRPOTrainer:
             self._lock.close()
 
     def rollout(self, iteration: int, groups: list[Prompt], clock: Clock) -> Rollout:
-        """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores."""
+        """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores.
+
+        With ``rewards.async`` the rewards look at a micro-batch while the next ones are sampled. Only the gathering at the
+        end is an exchange between ranks, so a slow reward holds up nobody's collective in between.
+        """
         latents: dict[tuple[int, int], Tensor] = {}
         log_probs: dict[tuple[int, int], Tensor] = {}
         names = self.rewards.names
@@ -435,6 +454,20 @@ class GRPOTrainer:
         self._conditioning.clear()
         jobs = self.dealing.rollout(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
+        self.rewards.begin(self.config.rewards.max_invalid_fraction * math.prod(shape))
+        retried = self.rewards.retried.total()
+        pending: deque[tuple[int, Sequence[int], Tensor, PendingScores]] = deque()
+
+        def collect() -> None:
+            group, members, sound, scores = pending.popleft()
+            with clock.phase("reward"):
+                scored = scores.result()
+            for k, name in enumerate(names):
+                valid = scored.valid[name] & sound
+                table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
+                table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
+                table[2, k, group, members] = valid.float()
+
         for done, (group, members) in enumerate(jobs, start=1):
             prompt = groups[group]
             keys = [SampleKey(self.config.run.seed, iteration, group, prompt.id, member) for member in members]
@@ -450,18 +483,17 @@ class GRPOTrainer:
                 # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
                 latents[group, member] = states if sound[row] else torch.zeros_like(states)
                 log_probs[group, member] = densities if sound[row] else torch.zeros_like(densities)
-            with clock.phase("reward"):
-                scored = self.score(prompt, drawn.media)
-            for k, name in enumerate(names):
-                valid = scored.valid[name] & sound
-                table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
-                table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
-                table[2, k, group, members] = valid.float()
+            pending.append((group, members, sound, self.submit_for_scores(prompt, drawn.media)))
+            if not self.config.rewards.async_ or len(pending) > MAX_PENDING:
+                collect()
+        while pending:
+            collect()
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
         scored_ok = {name: part.bool() for name, part in by_name[2].items()}
-        return Rollout(groups, latents, log_probs, by_name[0], by_name[1], scored_ok)
+        retried = int(self.world.all_reduce_sum(torch.tensor([self.rewards.retried.total() - retried]))[0])
+        return Rollout(groups, latents, log_probs, by_name[0], by_name[1], scored_ok, retried)
 
     def _sound(self, drawn: Drawn, trajectory: Trajectory) -> Tensor:
         """Samples whose latents and trainable log-probs are finite, ``[B]``; the others are masked, counted and named."""
@@ -476,7 +508,7 @@ class GRPOTrainer:
 
     def _reward_metrics(self, iteration: int, rollout: Rollout) -> dict[str, Any]:
         """Numbers of an iteration's rewards; saves what was trained and raises when too many samples have none."""
-        metrics: dict[str, Any] = {"iteration": iteration}
+        metrics: dict[str, Any] = {"iteration": iteration, "reward/retried": rollout.retried}
         counted = torch.stack([rollout.valid[name] for name, weight in self.rewards.weights.items() if weight != 0]).all(0)
         total, failed = counted.numel(), int((~counted).sum())
         for name in self.rewards.names:
@@ -487,8 +519,8 @@ class GRPOTrainer:
             metrics[f"reward/{name}/std"] = values.std().item() if len(values) > 1 else math.nan
             metrics[f"reward/{name}/max"] = values.max().item() if len(values) else math.nan
             metrics[f"reward/{name}/invalid"] = invalid
-            if self.rewards.thresholds[name] is not None:
-                above = rollout.scores[name][valid].double()
+            if self.rewards.transforms[name].threshold is not None:
+                above = rollout.scores[name][valid].double().abs()  # 0 and 1, or 0 and -1 where inverted
                 metrics[f"reward/{name}/above_threshold"] = above.mean().item() if len(above) else math.nan
         if failed > self.config.rewards.max_invalid_fraction * total:
             reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]

@@ -11,6 +11,7 @@ import torch
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.base import RewardResult
+from fastvideo_grpo.rewards.output_transform import OutputTransform
 from tests.trainer import runs
 
 
@@ -99,7 +100,7 @@ def test_only_rewards_that_count_can_stop_a_run(make_trainer, weight, stops):
     trainer = make_trainer(run__iterations=1, rewards__max_invalid_fraction=0.9)
     trainer.rewards.rewards = {"pixels": _Watched()}
     trainer.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
-    trainer.rewards.thresholds = {"pixels/good": None, "pixels/broken": None}
+    trainer.rewards.transforms = dict.fromkeys(trainer.rewards.weights, OutputTransform())
     if stops:
         with pytest.raises(UserError, match="16 of 16 samples"):
             trainer.train()

@@ -11,6 +11,7 @@ import torch
 
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards.base import RewardResult
+from fastvideo_grpo.rewards.output_transform import OutputTransform
 from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
 from tests.trainer import runs
@@ -188,8 +189,9 @@ class _Faulty:
 
 def _with_reward(trainer, reward):
     trainer.rewards.rewards["pixels"] = reward
+    trainer.rewards.attempts = 1  # the reward counts its calls
     trainer.rewards.weights = {"pixels/score": 1.0}
-    trainer.rewards.thresholds = {"pixels/score": None}
+    trainer.rewards.transforms = {"pixels/score": OutputTransform()}
 
 
 def test_failed_rewards_mask_their_samples_and_are_counted(make_trainer):

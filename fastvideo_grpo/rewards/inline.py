@@ -1,0 +1,63 @@
+"""A reward in the training process, with a time limit."""
+
+from __future__ import annotations
+
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import nullcontext
+
+import torch
+
+from fastvideo_grpo.engines.residency import resident
+from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
+from fastvideo_grpo.rewards.threads import SerialThread
+
+
+class InlineReward:
+    """``reward`` in a thread of its own, so that a request that hangs costs its time limit and not the run.
+
+    A thread cannot be killed: until the request that hangs comes back, later ones wait for it, up to the limit, and fail.
+    A reward that hangs for good belongs into a process.
+
+    Args:
+        timeout_s: seconds for a request.
+        device: where it scores.
+        offload_idle: whether it waits in host memory between requests.
+    """
+
+    def __init__(
+        self, reward: Reward, *, timeout_s: float = 600.0, device: torch.device | str = "cpu", offload_idle: bool = False
+    ) -> None:
+        self.reward, self.timeout_s = reward, timeout_s
+        self.device, self.offload_idle = torch.device(device), offload_idle
+        self.outputs: tuple[str, ...] = reward.outputs
+        self.media_kind: MediaKind = reward.media_kind
+        if not offload_idle:
+            reward.to(self.device)
+        self._thread = SerialThread("reward", self._begin)
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        """Raises TimeoutError, and what the reward raises."""
+        answer = self._thread.submit(lambda: self._score(request))
+        try:
+            return answer.result(self.timeout_s)
+        except FutureTimeout:
+            if answer.done():  # in time after all, or the reward's own TimeoutError
+                return answer.result()
+            answer.cancel()  # if it has not begun, it need not
+            raise TimeoutError(f"no answer within {self.timeout_s:g} s") from None
+
+    def _begin(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread begins with the first one
+
+    def _score(self, request: RewardRequest) -> RewardResult:
+        with torch.no_grad(), resident(self.reward, self.device) if self.offload_idle else nullcontext():
+            return self.reward.score(request)
+
+    def to(self, device: torch.device | str) -> InlineReward:
+        self.reward.to(device)
+        return self
+
+    def close(self) -> None:
+        self._thread.close()
+        self.reward.close()

@@ -1,0 +1,92 @@
+"""Where a reward runs: in the training process, in a process of its own, or behind a server (``placement``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.rewards.base import Reward
+from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
+from fastvideo_grpo.rewards.inline import InlineReward
+from fastvideo_grpo.rewards.process import ProcessReward
+
+PLACEMENTS = ("inline", "process", "http")
+# Keys of an entry of rewards.models that only some placements have.
+_ONLY = {
+    "checkpoint": ("inline", "process"),
+    "params": ("inline", "process"),
+    "python": ("process",),
+    "device": ("process",),
+    "url": ("http",),
+    "token_variable": ("http",),
+}
+
+
+def get(entry: Any, key: str) -> Any:
+    """A key of an entry that is a mapping or a dataclass; None where it is left out."""
+    return entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None)
+
+
+def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
+    """Check an entry's kind, and the keys that go with its placement; loads nothing and opens no file.
+
+    Returns:
+        The outputs of the reward, where they can be known before it is made.
+
+    Raises:
+        ValueError: with the key.
+    """
+    placement, kind = get(entry, "placement") or "inline", get(entry, "kind")
+    if placement not in PLACEMENTS:
+        raise ValueError(f"rewards.models.{model}.placement is {placement!r}; allowed: {', '.join(PLACEMENTS)}")
+    if not isinstance(kind, str):
+        raise ValueError(f"rewards.models.{model}.kind is {kind!r}; set it to one of {', '.join(registry.kinds())}")
+    for key, placements in _ONLY.items():
+        if get(entry, key) and placement not in placements:
+            where = "the server has its own (fastvideo-grpo serve-reward)" if placement == "http" else "remove it"
+            raise ValueError(
+                f"rewards.models.{model}.{key} is for placement={' or '.join(placements)}, not {placement}; {where}"
+            )
+    if placement == "http":
+        if not get(entry, "url"):
+            raise ValueError(
+                f"rewards.models.{model}.url is missing; placement=http needs it, for example http://127.0.0.1:8800"
+            )
+        return None
+    if get(entry, "python"):
+        return None  # the kind may be known in that environment only
+    try:
+        factory = registry.check(kind, checkpoint=get(entry, "checkpoint"), params=get(entry, "params"))
+    except ValueError as error:
+        raise ValueError(f"rewards.models.{model}: {error}") from error
+    known = getattr(factory, "outputs", None)
+    return known if isinstance(known, tuple) else None
+
+
+def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, timeout_s: float) -> Reward:
+    """Make the reward of a checked entry where it belongs.
+
+    Args:
+        device: of this process; an entry's own ``device`` wins.
+        offload_idle: an inline reward waits in host memory.
+        timeout_s: seconds for a request.
+
+    Raises:
+        ValueError: naming the entry, and what the reward itself raises.
+    """
+    kind, placement = get(entry, "kind"), get(entry, "placement") or "inline"
+    made = {"checkpoint": get(entry, "checkpoint"), "params": get(entry, "params")}
+    if placement == "inline":
+        reward = registry.create(kind, **made)
+        return InlineReward(reward, timeout_s=timeout_s, device=device, offload_idle=offload_idle)
+    try:
+        if placement == "process":
+            place_at = get(entry, "device") or device
+            return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
+        variable = get(entry, "token_variable") or TOKEN_VARIABLE
+        return HttpReward(kind, url=get(entry, "url"), timeout_s=timeout_s, token_variable=variable)
+    except ValueError as error:
+        raise ValueError(f"rewards.models.{model}: {error}") from error

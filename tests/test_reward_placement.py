@@ -1,0 +1,372 @@
+"""Rewards in processes and behind servers: the same numbers, whatever fails, and a server that nothing sent to it ends."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvideo_grpo.rewards import RewardRequest, RewardSet, create, wire
+from fastvideo_grpo.rewards.base import RewardResult
+from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
+from fastvideo_grpo.rewards.process import ProcessReward, RewardProcessError
+from tests.workers.faulty_rewards import KINDS, entry_point
+
+ROOT = Path(__file__).parents[1]
+
+
+def request_of(count=3, seed=0, frames=1, **metadata):
+    generator = torch.Generator().manual_seed(seed)
+    media = torch.randint(0, 256, (count, frames, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    return RewardRequest([f"prompt {i}" for i in range(count)], media, metadata=[metadata] * count if metadata else [])
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    """The folder of the reward "faulty", which is known here and in processes that are started from here."""
+    packages = entry_point(tmp_path / "packages")
+    monkeypatch.syspath_prepend(str(packages))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(packages), str(ROOT)]))
+    (tmp_path / "came").mkdir()
+    return tmp_path / "came"
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """`serve(kind, "key=value", ...)` -> (process, url) of a server of its own."""
+    started = []
+
+    def start(*arguments, port=0, token=None, code=None):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+        if token:
+            environment[TOKEN_VARIABLE] = token
+        command = [sys.executable, "-m", "fastvideo_grpo.cli", "serve-reward", *map(str, arguments), "--port", str(port)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE if code else None, text=True
+        )
+        started.append(process)
+        if code is not None:
+            assert process.wait(120) == code
+            return process.stderr.read()
+        line = process.stdout.readline()
+        assert "on http://" in line, line
+        return process, "http://" + line.split("on http://")[1].split(",")[0]
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize("fps", [None, 8.0])
+def test_requests_and_results_survive_the_wire_to_the_bit(fps):
+    request = request_of(2, frames=5, caption="ü", n=1)
+    request.fps = fps
+    message = b"".join(wire.pack(*wire.pack_request(request)))
+    back = wire.unpack_request(*wire.unpack(message))
+    assert torch.equal(back.media, request.media) and back.prompts == request.prompts
+    assert (back.fps, back.metadata) == (fps, request.metadata)
+    scores = {"a": torch.tensor([0.1, torch.nan]), "b": torch.tensor([-torch.inf, 1e-38])}
+    result = RewardResult(scores, torch.tensor([True, False]), "too dark")
+    back = wire.unpack_result(*wire.unpack(b"".join(wire.pack(*wire.pack_result(result)))))
+    assert all(torch.equal(back.scores[name].view(torch.int32), scores[name].view(torch.int32)) for name in scores)
+    assert back.valid.tolist() == [True, False] and back.invalid_because == "too dark"
+
+
+def header_of(**changes):
+    return {"prompts": ["a"], "shape": [1, 1, 2, 2, 3], "fps": None, "metadata": [], **changes}
+
+
+BAD_HEADERS = [
+    header_of(shape=[1, 1, 2, 2, 4]),
+    header_of(shape=[1, 1, 2, 2]),
+    header_of(shape=[1, 1, 2, 3, 3]),
+    header_of(shape=[1, 1, -2, -2, 3]),
+    header_of(shape=[1, 1, 2.0, 2, 3]),
+    header_of(shape=[10**30, 10**30, 2, 2, 3]),
+    header_of(shape=[True, 1, 2, 2, 3]),
+    header_of(shape="12"),
+    header_of(prompts=["a", "b"]),
+    header_of(prompts=[1]),
+    header_of(prompts="a"),
+    header_of(metadata=[1]),
+    header_of(metadata={"a": 1}),
+    header_of(fps="fast"),
+    header_of(fps=-1),
+    header_of(fps=True),
+    header_of(checkpoint="../../../etc/passwd"),
+    header_of(media="/etc/passwd"),
+    {},
+]
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=lambda header: str(header)[:60])
+def test_wrong_requests_are_refused(header):
+    with pytest.raises(wire.WireError):
+        wire.unpack_request(header, memoryview(bytes(12)))
+
+
+def bad_messages():
+    """Bodies that are no request, made from one that is."""
+    good = b"".join(wire.pack(*wire.pack_request(request_of(1))))
+    draw = random.Random(0)
+    yield from (
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x80\x04\x95\x1a\x00cos\nsystem\n(S'true'\ntR.",
+        b"PK\x03\x04" * 10,
+        b"\x93NUMPY" * 9,
+    )
+    yield from (good[:n] for n in (1, 15, 16, 40, len(good) - 1))
+    yield good + b"x"
+    for lie in (0, 1, 2**31, 2**32 - 1):
+        yield good[:4] + lie.to_bytes(4, "big") + good[8:]
+    for lie in (0, 1, 2**40, 2**64 - 1):
+        yield good[:8] + lie.to_bytes(8, "big") + good[16:]
+    yield b"".join(wire.pack({}, b"x" * 12))
+    yield wire.MAGIC + (10**5).to_bytes(4, "big") + bytes(8) + b"[" * 10**5  # nested deeper than a parser goes
+    yield from (b"".join(wire.pack(header, bytes(12))) for header in BAD_HEADERS)
+    length = int.from_bytes(good[4:8], "big")
+    for _ in range(40):  # a byte of the lengths or of the header turned into another
+        changed = bytearray(good)
+        place = draw.randrange(16 + length)
+        changed[place] ^= draw.randrange(1, 256)
+        yield bytes(changed)
+
+
+# --- a process
+
+
+def test_a_process_gives_the_same_numbers_and_leaves_with_close():
+    reward = ProcessReward("jpeg_size", params={"quality": 50})
+    process = reward._process
+    try:
+        assert (reward.outputs, reward.media_kind) == (("jpeg_size",), "any")
+        expected = create("jpeg_size", params={"quality": 50}).score(request_of())
+        assert torch.equal(reward.score(request_of()).scores["jpeg_size"], expected.scores["jpeg_size"])
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert torch.equal(reward.score(request_of()).scores["jpeg_size"], expected.scores["jpeg_size"])
+        assert reward.restarts == 1
+        last = reward._process
+    finally:
+        reward.close()
+    assert last.returncode is not None
+
+
+def test_what_goes_wrong_at_the_start_of_a_process_is_told():
+    with pytest.raises(ValueError, match=r"ValueError: unknown reward kind 'jpg_size'.*did you mean 'jpeg_size'"):
+        ProcessReward("jpg_size")
+    with pytest.raises(ValueError, match="python is 'no/such/python'"):
+        ProcessReward("jpeg_size", python="no/such/python")
+
+
+def test_another_interpreter_needs_no_installed_package(tmp_path):
+    """What `python` is for: an environment in which this package is not installed, found through the path alone."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    models = {"size": {"kind": "jpeg_size", "placement": "process", "python": str(python)}}
+    rewards = RewardSet(models)
+    try:
+        assert rewards.score(request_of()).valid["size/jpeg_size"].all()
+        assert rewards.rewards["size"].python == str(python)
+    finally:
+        rewards.close()
+
+
+def test_a_process_ends_with_the_one_that_started_it(faulty):
+    code = f"""
+import sys
+from fastvideo_grpo.rewards.process import ProcessReward
+import torch
+from fastvideo_grpo.rewards import RewardRequest
+reward = ProcessReward("faulty", params={{"folder": {str(faulty)!r}}})
+print(reward._process.pid, flush=True)
+media = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
+reward.score(RewardRequest(["a"], media, metadata=[{{"fault": "hang", "times": 1, "id": 0}}]))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    while not list(faulty.iterdir()):
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    end = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# --- faults
+
+
+def mixed_faults(models, folder, requests, faulty_every, wanted, timeout_s=2.0):
+    """Scores of `requests` requests, every `faulty_every`-th of which fails, half of them for good, against those of the
+    reward itself; `wanted` kinds of faults take turns."""
+    faults = {}
+    for number, index in enumerate(range(0, requests, faulty_every)):
+        times = 1 if number % 2 else 99
+        faults[index] = {"fault": wanted[number // 2 % len(wanted)], "times": times, "id": index}
+    rewards = RewardSet(models, timeout_s=timeout_s, retries=1, backoff_s=0.01)
+    (folder / "direct").mkdir()
+    direct = create("faulty", params={"folder": str(folder / "direct")})
+    lost = 0
+    try:
+        pending = [
+            (index, rewards.submit(request_of(2, seed=index, **faults.get(index, {"n": 0})))) for index in range(requests)
+        ]
+        for index, scores in pending:
+            batch = scores.result()
+            valid, fault = batch.valid["r/brightness"], faults.get(index, {})
+            expected = direct.score(request_of(2, seed=index)).scores["brightness"]
+            bad = [False, False]
+            if fault.get("times") == 99:
+                bad = [True, fault["fault"] != "nan"]
+            assert valid.tolist() == [not b for b in bad], (index, fault, batch.failures)
+            assert torch.equal(batch.scores["r/brightness"][valid], expected[valid]), index
+            lost += sum(bad)
+            assert bool(batch.failures) == any(bad)
+        assert rewards.retried["r"] == len(faults)
+        assert rewards.failure_counts.total() == sum(fault["times"] == 99 for fault in faults.values())
+        assert lost > 0
+    finally:
+        rewards.close()
+    return rewards
+
+
+@pytest.mark.parametrize("size", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+def test_faults_of_all_kinds_cost_their_samples_and_nothing_else(faulty, size):
+    models = {"r": {"kind": "faulty", "placement": "process", "params": {"folder": str(faulty)}}}
+    # Half of the faults pass with the second attempt.
+    rewards = mixed_faults(models, faulty, size, 2 if size == 20 else 10, KINDS)
+    assert rewards.rewards["r"].restarts > 0
+
+
+@pytest.mark.parametrize("size", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+def test_faults_behind_a_server(faulty, serve, size):
+    _, url = serve("faulty", f"folder={faulty}", "--timeout", "1")
+    models = {"r": {"kind": "faulty", "placement": "http", "url": url}}
+    kinds = ("raise", "nan", "shape", "die", "hang")
+    mixed_faults(models, faulty, size, 4 if size == 20 else 10, kinds, timeout_s=60.0)  # restarts of the process included
+
+
+def test_inline_rewards_fail_alike(faulty):
+    models = {"r": {"kind": "faulty", "params": {"folder": str(faulty)}}}
+    mixed_faults(models, faulty, 40, 2, ("raise", "nan", "shape"))
+
+
+# --- a server
+
+
+def test_a_server_gives_the_same_numbers_asks_for_its_token_and_is_found_again(serve, monkeypatch):
+    process, url = serve("jpeg_size", "quality=50", "--workers", "2", token="secret")
+    for token in (None, "secre", "Secret"):
+        monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+        with pytest.raises(ValueError, match=f"wants a token: set {TOKEN_VARIABLE}"):
+            HttpReward("jpeg_size", url=url)
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    with pytest.raises(ValueError, match="offers the reward jpeg_size, not hps"):
+        HttpReward("hps", url=url)
+    import httpx
+
+    assert httpx.get(url + "/health").json() == {"status": "ok", "workers": 2, "free": 2, "restarts": 0}
+    assert httpx.post(url + "/score", content=b"x").status_code == 401
+    rewards = RewardSet({"size": {"kind": "jpeg_size", "placement": "http", "url": url}}, retries=3, backoff_s=1.0)
+    expected = create("jpeg_size", params={"quality": 50}).score(request_of()).scores["jpeg_size"]
+    assert torch.equal(rewards.score(request_of()).raw["size/jpeg_size"], expected)
+    process.terminate()
+    process.wait(60)
+    scores = rewards.submit(request_of())  # refused, until there is one again
+    serve("jpeg_size", "quality=50", token="secret", port=int(url.rpartition(":")[2]))
+    batch = scores.result()
+    if not batch.valid["size/jpeg_size"].all():  # the start took longer than the attempts
+        batch = rewards.score(request_of())
+    assert torch.equal(batch.raw["size/jpeg_size"], expected)
+    assert rewards.retried["size"] >= 1
+    rewards.close()
+
+
+def test_nothing_that_is_sent_to_a_server_ends_it(serve):
+    import httpx
+
+    _, url = serve("jpeg_size", "--max-mib", "1")
+    client = httpx.Client(timeout=60)
+    for body in bad_messages():
+        answer = client.post(f"{url}/score", content=body)
+        if answer.status_code == 200:  # a changed byte inside a prompt is another prompt
+            assert wire.unpack_result(*wire.unpack(answer.content)).valid.all()
+            continue
+        assert 400 <= answer.status_code < 500, (answer.status_code, body[:80])
+        assert answer.json()["error"]
+    assert client.post(f"{url}/score", content=bytes(2 * 2**20)).status_code in (400, 413)
+    large = b"".join(wire.pack(header_of(shape=[1, 1, 1024, 1024, 3]), bytes(3 * 2**20)))
+    assert client.post(f"{url}/score", content=large).status_code == 413
+    assert client.post(f"{url}/score", content=(large[i : i + 999] for i in range(0, len(large), 999))).status_code == 413
+    for path in ("/", "/../../etc/passwd", "/score/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/score\x00"):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert connection.recv(4096).split()[1][:1] == b"4", path
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # says more than it sends, and leaves
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nFVG1")
+    assert client.get(f"{url}/score").status_code == 405
+    good = b"".join(wire.pack(*wire.pack_request(request_of())))
+    answer = client.post(f"{url}/score", content=good)
+    expected = create("jpeg_size").score(request_of()).scores["jpeg_size"]
+    assert torch.equal(wire.unpack_result(*wire.unpack(answer.content)).scores["jpeg_size"], expected)
+    assert client.get(f"{url}/health").json() == {"status": "ok", "workers": 1, "free": 1, "restarts": 0}
+
+
+def test_servers_say_what_is_wrong_before_they_start(serve):
+    assert "set it to a long random word" in serve("jpeg_size", "--host", "0.0.0.0", code=1)
+    assert "no parameter 'qualty' (did you mean 'quality'?)" in serve("jpeg_size", "qualty=3", code=1)
+
+
+def test_nobody_at_the_address_is_told_with_the_way_out():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        models = {"size": {"kind": "jpeg_size", "placement": "http", "url": url}}
+        with pytest.raises(ValueError, match=r"rewards.models.size: no reward server answers at .*serve-reward jpeg_size"):
+            RewardSet(models)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"placement": "cloud"}, "placement is 'cloud'; allowed: inline, process, http"),
+        ({"placement": "http"}, "url is missing"),
+        ({"placement": "http", "url": "http://x", "params": {"quality": 3}}, "params is for placement=inline or process"),
+        ({"url": "http://x"}, "url is for placement=http, not inline"),
+        ({"placement": "http", "url": "http://x", "python": "y"}, "python is for placement=process"),
+        ({"device": "cuda:1"}, "device is for placement=process"),
+    ],
+)
+def test_keys_that_do_not_go_with_the_placement_are_refused(entry, text):
+    with pytest.raises(ValueError, match=f"rewards.models.size.{text}"):
+        RewardSet({"size": {"kind": "jpeg_size", **entry}})
+
+
+def test_an_error_of_the_reward_in_a_process_is_told_in_its_words(faulty):
+    reward = ProcessReward("faulty", params={"folder": str(faulty)})
+    try:
+        with pytest.raises(RewardProcessError, match="RuntimeError: scorer lost"):
+            reward.score(request_of(fault="raise", times=1, id="a"))
+        with pytest.raises(RewardProcessError, match="the process ended with exit code 7"):
+            reward.score(request_of(fault="die", times=1, id="b"))
+        assert json.dumps(reward.score(request_of(fault="die", times=1, id="b")).valid.tolist()) == "[true, true, true]"
+    finally:
+        reward.close()
