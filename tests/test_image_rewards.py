@@ -14,7 +14,7 @@ from torch.nn import functional
 from fastvideo_grpo.cli import main
 from fastvideo_grpo.rewards import RewardRequest, create
 from fastvideo_grpo.rewards.frames import Frames
-from fastvideo_grpo.rewards.image_reward import SCORE_MEAN, SCORE_STD, TEXT_LENGTH
+from fastvideo_grpo.rewards.image_reward import SCORE_MEAN, SCORE_STD, TEXT_LENGTH, text_encoder, vision_tower
 from fastvideo_grpo.rewards.open_clip_weights import clip_model
 from fastvideo_grpo.rewards.preprocessing import (
     Preprocessing,
@@ -243,6 +243,13 @@ def test_prompts_become_open_clips_tokens(tmp_path):
     assert torch.equal((ids == published.eot_token_id).int().argmax(dim=1), expected.argmax(dim=1))
 
 
+def test_prompts_are_cleaned_as_the_layouts_library_does(rewards):
+    media = pictures(1).expand(2, -1, -1, -1, -1)
+    prompts = ["white &amp; black", "white & black"]
+    assert scores(rewards("clip"), prompts, media).unique().numel() == 1, "open_clip resolves HTML entities"
+    assert scores(rewards("pickscore"), prompts, media).unique().numel() == 2, "transformers does not"
+
+
 @pytest.mark.parametrize("logit_scale", [False, True])
 @pytest.mark.parametrize("preprocessor", [True, False])
 def test_pickscore_gives_the_published_score(transformers_folder, tmp_path, logit_scale, preprocessor):
@@ -393,6 +400,17 @@ def test_image_reward_gives_the_published_score(rewards, blip, bert, batch_size)
     got = scores(rewards("image_reward", batch_size=batch_size), prompts, media)
     torch.testing.assert_close(got, expected, atol=5e-6, rtol=0)
     assert got.std() > 1e-3
+
+
+def test_blips_image_tower_has_its_own_epsilon(blip):
+    """1e-6, in all its norms: seen on faint activations only."""
+    weights = torch.load(blip)
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        weights[f"blip.visual_encoder.{name}"] *= 0.003
+    pixels = torch.randn(2, 3, tiny_blip.IMAGE_SIZE, tiny_blip.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = vision_tower(weights)(pixel_values=pixels).last_hidden_state
+        torch.testing.assert_close(seen, blip_image_by_timm(weights, pixels), atol=2e-5, rtol=0)
 
 
 def test_image_reward_reads_the_prompt_and_sees_the_picture(rewards):
@@ -572,8 +590,6 @@ def test_image_rewards_published_size_maps_completely(vit):
     """The shapes of ImageReward.pt: a ViT-L/16 at 224 pixels, and BERT-base with cross attention to its 1024 channels."""
     import timm
     from transformers import BertConfig, BertModel
-
-    from fastvideo_grpo.rewards.image_reward import text_encoder, vision_tower
 
     with torch.device("meta"):
         if vit == "timm":
