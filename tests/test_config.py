@@ -230,9 +230,11 @@ def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
 
 PROCESSES = {
     "flux_t2i_paper": 32,
+    "flux_t2i_paper_hps_clip": 32,
     "flux_t2i_paper_lora": 8,
     "flux_t2i_released": 16,
     "flux_t2i_released_8gpu": 8,
+    "flux_t2i_released_hps_clip": 16,
     "flux_t2i_released_lora": 8,
     "flux_t2i_tiny": 1,
     "flux_t2i_tiny_lora": 1,
@@ -299,6 +301,19 @@ def test_the_video_recipes_train_on_what_their_name_says(name):
     assert (sample.steps, sample.noise_level, sample.shift, sample.fps) == (25 if paper else 16, 0.3 if paper else 0.25, 5, 8)
     assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == ((32, 12, 4) if paper else (32, 24, 2))
     assert grpo.best_of is None if paper else (grpo.best_of.top, grpo.best_of.bottom) == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released"])
+def test_the_hps_and_clip_recipes_differ_from_hps_alone_in_the_rewards_only(name):
+    alone, both = (
+        configuration.to_dict(configuration.load(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml"))
+        for end in ("", "_hps_clip")
+    )
+    hps, clip = both["rewards"]["models"]["hps"], both["rewards"]["models"].pop("clip")
+    assert (clip["kind"], clip["checkpoint"]) == ("clip", "checkpoints/DFN5B-CLIP-ViT-H-14-378")
+    assert (hps["outputs"]["hps"]["weight"], clip["outputs"]["clip"]["weight"]) == (0.7, 1.4)
+    hps["outputs"], both["run"]["dir"] = alone["rewards"]["models"]["hps"]["outputs"], alone["run"]["dir"]
+    assert both == alone
 
 
 def test_dry_run_from_the_command_line_loads_nothing_heavy():

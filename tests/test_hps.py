@@ -9,9 +9,12 @@ import torch
 from torch.nn import functional
 
 from fastvideo_grpo.rewards import RewardRequest, RewardSet, create
-from fastvideo_grpo.rewards.hps import HPS, MEAN, STD, clean_prompt, prepare_pictures, tokens
+from fastvideo_grpo.rewards.clip_backend import clean_prompt, tokens
+from fastvideo_grpo.rewards.hps import HPS
 from fastvideo_grpo.rewards.open_clip_weights import attention_heads, clip_config, clip_model, to_transformers
-from tests.tiny_hps import EMBEDDING, GRID, HEADS, LAYERS, PATCH, TEXT_LENGTH, WIDTH, open_clip_weights, write_tiny_hps
+from fastvideo_grpo.rewards.preprocessing import MEAN, STD, prepare_for_hps
+from fastvideo_grpo.tiny.clip import EMBEDDING, GRID, HEADS, LAYERS, PATCH, WIDTH, open_clip_weights, write_hps
+from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH as TEXT_LENGTH
 
 PROMPTS = ["a red circle", "two blue squares over the sea", "a red circle", "white dog", ""]
 VOCABULARY = 300
@@ -26,7 +29,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_folder):
-    return write_tiny_hps(tmp_path_factory.mktemp("hps") / "HPS_v2.1_compressed.pt", tokenizer_folder)
+    return write_hps(tmp_path_factory.mktemp("hps") / "HPS_v2.1_compressed.pt", tokenizer_folder)
 
 
 @pytest.fixture
@@ -120,8 +123,8 @@ def test_the_mapped_model_gives_open_clips_embeddings():
 def test_a_score_is_open_clips_cosine_not_multiplied(reward, checkpoint):
     weights = {name: tensor.float() for name, tensor in torch.load(checkpoint)["state_dict"].items()}
     media = pictures(len(PROMPTS))
-    image = open_clip_image(weights, prepare_pictures(media[:, 0], GRID * PATCH))
-    text = open_clip_text(weights, tokens(reward.tokenizer, PROMPTS, TEXT_LENGTH))
+    image = open_clip_image(weights, prepare_for_hps(media[:, 0], GRID * PATCH))
+    text = open_clip_text(weights, tokens(reward.clip.tokenizer, PROMPTS, TEXT_LENGTH))
     result = reward.score(request_of(PROMPTS, media))
     assert result.scores["hps"].dtype == torch.float32 and result.valid.all()
     torch.testing.assert_close(result.scores["hps"], (image * text).sum(dim=-1), atol=2e-6, rtol=0)
@@ -190,7 +193,7 @@ def test_pictures_are_prepared_as_the_published_transform_does(shape):
     from torchvision.transforms.v2 import functional as vision
 
     media = pictures(2, *shape)[:, 0]
-    prepared = prepare_pictures(media, 224)
+    prepared = prepare_for_hps(media, 224)
     height, width = shape
     size = [max(1, round(side * 224 / max(shape))) for side in (height, width)]
     for picture, got in zip(media, prepared, strict=True):
@@ -204,7 +207,7 @@ def test_pictures_are_prepared_as_the_published_transform_does(shape):
 
 def test_bars_are_black_and_centred():
     white = torch.full((1, 50, 100, 3), 255, dtype=torch.uint8)
-    prepared = prepare_pictures(white, 32)[0]
+    prepared = prepare_for_hps(white, 32)[0]
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     torch.testing.assert_close(prepared[:, 7, 16], -mean / std)
     torch.testing.assert_close(prepared[:, 8, 16], (1 - mean) / std)
@@ -217,8 +220,8 @@ def test_prompts_are_cleaned_as_open_clip_does():
 
 
 def test_a_long_prompt_keeps_its_end_of_text(reward):
-    ids = tokens(reward.tokenizer, ["red " * 200, "red"], TEXT_LENGTH)
-    start, end = reward.tokenizer.bos_token_id, reward.tokenizer.eos_token_id
+    ids = tokens(reward.clip.tokenizer, ["red " * 200, "red"], TEXT_LENGTH)
+    start, end = reward.clip.tokenizer.bos_token_id, reward.clip.tokenizer.eos_token_id
     assert ids.shape == (2, TEXT_LENGTH)
     assert ids[0, 0] == ids[1, 0] == start
     assert ids[0, -1] == end and (ids[0, :-1] != end).all()
@@ -226,8 +229,8 @@ def test_a_long_prompt_keeps_its_end_of_text(reward):
 
 
 def test_a_prompt_cannot_spell_its_own_end(reward):
-    ids = tokens(reward.tokenizer, ["red <|endoftext|> blue"], TEXT_LENGTH)[0]
-    assert int((ids == reward.tokenizer.eos_token_id).int().argmax()) > 5
+    ids = tokens(reward.clip.tokenizer, ["red <|endoftext|> blue"], TEXT_LENGTH)[0]
+    assert int((ids == reward.clip.tokenizer.eos_token_id).int().argmax()) > 5
 
 
 # --- scores
@@ -257,7 +260,7 @@ def test_the_prompt_and_the_picture_count(reward):
 def test_bf16_is_near_fp32_and_halves_the_matrices(checkpoint, tokenizer_folder, reward):
     media = pictures(len(PROMPTS))
     half = HPS(checkpoint=str(checkpoint), tokenizer=str(tokenizer_folder), precision="bf16")
-    dtypes = {name: parameter.dtype for name, parameter in half.model.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in half.clip.model.named_parameters()}
     assert dtypes["vision_model.encoder.layers.0.mlp.fc1.weight"] == torch.bfloat16
     assert dtypes["vision_model.post_layernorm.weight"] == torch.float32
     request = request_of(PROMPTS, media)
@@ -282,15 +285,18 @@ def test_a_gpu_gives_the_cpus_scores(checkpoint, tokenizer_folder, reward, preci
     torch.testing.assert_close(scores, expected, atol=tolerance, rtol=0)
 
 
-def test_videos_are_refused(checkpoint, tokenizer_folder):
-    models = {"hps": {"kind": "hps", "checkpoint": str(checkpoint), "params": {"tokenizer": str(tokenizer_folder)}}}
-    rewards = RewardSet(models)
-    with pytest.raises(ValueError, match="scores images"):
+def test_a_video_is_scored_by_the_frames_that_were_chosen(checkpoint, tokenizer_folder, reward):
+    """Until now one frame was all that HPS took; which frames of a video it looks at is a parameter."""
+    params = {"tokenizer": str(tokenizer_folder)}
+    video = pictures(2 * 9, height=32, width=32).view(2, 9, 32, 32, 3)
+    alone = torch.stack([reward.score(request_of(["a dog"] * 2, video[:, [i]])).scores["hps"] for i in range(9)], dim=1)
+    for frames, expected in (("first", alone[:, 0]), ("uniform:3", alone[:, [1, 4, 7]].mean(1)), ("all", alone.mean(1))):
+        models = {"hps": {"kind": "hps", "checkpoint": str(checkpoint), "params": {**params, "frames": frames}}}
+        rewards = RewardSet(models)
         rewards.check_frames(9)
-    video = RewardRequest(["a"], torch.zeros(1, 9, 32, 32, 3, dtype=torch.uint8), fps=8)
-    batch = rewards.score(video)
-    assert not batch.valid["hps/hps"].any() and "9 frames" in batch.failures[0]
-    rewards.close()
+        batch = rewards.score(RewardRequest(["a dog"] * 2, video, fps=8))
+        torch.testing.assert_close(batch.raw["hps/hps"], expected, atol=1e-6, rtol=0)
+        rewards.close()
 
 
 def test_transformers_is_not_imported_for_other_rewards():

@@ -335,10 +335,15 @@ def test_jpeg_size_grows_with_quality_and_averages_frames():
         return reward.score(RewardRequest(["a"], media)).scores["jpeg_size"].item()
 
     assert size(noise, 10) < size(noise, 95)
-    assert size(torch.cat([noise, plain], dim=1), 95) == pytest.approx((size(noise, 95) + size(plain, 95)) / 2)
+    both = torch.cat([noise, plain], dim=1)
+    assert size(both, 95) == pytest.approx((size(noise, 95) + size(plain, 95)) / 2)
+    first = create("jpeg_size", params={"frames": "first", "quality": 95, "sign": 1}).score(RewardRequest(["a"], both))
+    assert first.scores["jpeg_size"].item() == pytest.approx(size(noise, 95))
 
 
-@pytest.mark.parametrize("params", [{"quality": 0}, {"quality": 101}, {"quality": 9.5}, {"sign": 0}, {"sign": "up"}])
+@pytest.mark.parametrize(
+    "params", [{"quality": 0}, {"quality": 101}, {"quality": 9.5}, {"sign": 0}, {"sign": "up"}, {"frames": "last"}]
+)
 def test_jpeg_size_refuses_other_parameters(params):
     with pytest.raises(ValueError, match="it must be"):
         create("jpeg_size", params=params)

@@ -1,7 +1,7 @@
 """Weights of open_clip's ViT CLIP models in transformers' `CLIPModel`.
 
-open_clip itself is not a dependency: it would bring its own pins, and the reward models that are published in its form
-(HPS, DFN CLIP) need no more of it than the names of its tensors.
+open_clip itself is no dependency of a run: the reward models that are published in its form (HPS, DFN CLIP) need no more of
+it than the names of its tensors. The tests compare with it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from fastvideo_grpo.rewards.clip_backend import frozen_clip
+from fastvideo_grpo.rewards.weight_files import some
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -45,10 +48,19 @@ _IN_BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+# Models with `custom_text` have their text tower under this prefix.
+_TEXT_PREFIX = "text."
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 # Older versions of open_clip saved the causal mask.
 _NOT_WEIGHTS = {"attn_mask"}
+
+
+class Heads(NamedTuple):
+    """Attention heads of the two towers."""
+
+    vision: int
+    text: int
 
 
 def attention_heads(width: int, *, vision: bool) -> int:
@@ -68,15 +80,17 @@ def attention_heads(width: int, *, vision: bool) -> int:
     return width // 64
 
 
-def clip_config(weights: StateDict, *, quick_gelu: bool = False) -> CLIPConfig:
+def clip_config(weights: StateDict, *, quick_gelu: bool = False, heads: Heads | None = None) -> CLIPConfig:
     """The configuration of the `CLIPModel` that has the sizes of open_clip's `weights`.
 
     quick_gelu: the activation of OpenAI's models and of those with "quickgelu" in their name; the others have GELU.
+    heads: attention heads; None are those of the published models of these widths, see `attention_heads`.
 
     Raises ValueError when the sizes cannot be read: a tensor is missing or has another number of dimensions than a ViT's.
     """
     from transformers import CLIPConfig
 
+    weights = _without_prefix(weights)
     vocabulary, text_width = _shape(weights, "token_embedding.weight", 2)
     context_length, _ = _shape(weights, "positional_embedding", 2)
     vision_width, _, patch, _ = _shape(weights, "visual.conv1.weight", 4)
@@ -94,10 +108,11 @@ def clip_config(weights: StateDict, *, quick_gelu: bool = False) -> CLIPConfig:
         "hidden_size": text_width,
         "intermediate_size": _shape(weights, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _layers(weights, vision=False),
-        "num_attention_heads": attention_heads(text_width, vision=False),
+        "num_attention_heads": heads.text if heads else attention_heads(text_width, vision=False),
         "max_position_embeddings": context_length,
         "hidden_act": activation,
-        # open_clip reads the text at its largest token id, which is CLIP's end of text.
+        # CLIP's vocabulary ends with these two; open_clip reads the text at its largest token id, the end of text.
+        "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "projection_dim": projection,
     }
@@ -105,7 +120,7 @@ def clip_config(weights: StateDict, *, quick_gelu: bool = False) -> CLIPConfig:
         "hidden_size": vision_width,
         "intermediate_size": _shape(weights, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _layers(weights, vision=True),
-        "num_attention_heads": attention_heads(vision_width, vision=True),
+        "num_attention_heads": heads.vision if heads else attention_heads(vision_width, vision=True),
         "image_size": grid * patch,
         "patch_size": patch,
         "hidden_act": activation,
@@ -122,10 +137,11 @@ def to_transformers(weights: StateDict) -> dict[str, torch.Tensor]:
     """
     mapped: dict[str, torch.Tensor] = {}
     unknown = []
-    for name, tensor in weights.items():
+    for name, tensor in _without_prefix(weights).items():
         block = _BLOCK.fullmatch(name)
         if name in _NAMES:
-            mapped[_NAMES[name]] = tensor.T if name in _PROJECTIONS else tensor
+            # The scale is a number, or one in a vector.
+            mapped[_NAMES[name]] = tensor.T if name in _PROJECTIONS else tensor.squeeze() if name == "logit_scale" else tensor
         elif block and block[3] == "attn.in_proj":
             for one, part in zip("qkv", tensor.chunk(3), strict=True):
                 mapped[f"{_layer(block)}.self_attn.{one}_proj.{block[4]}"] = part
@@ -134,55 +150,30 @@ def to_transformers(weights: StateDict) -> dict[str, torch.Tensor]:
         elif name not in _NOT_WEIGHTS:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"found tensors that open_clip's ViT CLIP models do not have: {_some(unknown)}")
+        raise ValueError(f"found tensors that open_clip's ViT CLIP models do not have: {some(unknown)}")
     return mapped
 
 
-def clip_model(weights: StateDict, *, matrix_dtype: torch.dtype = torch.float32, quick_gelu: bool = False) -> CLIPModel:
+def clip_model(
+    weights: StateDict,
+    *,
+    matrix_dtype: torch.dtype = torch.float32,
+    quick_gelu: bool = False,
+    heads: Heads | None = None,
+) -> CLIPModel:
     """A frozen `CLIPModel` in evaluation mode with open_clip's `weights`, whatever floating-point dtype they have.
 
-    matrix_dtype: what the weights of linear and convolution layers are kept in; embeddings and norms are float32 always,
-        so that under autocast the residual stream is too. `weights` are copied and may go away.
-    quick_gelu: see `clip_config`.
+    matrix_dtype: see `frozen_clip`. quick_gelu, heads: see `clip_config`. `weights` are copied and may go away.
 
     Raises ValueError when `weights` are not those of an open_clip ViT CLIP model, all of them and in fitting shapes.
     """
-    from transformers import CLIPModel
-
     mapped = to_transformers(weights)
-    # Without storage: initialising a ViT-H takes longer than reading it.
-    with torch.device("meta"):
-        model = CLIPModel(clip_config(weights, quick_gelu=quick_gelu))
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in mapped]
-    if missing:
-        raise ValueError(f"no tensor for {_some(missing)} (as transformers calls it): the weights are incomplete")
-    misfits = [
-        f"{name} is {list(mapped[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if mapped[name].shape != tensor.shape
-    ]
-    if misfits or len(mapped) > len(expected):
-        found = misfits or [f"{name} is left over" for name in mapped if name not in expected]
-        raise ValueError(f"the tensors do not fit together: {_some(found)} (as transformers calls it)")
-    matrices = {
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-        for part in ("weight", "bias")
-    }
-    # Copied even where the dtype fits: a mapped file that somebody overwrites must not change the weights in use.
-    model.load_state_dict(
-        {
-            name: tensor.to(matrix_dtype if name in matrices else torch.float32, copy=True).contiguous()
-            for name, tensor in mapped.items()
-        },
-        assign=True,
-    )
-    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
-        # Not in the state dict, so still without storage.
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
-    return model.requires_grad_(False).eval()
+    config = clip_config(weights, quick_gelu=quick_gelu, heads=heads)
+    return frozen_clip(config, mapped, matrix_dtype=matrix_dtype, origin=" (as transformers calls it)")
+
+
+def _without_prefix(weights: StateDict) -> StateDict:
+    return {name.removeprefix(_TEXT_PREFIX): tensor for name, tensor in weights.items()}
 
 
 def _layer(block: re.Match[str]) -> str:
@@ -201,8 +192,3 @@ def _shape(weights: StateDict, name: str, dimensions: int) -> tuple[int, ...]:
     if len(shape) != dimensions:
         raise ValueError(f"'{name}' is {list(shape)}; in open_clip's ViT CLIP models it has {dimensions} dimensions")
     return shape
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

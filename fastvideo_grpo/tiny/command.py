@@ -1,4 +1,4 @@
-"""`fastvideo-grpo tiny`: write a tiny checkpoint, random for tests or pretrained for the demos."""
+"""`fastvideo-grpo tiny`: write a tiny checkpoint, of a generator or a reward model, random or pretrained for the demos."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
 # Where a checkpoint goes, under runs/, without and with --pretrain.
-_FOLDERS = {
+_FOLDERS: dict[str, tuple[str, str | None]] = {
     "flux": ("tiny-flux", "tiny-flux-shapes"),
     "hunyuan_video": ("tiny-hunyuan", "tiny-hunyuan-shapes"),
+    "clip": ("tiny-clip", None),
 }
 
 
@@ -21,7 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write; default runs/tiny-flux or runs/tiny-hunyuan, with -shapes behind it with --pretrain",
+        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan or runs/tiny-clip, with -shapes behind it with "
+        "--pretrain",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["open_clip", "transformers"],
+        help="clip only: the form of DFN5B-CLIP (open_clip, the default) or of PickScore (transformers)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
@@ -38,11 +45,23 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status."""
     import torch
 
-    folder: Path = args.out or Path("runs", _FOLDERS[args.model][args.pretrain])
+    default = _FOLDERS[args.model][args.pretrain]
+    if default is None:
+        print(f"fastvideo-grpo tiny: --pretrain is not for {args.model}; its weights are random", file=sys.stderr)
+        return 1
+    if args.layout and args.model != "clip":
+        print(f"fastvideo-grpo tiny: --layout is for clip only, not for {args.model}", file=sys.stderr)
+        return 1
+    folder: Path = args.out or Path("runs", default)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are slower with more, and the same seed has to give the same bytes
     try:
-        _write(args.model, folder, pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
+        if args.model == "clip":
+            from fastvideo_grpo.tiny.clip import write_clip
+
+            write_clip(folder, layout=args.layout or "open_clip", seed=args.seed, overwrite=args.overwrite)
+        else:
+            _write(args.model, folder, pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
     except FileExistsError as error:
         print(f"fastvideo-grpo tiny: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,168 @@
+"""Published weight files: read without running anything in them, or told what they are instead."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# How the format of torch before 1.6 begins, a pickled number.
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+
+
+@contextmanager
+def naming(kind: str, path: Path, advice: str) -> Iterator[None]:
+    """Put the reward's `kind` and the `path` before the message of a ValueError or FileNotFoundError, and `advice`, where to
+    get it, behind."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        sort = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise sort(f"{kind}: {path}: {error}; {advice}") from error
+
+
+def find_weights(folder: Path, stems: Sequence[str]) -> Path | None:
+    """The first file of `folder` called STEM.safetensors, .bin, .pt or .pth, or the index of its shards; None without one."""
+    candidates = (folder / (stem + ending) for stem in stems for ending in _ENDINGS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors or torch file, or of the shards that an index.json lists, on the CPU.
+
+    A torch file may hold them under the key `state_dict`, and with `module.` before every name, as training scripts save
+    them. Raises ValueError, with what was expected and what was found, for anything else; FileNotFoundError for a shard
+    that is not there.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = read_torch(path)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not holds_tensors(weights):
+        raise ValueError(f"expected a dict of tensors, found {describe(content)}")
+    if all(name.startswith("module.") for name in weights):
+        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, if it is made of tensors and plain containers only. Raises ValueError otherwise.
+
+    Mapped where the format allows it: the processes of a machine then read it once, and only one copy of the weights is
+    ever in memory.
+    """
+    found = f"{path.stat().st_size} bytes"
+    with path.open("rb") as file:
+        start = file.read(64)
+    mapped = zipfile.is_zipfile(path)
+    if not mapped and not start.startswith(_OLD_TORCH):
+        _refuse_pointer(start, "a torch file")
+        if start.startswith(b"PK"):
+            # The list of contents is at the end.
+            raise ValueError(f"expected a torch file, found the beginning of one ({found}): it is not complete")
+        raise ValueError(f"expected a torch file, found {found} beginning with {start[:16]!r}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises RuntimeError, pickle and zip errors; its advice is to trust the file
+        raise ValueError(
+            f"expected a torch file of tensors, found {found} that torch.load refuses ({type(error).__name__})"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a file that holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        raise ValueError(f"expected JSON, found {path.stat().st_size} bytes that are not ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def holds_tensors(content: Any) -> bool:
+    """Whether it is a dict of tensors by name."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    )
+
+
+def describe(content: Any) -> str:
+    """A few words on what a file held: its type, and the first keys of a dict."""
+    keys = f"with the keys {some([str(key) for key in content], 5)}" if isinstance(content, dict) and content else ""
+    return f"a {type(content).__name__} {keys}".rstrip()
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def checked(
+    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], origin: str = ""
+) -> dict[str, torch.Tensor]:
+    """Those of `weights` that `expected` (a module's state dict) has, all of them and in its shapes.
+
+    Raises ValueError, with names and shapes, when one is missing or has another shape. origin: whose names they are.
+    """
+    missing = [name for name in expected if name not in weights]
+    if missing:
+        raise ValueError(f"no tensor for {some(missing)}{origin}: the weights are incomplete")
+    misfits = [
+        f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if weights[name].shape != tensor.shape
+    ]
+    if misfits:
+        raise ValueError(f"the tensors do not fit together: {some(misfits)}{origin}")
+    return {name: weights[name] for name in expected}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found = f"{path.stat().st_size} bytes"
+    with path.open("rb") as file:
+        start = file.read(64)
+    _refuse_pointer(start, "a safetensors file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a safetensors file, found {found} beginning with {start[:16]!r} that cannot be read as one "
+            f"({error}): another kind of file, or not complete"
+        ) from error
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError("expected the index of a sharded checkpoint, found no 'weight_map' of names and files")
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(set(places.values())):
+        shard = index.parent / file
+        if not shard.is_file():
+            raise FileNotFoundError(f"{index} lists {file}, which is not there; fetch all files of the checkpoint")
+        try:
+            weights |= read_weights(shard)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    missing = [name for name in places if name not in weights]
+    if missing:
+        raise ValueError(f"the shards lack {some(missing)}, which the index lists")
+    return weights
+
+
+def _refuse_pointer(start: bytes, expected: str) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"expected {expected}, found a Git LFS pointer, which stands for the file until it is fetched")
