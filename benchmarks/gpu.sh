@@ -75,9 +75,9 @@ if [ "$device" = cuda ] && "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
   # The tiny model's heads of 16 are too small for flash-attn; these have 64.
   rm -rf "$out/heads_of_64"
   mkdir -p "$out/heads_of_64"
-  PYTHONPATH=benchmarks "$PYTHON" -c \
+  PYTHONPATH=benchmarks step heads_of_64 "$patience" "$PYTHON" -c \
     'import sys; from pathlib import Path; from memory import write_scaled; write_scaled(Path(sys.argv[1]), 256, 2, 2)' \
-    "$out/heads_of_64" >"$out/heads_of_64.log" 2>&1
+    "$out/heads_of_64"
   tiny flash model.path="$out/heads_of_64/scaled"
 else
   echo "left out: flash (it needs a GPU and flash-attn: pip install -e .[flash])"

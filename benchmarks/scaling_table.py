@@ -264,12 +264,12 @@ def settings() -> str:
     lines = [
         f"**{CLIP.name}** on {PER_NODE} GPUs, full weights; GiB on each device, host GiB of the node",
         "",
-        "| one more each time | always there | rollout | decode | update | peak | fits | host, a node |",
-        "|---|---|---|---|---|---|---|---|",
+        "| one more each time | always there | encode | rollout | decode | update | peak | fits | host, a node |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, way in steps:
         memory = planned(CLIP, way, PER_NODE)
-        phases = " | ".join(number(memory.phases[phase]) for phase in ("rollout", "decode", "update"))
+        phases = " | ".join(number(memory.phases[phase]) for phase in ("encode", "rollout", "decode", "update"))
         lines.append(
             f"| {name} | {number(sum(memory.resident.values()))} | {phases} | {number(memory.peak)} | "
             f"{smallest_card(memory.peak)} | {number(_on_node(memory, way))} |"

@@ -433,6 +433,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield "every rewards.models.*.outputs.*.weight is 0; at least one must count"
     if config.engine.kind == "local" and config.engine.offload != "none":
         yield f"engine.offload is {config.engine.offload!r}, which needs engine.kind=deepspeed"
+    if config.engine.kind == "local" and config.engine.deepspeed_json is not None:
+        yield f"engine.deepspeed_json is {config.engine.deepspeed_json!r}, which needs engine.kind=deepspeed"
     if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
         yield "engine.offload is 'parameters', which needs engine.zero_stage=3"
     if config.engine.kind == "local" and config.engine.sequence_parallel > 1:

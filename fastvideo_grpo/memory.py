@@ -15,7 +15,7 @@ from fastvideo_grpo.config import Config, checkpointed_blocks
 from fastvideo_grpo.families import FAMILIES, ModelFacts
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PHASES = ("rollout", "decode", "reward", "update")
+PHASES = ("encode", "rollout", "decode", "reward", "update")
 # Tiles of FastVideo's video VAEs: pixels along a side, frames.
 _TILE, _TILE_FRAMES = 256, 17
 
@@ -79,11 +79,15 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     leaves = host if engine.offload_idle else resident
     leaves["VAE"], leaves["rewards"] = vae, rewards
     encoders = sum(_folder_bytes(config, name, size) for name in family.folders if name.startswith("text_encoder"))
-    if config.prompts.embeddings == "none":
+    cached = config.prompts.embeddings != "none"
+    if not cached:
         leaves["text encoders"] = encoders
+    # With a cache prompts are encoded before there is an optimiser, and the encoders are gone afterwards.
+    encode = max(0.0, encoders - resident.get("optimiser", 0.0)) if cached else encoders if engine.offload_idle else 0.0
 
     block = _largest_block(facts) * size if stage == 3 else 0.0  # gathered while it runs
     phases = {
+        "encode": encode,
         "rollout": _forward_bytes(config, facts) + block,
         "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0),
         "reward": rewards if engine.offload_idle else 0,
@@ -149,6 +153,16 @@ def too_little(config: Config, memory: MemoryEstimate, needed: float, available:
         f"by the estimate a process needs {gib(needed)} (most of it in the {memory.worst_phase} phase), and there are "
         f"{gib(available)} for it; what would need less: {', '.join(ways_out(config, memory))} (train --dry-run shows the "
         "parts, docs/scaling.md examples)"
+    )
+
+
+def too_little_on_host(memory: MemoryEstimate, needed: float, available: float) -> str:
+    """What to say where a process needs more host memory than its share of the machine's, in bytes."""
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in sorted(memory.host.items(), key=lambda part: -part[1]) if value)
+    return (
+        f"by the estimate a process needs {gib(needed)} of host memory ({parts}), and its share of the machine's is "
+        f"{gib(available)}; what would need less: fewer samples an iteration (grpo.prompts_per_iteration, grpo.group_size), "
+        "more nodes, less of engine.offload, engine.offload_idle and optim.ema_decay"
     )
 
 

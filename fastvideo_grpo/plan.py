@@ -16,7 +16,7 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
-from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little
+from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
 from fastvideo_grpo.prompts.files import read_prompts
 from fastvideo_grpo.rewards.reward_set import check_entry
 
@@ -108,18 +108,24 @@ def check_folder(config: Config) -> None:
 
 
 def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
-    """Log a warning where the estimate is beyond what a device of this machine has (of its memory, on CPUs)."""
+    """Log a warning where the estimate is beyond what a device of this machine has, or beyond a process's share of its memory
+    (which on CPUs holds everything)."""
     import torch
 
+    if os.environ.get("RANK", "0") != "0":
+        return
     memory = estimate(config, facts, ranks, count_parameters(config, facts))
+    host = sum(memory.host.values())
     if torch.cuda.is_available():
-        here, available = memory.peak, float(torch.cuda.get_device_properties(0).total_memory)
+        available = float(torch.cuda.get_device_properties(0).total_memory)
+        if memory.peak > available:
+            logger.warning("%s", too_little(config, memory, memory.peak, available))
     else:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        here = memory.peak + sum(memory.host.values())
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
-    if os.environ.get("RANK", "0") == "0" and here > available:
-        logger.warning("%s", too_little(config, memory, here, available))
+        host += memory.peak
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if host > share:
+        on_gpu = torch.cuda.is_available()
+        logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
 
 
 def describe(config: Config, facts: ModelFacts, ranks: int) -> str:

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -211,6 +212,20 @@ def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, c
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         plan.warn_of_memory(config, facts, 1)
     assert "engine.activation_checkpointing=full" in caplog.text and "1.0 MiB for it" in caplog.text
+
+
+def test_too_little_host_memory_is_a_warning_on_gpus_too(run_config, monkeypatch, caplog):
+    config = run_config("sample.height=64", "sample.width=64", "engine.offload_idle=true")
+    facts = families.model_facts(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2**40))
+    with caplog.at_level("WARNING", "fastvideo_grpo"):
+        plan.warn_of_memory(config, facts, 1)
+        assert not caplog.records
+        monkeypatch.setattr("os.sysconf", lambda name: 100)
+        plan.warn_of_memory(config, facts, 1)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "of host memory" in message and "trajectories" in message and "VAE" in message and "grpo.group_size" in message
 
 
 def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):

@@ -103,6 +103,18 @@ def test_device_memory_does_not_grow_with_the_group_and_trajectories_are_linear(
     assert longer.host["trajectories"] == pytest.approx(2 * small.host["trajectories"])
 
 
+def test_prompts_are_encoded_before_there_is_an_optimiser(planned):
+    """The text encoders of HunyuanVideo (7.6 billion parameters in bf16) are on the device while a cache is filled."""
+    memory = planned(32)[1]
+    encoders = memory.phases["encode"] + memory.resident["optimiser"]
+    assert 15e9 < encoders < 16e9
+    assert planned(8)[1].phases["encode"] == max(0, encoders - planned(8)[1].resident["optimiser"])
+    always = planned(8, prompts__embeddings="none")[1]
+    assert always.resident["text encoders"] == encoders and always.phases["encode"] == 0
+    idle = planned(8, prompts__embeddings="none", engine__offload_idle=True)[1]
+    assert idle.host["text encoders"] == idle.phases["encode"] == encoders
+
+
 def test_what_lowers_the_update_and_the_decode(planned):
     base = planned(8)[1]
     full = planned(8, engine__activation_checkpointing="full")[1]

@@ -45,6 +45,15 @@ train_recipe() {
   launch "$config" "$@"
 }
 
+# visible_gpus: how many GPUs torch would see, without starting it.
+visible_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true
+  else
+    { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
+  fi
+}
+
 # launch CONFIG [argument ...]: one process a GPU of this machine, on NNODES machines; without a GPU one process. Does not
 # return.
 launch() {
@@ -55,7 +64,7 @@ launch() {
       exec "$PYTHON" -m fastvideo_grpo.cli train "$config" "$@"
     fi
   done
-  GPUS=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+  GPUS=${GPUS:-$(visible_gpus)}
   if [ "$GPUS" -lt 1 ]; then GPUS=1; fi
   NNODES=${NNODES:-1}
   trap '' USR1 # until training listens to it: by default it kills
@@ -76,7 +85,8 @@ launch() {
 
 # forwarding COMMAND [argument ...]: run it, hand SIGUSR1 on to it (and SIGTERM for Ctrl-C and SIGTERM), return its exit code.
 forwarding() {
-  local child code again
+  local child code again before
+  before=$(trap -p USR1)
   "$@" &
   child=$!
   trap 'again=1; kill -USR1 "$child" 2>/dev/null || true' USR1
@@ -87,5 +97,6 @@ forwarding() {
     if [ "$again" -eq 0 ]; then break; fi
   done
   trap - USR1 INT TERM
+  eval "$before"
   return "$code"
 }

@@ -4,8 +4,9 @@
 #   bash train_scripts/hunyuan_progressive.sh tiny                        # one CPU core, a tiny random HunyuanVideo
 #   bash train_scripts/hunyuan_progressive.sh released_mq                 # every GPU of this machine
 #   bash train_scripts/hunyuan_progressive.sh released_vq_8gpu image:run.iterations=100 large:sample.height=720 optim.lr=5e-6
-#   bash train_scripts/hunyuan_progressive.sh released_vq --dry-run --world-size 32
-#   sbatch --nodes 4 train_scripts/slurm/train.sbatch hunyuan_progressive released_vq
+#   bash train_scripts/hunyuan_progressive.sh released_vq --dry-run --world-size 16
+#   sbatch --nodes 2 train_scripts/slurm/train.sbatch hunyuan_progressive released_vq
+#   sbatch --nodes 8 train_scripts/slurm/train.sbatch hunyuan_progressive paper_vq image:grpo.updates_per_iteration=2
 #
 # The first argument names a recipe of hunyuan_t2v.sh (not a LoRA one). Stages:
 #   image   the recipe of hunyuan_t2i.sh for its settings (tiny, released or paper; with _8gpu: released_8gpu)
@@ -62,12 +63,23 @@ stage() {
     echo "stage $name is done: $folder/model"
   else
     echo "stage $name: $script.sh $recipe, in $folder"
+    if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$folder/export_failed"; fi
     forwarding bash "train_scripts/$script.sh" "$recipe" "${START[@]}" "run.dir=$folder/run" "$@"
     if [ -n "$DRY" ]; then return; fi # the weights for the next stage are not there: it is checked at the published sizes
     if [ "${NODE_RANK:-0}" = 0 ]; then
-      export_model "$folder" --link || export_model "$folder" # links need one file system
+      # SIGUSR1 waits for it; links need one file system.
+      (trap '' USR1 && { export_model "$folder" --link || export_model "$folder"; }) || {
+        mkdir -p "$folder" && touch "$folder/export_failed"
+        exit 1
+      }
     fi
-    while [ ! -f "$folder/model/model_index.json" ]; do sleep 5; done # the first node exports; the folder appears when whole
+    while [ ! -f "$folder/model/model_index.json" ]; do # the first node exports; the folder appears when whole
+      if [ -f "$folder/export_failed" ]; then
+        echo "$0: the first node could not export stage $name; its output says why" >&2
+        exit 1
+      fi
+      sleep 5
+    done
   fi
   START=("model.path=$folder/model")
 }
@@ -75,6 +87,8 @@ stage() {
 export_model() {
   "$PYTHON" -m fastvideo_grpo.cli export "$1/run" --out "$1/model" --pipeline "${@:2}"
 }
+
+trap 'exit 75' USR1 # where no training listens to it
 
 stage 1 image hunyuan_t2i "$IMAGES" "${ALL[@]}" "${IMAGE[@]}"
 stage 2 small hunyuan_t2v "$NAME" "${SIZES[@]}" "${ALL[@]}" "${SMALL[@]}"

@@ -11,6 +11,7 @@ import signal
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # before there are threads, which inherit it
 
+import contextlib  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 
@@ -26,7 +27,8 @@ def forward() -> None:
     while True:
         signal.sigwait({signal.SIGUSR1})
         for child in psutil.Process().children():
-            child.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may just have left
+                child.send_signal(signal.SIGUSR1)
 
 
 def main() -> int:

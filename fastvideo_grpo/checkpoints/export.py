@@ -19,6 +19,9 @@ from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_transformer
 
+# Without these a folder is not taken for a pipeline or a model.
+_MAKES_WHOLE = ("config.json", "model_index.json")
+
 # What --link links; the rest are small files that people edit.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -46,10 +49,11 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
         unfinished.mkdir(parents=True)
         yield unfinished
-        # Not one rename: an empty folder that is there may be the one the user stands in.
-        target.mkdir(exist_ok=True)
-        for entry in sorted(unfinished.iterdir()):
-            entry.rename(target / entry.name)
+        if not target.exists():
+            unfinished.rename(target)
+        else:  # an empty folder, which may be the one the user stands in: what makes it a checkpoint comes last
+            for entry in sorted(unfinished.iterdir(), key=lambda entry: (entry.name in _MAKES_WHOLE, entry.name)):
+                entry.rename(target / entry.name)
     except (OSError, SafetensorError) as failure:
         raise UserError(f"--out {out} cannot be written ({failure}); free space there, or choose another folder") from failure
     finally:

@@ -190,6 +190,7 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
     images, captions = [], []
     for drawn in (before, after):
         for i, prompt in enumerate(drawn.prompts):
+            assert drawn.media is not None  # one process
             images.append(to_image(drawn.media[i]))
             text = prompt.text if i < trained else f"{prompt.text} (kept out)"
             captions.append(caption(text, {name: scores[i].item() for name, scores in drawn.scores.items()}))
@@ -206,6 +207,7 @@ def _before_after_clips(folder: Path, trained: int, before: FixedSamples, after:
     for i, prompt in enumerate(before.prompts):
         text = prompt.text if i < trained else f"{prompt.text} (kept out)"
         for when, drawn in (("before", before), ("after", after)):
+            assert drawn.media is not None  # one process
             sheets.append(contact_sheet(drawn.media[i]))
             scores = {name: values[i].item() for name, values in drawn.scores.items()}
             captions.append(f"{when}: {caption(text, scores)}")

@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts += read_prompts(arguments.prompts or config.prompts.eval_path or config.prompts.path)
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
     config.engine.kind, config.engine.offload, config.engine.sequence_parallel = "local", "none", 1
+    config.engine.deepspeed_json = None
     config.prompts.embeddings = "none"
     if arguments.no_rewards:
         config.rewards.models = {}
@@ -98,6 +99,7 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
     if checkpoint is not None:
         trainer.load_weights(checkpoint.weights(which))
     drawn = sample_fixed(trainer, prompts, samples, "sample")
+    assert drawn.media is not None  # one process
     rewards = [
         {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
         for i in range(len(drawn.media))

@@ -5,7 +5,7 @@ Training rewards are jumpy (the group shares one noise and prompts change); this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FixedSamples:
-    """``media`` uint8 ``[prompts x samples, F, H, W, 3]``, prompt by prompt; ``scores`` name -> float32, NaN if invalid."""
+    """``scores`` name -> float32 ``[prompts x samples]``, prompt by prompt, NaN if invalid; ``media`` uint8 ``[prompts x
+    samples, F, H, W, 3]``, on rank 0 alone and where they were asked for.
+    """
 
     prompts: list[Prompt]
     samples: int
-    media: Tensor
+    media: Tensor | None
     scores: dict[str, Tensor]
 
     def summary(self) -> dict[str, float]:
@@ -42,17 +44,21 @@ class FixedSamples:
         return result
 
 
-def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, stream: str) -> FixedSamples:
+def sample_fixed(
+    trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, stream: str, *, keep_media: bool = True
+) -> FixedSamples:
     """Draw ``samples`` of each prompt with the ODE sampler from noise keyed by (prompt, member), and score them.
 
     Not by the run's seed: runs of several seeds are judged on the same noise.
 
-    All ranks call it and get the same result; each does a share of the prompts.
+    All ranks call it and get the same scores; each does a share of the prompts. Media that nobody will look at
+    (``keep_media``: false) are dropped as soon as they are scored: a set of clips is gigabytes.
     """
     world, size = trainer.world, trainer.config.engine.micro_batch_size
     jobs = [(p, start) for p in range(len(prompts)) for start in range(0, samples, size)]
     rounds = -(-len(jobs) // world.data_size)
-    parts: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
+    scored_parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    media: dict[Hashable, Tensor] = {}
     for turn in range(rounds):
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
         p, start = jobs[min(turn * world.data_size + world.data_rank, len(jobs) - 1)]
@@ -61,16 +67,19 @@ def sample_fixed(trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, 
         drawn = trainer.draw(prompts[p], keys, deterministic=True)
         if drawn.media is None:
             continue  # the leader of this sequence-parallel group has the same samples
-        scores: dict[str, Tensor] = {}
+        scores = {}
         if trainer.config.rewards.models:
             scored = trainer.score(prompts[p], drawn.media)
             scores = {n: torch.where(scored.valid[n] & drawn.finite, scored.scores[n], torch.nan) for n in scored.scores}
-        parts[p, start] = drawn.media, scores
-    gathered: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
-    for part in world.all_gather_object(parts):
+        scored_parts[p, start] = scores
+        if keep_media:
+            media[p, start] = drawn.media
+    gathered: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for part in world.all_gather_object(scored_parts):
         gathered.update(part)
-    media = torch.cat([gathered[job][0] for job in jobs])
-    names = list(gathered[jobs[0]][1])
-    return FixedSamples(
-        list(prompts), samples, media, {name: torch.cat([gathered[job][1][name] for job in jobs]) for name in names}
-    )
+    scores = {name: torch.cat([gathered[job][name] for job in jobs]) for name in gathered[jobs[0]]}
+    if keep_media:
+        leaders: dict[Hashable, int] = {job: turn % world.data_size * world.sequence_parallel for turn, job in enumerate(jobs)}
+        media = world.exchange(media, [jobs if rank == 0 else [] for rank in range(world.size)], leaders)
+    whole = torch.cat([media[job] for job in jobs]) if keep_media and world.rank == 0 else None
+    return FixedSamples(list(prompts), samples, whole, scores)

@@ -248,8 +248,9 @@ class GRPOTrainer:
         if self.config.prompts.embeddings == "none":
             return
         self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
-        with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
-            self._cache.fill(prompts, self.encode, self.console.say, self.console.progress("encoding prompts"))
+        if self._cache.missing(prompts):  # else they were not even loaded
+            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
+                self._cache.fill(prompts, self.encode, self.console.say, self.console.progress("encoding prompts"))
         self.release_text_encoders()
 
     def _resume(self) -> int:
@@ -412,6 +413,7 @@ class GRPOTrainer:
             f"stopped by SIGUSR1 after iteration {finished} of {self.config.run.iterations}, saved in {self.folder}: start the "
             f"same command again to go on (exit code {EXIT_STOPPED})"
         )
+        self.world.barrier()  # torchrun ends the others when one of them has left, and rank 0 had most to do
 
     def _finish_iteration(self, finished: int, metrics: dict[str, Any], clock: Clock) -> None:
         """Evaluate, log, save pictures and a checkpoint, each where it is due; ``finished`` iterations are done."""
@@ -640,7 +642,7 @@ class GRPOTrainer:
         """``eval/SET/MODEL/OUTPUT/{mean,stderr}`` on fixed prompts and noise, with the ODE sampler."""
         metrics = {}
         for name, prompts in self.evaluation_sets().items():
-            summary = sample_fixed(self, prompts, self.config.run.eval_samples, "evaluation").summary()
+            summary = sample_fixed(self, prompts, self.config.run.eval_samples, "evaluation", keep_media=False).summary()
             metrics.update({f"eval/{name}/{key}": value for key, value in summary.items()})
         return metrics
 
@@ -648,7 +650,7 @@ class GRPOTrainer:
         """Save pictures or clips of fixed prompts and noise in ``samples/ITERATION/``."""
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
-        if self.world.rank == 0:
+        if drawn.media is not None:
             rewards = [
                 {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
                 for i in range(len(prompts))

@@ -19,6 +19,7 @@ os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "WARNING")  # FastVideo narrate
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from fastvideo.attention import DistributedAttention  # noqa: E402
+from fastvideo.attention.selector import _component_attention_backend_scope  # noqa: E402
 from fastvideo.configs.pipelines.base import PipelineConfig  # noqa: E402
 from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
 from fastvideo.forward_context import set_forward_context  # noqa: E402
@@ -90,11 +91,13 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             pin_cpu_memory=False,
             disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
-        loaded = {"transformer": self._load_partitioned(config, world)} if is_partitioned(config) else None
+        loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if is_partitioned(config) else {}
+        if with_text_encoders:
+            loaded |= self.read_tokenizers(Path(config.model.path))
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
         if not with_text_encoders:
             components = [name for name in components if name not in (*self.text_encoders, *self.tokenizers)]
-        ComposedPipelineBase.__init__(self, config.model.path, args, components, loaded)
+        ComposedPipelineBase.__init__(self, config.model.path, args, components, loaded or None)
         self.post_init()
         self.prepare_transformer(self.get_module("transformer"))
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
@@ -116,7 +119,9 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
         folder = Path(config.model.path) / "transformer"
         facts = json.loads((folder / "config.json").read_text())
-        module = fastvideo_transformer(config.model.kind, facts, DTYPES[config.model.precision])
+        # What FastVideo's loader enters: in it the layers take the backend asked for, outside the fastest that they find.
+        with _component_attention_backend_scope(ATTENTION_BACKENDS[config.model.attention], component="transformer"):
+            module = fastvideo_transformer(config.model.kind, facts, DTYPES[config.model.precision])
 
         def weights() -> WeightSource:
             reader = CheckpointReader(folder)
@@ -124,6 +129,11 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
         module.requires_grad_(False)  # as FastVideo's loader leaves it
         return load_partitioned(module, weights, config.optim, config.engine, precision=config.model.precision, world=world)
+
+    @staticmethod
+    def read_tokenizers(checkpoint: Path) -> dict[str, Any]:
+        """Component name -> tokenizer, for those that FastVideo's loader would read wrongly."""
+        return {}
 
     def prepare_transformer(self, transformer: nn.Module) -> None:
         """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""

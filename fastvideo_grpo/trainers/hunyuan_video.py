@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,17 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
         super().create_pipeline_stages(fastvideo_args)
         self.decoding_stage.stage = SamplewiseDecodingStage(self.get_module("vae"))
 
+    @staticmethod
+    def read_tokenizers(checkpoint: Path) -> dict[str, Any]:
+        """Llama's, from its tokenizer.json: of a tokenizer declared as LlamaTokenizerFast, as the published one is,
+        transformers 5 ignores that file and makes one of Llama 2's kind."""
+        from transformers import PreTrainedTokenizerFast
+
+        folder = checkpoint / "tokenizer"
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"{folder} has no tokenizer.json; that of HunyuanVideo's own repository is needed")
+        return {"tokenizer": PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)}
+
     def initialize_pipeline(self, fastvideo_args: Any) -> None:
         """Repair what FastVideo's loader leaves different from the checkpoint, and check what the cropping rests on.
 
@@ -66,9 +78,8 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
             if found != crop:
                 raise ConfigError(
                     f"{self.model_path}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
-                    "the embeddings: prompts would be read wrongly. transformers 5 ignores the tokenizer.json of a "
-                    'tokenizer declared as a Llama one: write "PreTrainedTokenizerFast" as tokenizer_class in its '
-                    "tokenizer_config.json and as the tokenizer's class in model_index.json"
+                    "the embeddings: prompts would be read wrongly. The tokenizer.json of HunyuanVideo's own repository is "
+                    "needed"
                 )
             # On CPUs FastVideo keeps norms in float32, which then meet bf16 weights.
             llama.to(next(llama.parameters()).dtype)

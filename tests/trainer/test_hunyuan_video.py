@@ -1,5 +1,7 @@
 """HunyuanVideo on one process: diffusers' own pipeline at noise level 0, ratio one, decoding in tiles, idle offload."""
 
+import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -87,8 +89,69 @@ def test_a_tokenizer_that_reads_the_template_otherwise_is_refused(make_trainer):
     trainer = make_trainer(train=False, **runs.HUNYUAN_T2V)
     tokenizer = trainer.get_module("tokenizer")
     trainer.modules["tokenizer"] = lambda text: {"input_ids": tokenizer(text)["input_ids"][1:]}
-    with pytest.raises(ConfigError, match=r"makes 94 tokens.*PreTrainedTokenizerFast"):
+    with pytest.raises(ConfigError, match=r"makes 94 tokens.*tokenizer.json of HunyuanVideo's own"):
         trainer.initialize_pipeline(trainer.fastvideo_args)
+
+
+def test_a_tokenizer_declared_as_the_published_one_reads_as_its_file_says(make_trainer, tiny_hunyuan_video, tmp_path):
+    """The published files say LlamaTokenizerFast, of which transformers 5 makes another tokenizer."""
+    ours = make_trainer(train=False, **runs.HUNYUAN_T2V)
+    checkpoint = shutil.copytree(tiny_hunyuan_video, tmp_path / "published")
+    for file, change in {
+        "tokenizer/tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast"},
+        "model_index.json": {"tokenizer": ["transformers", "LlamaTokenizerFast"]},
+    }.items():
+        path = checkpoint / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    published = make_trainer(train=False, **{**runs.HUNYUAN_T2V, "model__path": checkpoint})
+    for name, expected in ours.encode([PROMPT])[0].items():
+        assert torch.equal(published.encode([PROMPT])[0][name], expected)
+
+
+def test_a_second_start_with_cached_embeddings_and_idle_offload(make_trainer, tmp_path):
+    """The text encoders stay on disk then, and there is nothing of them to move."""
+    settings = {**runs.HUNYUAN_T2I, "engine__offload_idle": True, "prompts__embeddings": tmp_path / "embeddings"}
+    make_trainer(run__iterations=1, **settings).train()
+    again = make_trainer(run__iterations=2, **settings)
+    assert again.get_module("text_encoder") is None
+    again.train()
+    assert again.store.iterations()[-1] == 2
+
+
+def test_evaluation_drops_media_and_pictures_keep_them(make_trainer, monkeypatch):
+    from fastvideo_grpo.evaluation import fixed_set
+
+    trainer = make_trainer(**runs.HUNYUAN_T2I)
+    sampled = []
+    sample_fixed = fixed_set.sample_fixed
+    monkeypatch.setattr(
+        "fastvideo_grpo.trainers.base.sample_fixed", lambda *a, **k: sampled.append(sample_fixed(*a, **k)) or sampled[-1]
+    )
+    trainer.evaluate()
+    assert sampled and all(drawn.media is None for drawn in sampled)
+    kept = trainer.picture(0)
+    assert kept.media.shape[0] == len(kept.prompts)
+
+
+def test_partitioned_loading_asks_for_the_attention_that_was_chosen(make_trainer, monkeypatch):
+    """Outside this scope FastVideo takes the fastest kernel it finds, flash-attn where it is installed."""
+    from fastvideo.attention.selector import _active_component_attention_backend_scope
+
+    from fastvideo_grpo.trainers import fastvideo
+
+    asked = []
+
+    def build(*arguments):
+        asked.append(_active_component_attention_backend_scope().backend.name)
+        raise InterruptedError
+
+    trainer = make_trainer(train=False, **runs.HUNYUAN_T2I)
+    monkeypatch.setattr(fastvideo, "fastvideo_transformer", build)
+    for attention, backend in fastvideo.ATTENTION_BACKENDS.items():
+        trainer.config.model.attention = attention
+        with pytest.raises(InterruptedError):
+            trainer._load_partitioned(trainer.config, trainer.world)
+        assert asked[-1] == backend
 
 
 def test_tiles_are_those_of_diffusers(make_trainer, diffusers_pipeline):

@@ -39,12 +39,12 @@ sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >> "$SCONTROL_LOG"; fi
 """
-# Stands for the interpreter: writes down what it was asked to run; as training it leaves with $CODE.
+# Stands for the interpreter: writes down what it was asked to run; what has $FAIL in it leaves with $CODE.
 PYTHON = """#!/bin/sh
 echo "${NODE_RANK:-} $*" >> "$CALLS"
+if [ -n "$FAIL" ]; then case "$*" in *"$FAIL"*) exit "$CODE" ;; esac; fi
 case "$*" in
   *"cli export"*) out=${*#*--out }; out=${out%% *}; mkdir -p "$out"; touch "$out/model_index.json" ;;
-  *"cli train"*) if [ -n "$FAIL" ]; then case "$*" in *"$FAIL"*) exit "$CODE" ;; esac; fi ;;
 esac
 """
 
@@ -108,7 +108,7 @@ def test_the_batch_script_takes_a_configuration(slurm, tmp_path):
 
 @pytest.mark.parametrize("code,requeue,asked", [(75, "1", True), (75, "0", False), (1, "1", False)])
 def test_only_a_run_that_stopped_on_demand_is_put_back_into_the_queue(slurm, tmp_path, code, requeue, asked):
-    done = _batch({**slurm, "FAIL": "train", "CODE": str(code), "REQUEUE": requeue}, "hunyuan_t2v", "released_vq")
+    done = _batch({**slurm, "FAIL": "cli train", "CODE": str(code), "REQUEUE": requeue}, "hunyuan_t2v", "released_vq")
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == asked
     if asked:
@@ -271,6 +271,32 @@ def test_stopped_and_killed_jobs_resume_to_the_bits_of_one_that_ran_through(job,
         assert runs.metrics(folder) == runs.metrics(whole)
     assert job("whole", "run.iterations=6").wait(600) == 0
     assert "has its 6 iterations" in runs.output(whole)
+
+
+def test_a_signal_while_the_progressive_recipe_exports_stops_it_afterwards_and_a_failed_export_is_told(slurm, tmp_path):
+    """SIGUSR1 outside of training would end the script with 138, and the job would not be put back into the queue."""
+    runs_folder = tmp_path / "runs"
+    code = f"""
+trap 'exit 75' USR1
+set -euo pipefail
+source train_scripts/common.sh
+forwarding sleep 0
+(trap '' USR1 && kill -USR1 $$ && sleep 1 && touch {tmp_path}/exported)
+touch {tmp_path}/after
+"""
+    assert _bash(slurm, "-c", code).returncode == 75
+    assert (tmp_path / "exported").exists() and not (tmp_path / "after").exists()
+    environment = {**slurm, "RUNS": str(runs_folder), "FAIL": "export", "CODE": "1"}
+    done = _bash(environment, "train_scripts/hunyuan_progressive.sh", "tiny")
+    assert done.returncode == 1 and (runs_folder / "1_image" / "export_failed").exists()
+    done = _bash({**environment, "NODE_RANK": "1", "FAIL": "nothing"}, "train_scripts/hunyuan_progressive.sh", "tiny")
+    assert done.returncode == 1 and "could not export stage image" in done.stderr
+
+
+def test_gpus_are_those_that_are_visible(slurm):
+    code = "source train_scripts/common.sh; visible_gpus"
+    for devices, count in (("0,1,3", 3), ("", 0), ("GPU-8f6a", 1)):
+        assert _bash({**slurm, "CUDA_VISIBLE_DEVICES": devices}, "-c", code).stdout.strip() == str(count)
 
 
 @pytest.mark.slow
