@@ -9,10 +9,12 @@ from pathlib import Path
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
 # Where a checkpoint goes, under runs/, without and with --pretrain.
-_FOLDERS = {
+_FOLDERS: dict[str, tuple[str, str | None]] = {
     "flux": ("tiny-flux", "tiny-flux-shapes"),
     "hunyuan_video": ("tiny-hunyuan", "tiny-hunyuan-shapes"),
+    "videoalign": ("tiny-videoalign", None),
 }
+_LAYOUTS = ("full", "lora")  # of videoalign
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write; default runs/tiny-flux or runs/tiny-hunyuan, with -shapes behind it with --pretrain",
+        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan (with -shapes behind it with --pretrain) or "
+        "runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
@@ -31,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 minutes), 40%% of the "
         "captions' directions wrong. Without it the weights are random",
     )
+    parser.add_argument(
+        "--layout",
+        choices=_LAYOUTS,
+        help="of videoalign's weights: full (all in one file, the default) or lora (an adapter and the rest)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a tiny checkpoint that is already there")
 
 
@@ -38,11 +46,16 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status."""
     import torch
 
-    folder: Path = args.out or Path("runs", _FOLDERS[args.model][args.pretrain])
+    name = _FOLDERS[args.model][args.pretrain]
+    if name is None or (args.layout and args.model != "videoalign"):
+        option = f"--layout {args.layout}" if args.layout and args.model != "videoalign" else "--pretrain"
+        print(f"fastvideo-grpo tiny: {option} is not for {args.model}; leave it out", file=sys.stderr)
+        return 1
+    folder: Path = args.out or Path("runs", name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are slower with more, and the same seed has to give the same bytes
     try:
-        _write(args.model, folder, pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
+        _write(args.model, folder, args.layout, pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
     except FileExistsError as error:
         print(f"fastvideo-grpo tiny: {error}", file=sys.stderr)
         return 1
@@ -53,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(model: str, folder: Path, *, pretrain: bool, seed: int, overwrite: bool) -> None:
+def _write(model: str, folder: Path, layout: str | None, *, pretrain: bool, seed: int, overwrite: bool) -> None:
     def progress(line: str) -> None:
         print(line, flush=True)
 
@@ -65,6 +78,10 @@ def _write(model: str, folder: Path, *, pretrain: bool, seed: int, overwrite: bo
         from fastvideo_grpo.tiny.flux import write_flux
 
         write_flux(folder, seed=seed, overwrite=overwrite)
+    elif model == "videoalign":
+        from fastvideo_grpo.tiny.videoalign import write_videoalign
+
+        write_videoalign(folder, layout="lora" if layout == "lora" else "full", seed=seed, overwrite=overwrite)
     elif pretrain:
         from fastvideo_grpo.tiny.pretrain_video import pretrain_hunyuan_video
 
