@@ -461,7 +461,7 @@ def test_a_truncated_file_is_told_as_such(request, layout, file):
         with pytest.raises(ValueError, match=f"{file}: expected a.*{length} bytes.*KwaiVGI/VideoReward"):
             make(folder)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(ValueError, match="Git LFS pointer.*KwaiVGI/VideoReward"):
+    with pytest.raises(ValueError, match=r"Git LFS pointer.*KwaiVGI/VideoReward"):
         make(folder)
 
 
@@ -507,7 +507,7 @@ def test_another_base_is_told_by_what_it_is(copy):
         make(copy)
     path.write_text(json.dumps(config))
     (copy / "tiny-Qwen2-VL" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer and picture preparation of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer and picture preparation of .* cannot be read"):
         make(copy)
 
 
