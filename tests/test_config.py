@@ -12,7 +12,7 @@ import yaml
 
 from fastvideo_grpo import cli, families, plan
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import ConfigError, RewardConfig
+from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.tiny.flux import write_flux
 from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
 
@@ -279,14 +279,6 @@ SIZES = {
 }
 
 
-def _recipe(name):
-    """A recipe as it is, but for a video reward that is there: the one it names comes with a later version."""
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
-    if "videoalign" in config.rewards.models:
-        config.rewards.models = {"motion": RewardConfig(kind="frame_difference")}
-    return config
-
-
 def test_every_recipe_is_listed_here():
     assert {path.stem for path in (ROOT / "train_scripts" / "configs").glob("*.yaml")} == set(PROCESSES)
 
@@ -294,7 +286,7 @@ def test_every_recipe_is_listed_here():
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = _recipe(name)
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     facts = families.model_facts(config, published_if_missing=True)
     plan.check_run(config, facts, PROCESSES[name], here=False)
     text = plan.describe(config, facts, PROCESSES[name])
@@ -312,6 +304,8 @@ def test_the_video_recipes_train_on_what_their_name_says(name):
     assert (reward.kind, reward.checkpoint) == ("videoalign", "checkpoints/VideoReward")
     assert counted == {output for output in ("VQ", "MQ") if output.lower() in parts}
     paper = "paper" in parts
+    base, template = "checkpoints/Qwen2-VL-2B-Instruct", "checkpoints/VideoAlign"
+    assert reward.params == {"base": base, "template": template, "fps": 4 if paper else 2, "mp4": True}
     sample, grpo = config.sample, config.grpo
     assert (sample.steps, sample.noise_level, sample.shift, sample.fps) == (25 if paper else 16, 0.3 if paper else 0.25, 5, 8)
     assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == ((32, 12, 4) if paper else (32, 24, 2))

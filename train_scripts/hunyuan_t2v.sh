@@ -12,10 +12,11 @@
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
 # What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/HunyuanVideo  hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
-#   checkpoints/VideoReward   hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
-#   a prompt list             set prompts.path (one prompt a line); data/prompts/hunyuan_examples.txt is an example
-# The reward "videoalign" that the recipes name (tiny apart) comes with a later version; until then their check refuses it.
+#   checkpoints/HunyuanVideo          hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
+#   checkpoints/VideoReward           hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
+#   checkpoints/Qwen2-VL-2B-Instruct  hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
+#   checkpoints/VideoAlign            git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
+#   a prompt list                     set prompts.path (one prompt a line); data/prompts/hunyuan_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

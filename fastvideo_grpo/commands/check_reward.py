@@ -35,7 +35,7 @@ one by one, and in another order. The exit code is 1 where a reward failed, gave
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file with the section rewards")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys")
-    parser.add_argument("--media", action="append", default=[], metavar="FILE", help="a picture or clip; may be given several times")
+    parser.add_argument("--media", action="append", default=[], metavar="FILE", help="a picture or clip; may be repeated")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="its prompt, in the same order")
     parser.add_argument("--device", default="cpu", help="where inline rewards score (default: cpu)")
     parser.epilog = EPILOG
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fastvideo_grpo.rewards.placement import check_placement, place
 
-    config = configuration.load_rewards(arguments.config, arguments.overrides)
+    config = configuration.load(arguments.config, arguments.overrides).rewards
     if not config.models:
         raise UserError(f"{arguments.config} names no reward (rewards.models is empty)")
     given = read_media(arguments.media, arguments.prompt)
@@ -100,7 +100,7 @@ def check_reward(name: str, reward: Reward, samples: list[Media], device: torch.
 
     check = Check(name)
     seconds, count = 0.0, 0
-    rows: dict[str, dict[str, list[Tensor]]] = {}
+    pairs: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # (output, variant) -> scores untouched, scores of it
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for batch in samples:
@@ -120,21 +120,18 @@ def check_reward(name: str, reward: Reward, samples: list[Media], device: torch.
             if all(single is not None for single in singles):
                 alone = torch.cat([single[output] for single in singles if single is not None])
                 check.alone = max(check.alone, _distance(scores, alone))
-            rows.setdefault(output, {}).setdefault("untouched", []).append(scores)
+            pairs.setdefault((output, "untouched"), []).append((scores, scores))
         for variant, changed in degradations(batch).items():
             found = _score(reward, changed, check)
             for output, scores in (found or {}).items():
-                rows[output].setdefault(variant, []).append(scores)
-                rows[output].setdefault(f"{variant}, untouched", []).append(first[output])
+                pairs.setdefault((output, variant), []).append((first[output], scores))
     check.samples_per_second = count / seconds
     if device.type == "cuda":
         check.device_bytes = torch.cuda.max_memory_allocated(device)
-    for output, by_variant in rows.items():
-        table: list[tuple[str, float, float | None]] = [("untouched", torch.cat(by_variant.pop("untouched")).mean().item(), None)]
-        for variant in [name for name in by_variant if not name.endswith(", untouched")]:
-            scores, untouched = torch.cat(by_variant[variant]), torch.cat(by_variant[f"{variant}, untouched"])
-            table.append((variant, scores.mean().item(), (untouched > scores).float().mean().item()))
-        check.tables[output] = table
+    for (output, variant), batches in pairs.items():
+        untouched, scores = (torch.cat(part) for part in zip(*batches, strict=True))
+        share = None if variant == "untouched" else (untouched > scores).float().mean().item()
+        check.tables.setdefault(output, []).append((variant, scores.mean().item(), share))
     if check.again > 0:
         check.problems.append(f"not repeatable: the same batch moved a score by {check.again:.3g}")
     return check
@@ -221,7 +218,8 @@ def _read(file: Path) -> tuple[Tensor, float | None]:
     except UnidentifiedImageError:
         pass
     try:
-        return read_clip(file)
+        clip = read_clip(file)
+        return clip.frames, clip.fps
     except ValueError as error:
         raise UserError(f"--media {file}: {error}") from error
 

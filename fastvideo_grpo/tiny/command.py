@@ -1,10 +1,11 @@
-"""`fastvideo-grpo tiny`: write a tiny checkpoint, of a generator or a reward model, random or pretrained for the demos."""
+"""`fastvideo-grpo tiny`: write a tiny checkpoint, random for tests or pretrained for the demos."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
@@ -13,7 +14,10 @@ _FOLDERS: dict[str, tuple[str, str | None]] = {
     "flux": ("tiny-flux", "tiny-flux-shapes"),
     "hunyuan_video": ("tiny-hunyuan", "tiny-hunyuan-shapes"),
     "clip": ("tiny-clip", None),
+    "videoalign": ("tiny-videoalign", None),
 }
+# Forms in which a model is published, the default first.
+_LAYOUTS = {"clip": ("open_clip", "transformers"), "videoalign": ("full", "lora")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan or runs/tiny-clip, with -shapes behind it with "
-        "--pretrain",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=["open_clip", "transformers"],
-        help="clip only: the form of DFN5B-CLIP (open_clip, the default) or of PickScore (transformers)",
+        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan (with -shapes behind it with --pretrain), "
+        "runs/tiny-clip or runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
@@ -38,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 minutes), 40%% of the "
         "captions' directions wrong. Without it the weights are random",
     )
+    parser.add_argument(
+        "--layout",
+        choices=[layout for layouts in _LAYOUTS.values() for layout in layouts],
+        help="of clip: open_clip (as DFN5B-CLIP, the default) or transformers (as PickScore); of videoalign: full (all weights "
+        "in one file, the default) or lora (an adapter and the rest)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a tiny checkpoint that is already there")
 
 
@@ -45,23 +50,16 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status."""
     import torch
 
-    default = _FOLDERS[args.model][args.pretrain]
-    if default is None:
-        print(f"fastvideo-grpo tiny: --pretrain is not for {args.model}; its weights are random", file=sys.stderr)
+    name, layouts = _FOLDERS[args.model][args.pretrain], _LAYOUTS.get(args.model, (None,))
+    if name is None or (args.layout and args.layout not in layouts):
+        option = "--pretrain" if name is None else f"--layout {args.layout}"
+        print(f"fastvideo-grpo tiny: {option} is not for {args.model}; leave it out", file=sys.stderr)
         return 1
-    if args.layout and args.model != "clip":
-        print(f"fastvideo-grpo tiny: --layout is for clip only, not for {args.model}", file=sys.stderr)
-        return 1
-    folder: Path = args.out or Path("runs", default)
+    folder: Path = args.out or Path("runs", name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are slower with more, and the same seed has to give the same bytes
     try:
-        if args.model == "clip":
-            from fastvideo_grpo.tiny.clip import write_clip
-
-            write_clip(folder, layout=args.layout or "open_clip", seed=args.seed, overwrite=args.overwrite)
-        else:
-            _write(args.model, folder, pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
+        _write(args.model, folder, args.layout or layouts[0], pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
     except FileExistsError as error:
         print(f"fastvideo-grpo tiny: {error}", file=sys.stderr)
         return 1
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(model: str, folder: Path, *, pretrain: bool, seed: int, overwrite: bool) -> None:
+def _write(model: str, folder: Path, layout: Any, *, pretrain: bool, seed: int, overwrite: bool) -> None:
     def progress(line: str) -> None:
         print(line, flush=True)
 
@@ -84,6 +82,14 @@ def _write(model: str, folder: Path, *, pretrain: bool, seed: int, overwrite: bo
         from fastvideo_grpo.tiny.flux import write_flux
 
         write_flux(folder, seed=seed, overwrite=overwrite)
+    elif model == "clip":
+        from fastvideo_grpo.tiny.clip import write_clip
+
+        write_clip(folder, layout=layout, seed=seed, overwrite=overwrite)
+    elif model == "videoalign":
+        from fastvideo_grpo.tiny.videoalign import write_videoalign
+
+        write_videoalign(folder, layout=layout, seed=seed, overwrite=overwrite)
     elif pretrain:
         from fastvideo_grpo.tiny.pretrain_video import pretrain_hunyuan_video
 

@@ -237,3 +237,56 @@ def _llama_splitter() -> Any:
     return pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(LLAMA_SPLIT), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# --- Qwen2: byte-level BPE, here without merges: every byte is a token
+
+
+QWEN2_SPECIAL = tuple(f"<|{name}|>" for name in (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+    "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"))
+
+
+def qwen2_vocabulary() -> dict[str, int]:
+    """Token -> id, laid out as Qwen2-VL's: bytes first, special tokens last."""
+    return {token: index for index, token in enumerate([*_byte_letters(), *QWEN2_SPECIAL])}
+
+
+def write_qwen2_tokenizer(folder: Path, chat_template: str) -> None:
+    """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and chat_template.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    folder.mkdir(parents=True)
+    vocabulary = qwen2_vocabulary()
+    letters = {token: index for token, index in vocabulary.items() if token not in QWEN2_SPECIAL}
+    write_json(folder / "vocab.json", letters)
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    # Llama 3's splits, but for digits, which go one by one.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(LLAMA_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in QWEN2_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    marks = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    write_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(vocabulary[token]): {"content": token, **marks, "special": True} for token in QWEN2_SPECIAL},
+        "additional_special_tokens": list(QWEN2_SPECIAL[1:]),
+        "bos_token": None,
+        "chat_template": chat_template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    })
+    write_json(folder / "chat_template.json", {"chat_template": chat_template})
