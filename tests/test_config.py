@@ -43,7 +43,7 @@ def test_yaml_then_overrides(load):
     [
         ("grpo.grup_size=8", "unknown key grpo.grup_size: did you mean grpo.group_size"),
         ("rewards.models.size.outputs.jpeg_size.wieght=1", "keys here: weight, threshold"),
-        ("rewards.models.size.knd=x", "keys here: kind, checkpoint, params, outputs"),
+        ("rewards.models.size.knd=x", "keys here: kind, checkpoint, params, placement, .*, outputs"),
         ("nothing=1", "keys here: model, prompts"),
         ("grpo.group_size=many", "grpo.group_size.*could not be converted to Integer"),
         ("grpo.group_size=1", "grpo.group_size is 1; it must be at least 2"),

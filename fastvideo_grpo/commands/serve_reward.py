@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     try:
         app = application(pool, token=token, max_bytes=arguments.max_mib * 2**20)
+        listener.listen(128)  # from here on who connects is served, once the line below is printed and the server runs
         host, port = listener.getsockname()[:2]
         print(
             f"{arguments.kind} ({', '.join(pool.outputs)}; {pool.media_kind}) on http://{host}:{port}, {len(devices)} "

@@ -494,7 +494,9 @@ class GRPOTrainer:
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
         scored_ok = {name: part.bool() for name, part in by_name[2].items()}
-        retried = int(self.world.all_reduce_sum(torch.tensor([self.rewards.retried.total() - retried]))[0])
+        retried = int(
+            self.world.all_reduce_sum(torch.tensor([float(self.rewards.retried.total() - retried)], dtype=torch.float64))[0]
+        )
         return Rollout(groups, latents, log_probs, by_name[0], by_name[1], scored_ok, retried)
 
     def _sound(self, drawn: Drawn, trajectory: Trajectory) -> Tensor:

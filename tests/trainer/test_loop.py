@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -435,3 +436,89 @@ def test_importing_a_trainer_on_an_unpatched_fastvideo_stops_before_fastvideo_is
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class _Slow(_Faulty):
+    """Mean brightness; the first request waits until `go` is set, or for `seconds`, the others for `seconds`."""
+
+    def __init__(self, seconds, go=None):
+        super().__init__(lambda call: None)
+        self.seconds, self.go, self.met = seconds, go or threading.Event(), None
+
+    def score(self, request):
+        met = self.go.wait(self.seconds)
+        self.met = met if self.met is None else self.met
+        return super().score(request)
+
+
+def test_asynchronous_scoring_gives_the_same_numbers_beside_the_rollout(make_trainer, tmp_path):
+    """``rewards.async``: weights and metrics of the run that waits; the second micro-batch is drawn while the first one is
+    scored."""
+    weights, lines, met = {}, {}, {}
+    for mode, seconds in (("false", 0.2), ("true", 60.0)):
+        trainer = make_trainer(run__dir=tmp_path / mode, run__iterations=2, optim__lr=1e-3, rewards__async=mode)
+        second_drawn = threading.Event()
+        reward = _Slow(seconds, second_drawn)
+        _with_reward(trainer, reward)
+        drawn = []
+        draw = trainer.draw
+
+        def watched(*arguments, draw=draw, drawn=drawn, event=second_drawn, **options):
+            drawn.append(draw(*arguments, **options))
+            if len(drawn) == 2:
+                event.set()
+            return drawn[-1]
+
+        trainer.draw = watched
+        trainer.train()
+        weights[mode], lines[mode], met[mode] = trainer.engine.state_dict(), _lines(trainer), reward.met
+    assert met == {"false": False, "true": True}
+    assert runs.same_bits(weights["false"], weights["true"])
+    for one, two in zip(lines["false"], lines["true"], strict=True):
+        same = {key for key in one if not key.startswith(("time/", "memory/"))}
+        assert {key: one[key] for key in same} == {key: two[key] for key in same}
+
+
+def test_a_rollout_waits_when_too_much_is_to_be_scored(make_trainer, monkeypatch):
+    """Media that wait take host memory: no more than a few micro-batches do."""
+    from fastvideo_grpo.trainers import base
+
+    monkeypatch.setattr(base, "MAX_PENDING", 1)
+    trainer = make_trainer(run__iterations=1, rewards__async="true")
+    reward = _Slow(0.3)
+    _with_reward(trainer, reward)
+    waiting = []
+    draw = trainer.draw
+
+    def watched(*arguments, **options):
+        waiting.append(len(waiting) - reward.calls)
+        return draw(*arguments, **options)
+
+    trainer.draw = watched
+    trainer.train()
+    assert max(waiting) <= 2
+
+
+def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_saved(make_trainer):
+    """It is asked until the samples without a score are more than may be, and then no more."""
+    from fastvideo_grpo.rewards.inline import InlineReward
+    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
+
+    settings = {"rewards__max_invalid_fraction": 0.2, "run__iterations": 5, "run__save_every": 4}
+    make_trainer(**settings).train(stop=_After(1))
+    trainer = make_trainer(**settings)
+    _with_reward(trainer, InlineReward(_Slow(600.0), timeout_s=0.5))
+    with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*no answer within 0.5 s.*not asked"):
+        trainer.train()
+    assert trainer.store.iterations() == [1]
+
+
+class _After:
+    """Stops a run after some iterations, as SIGUSR1 does."""
+
+    def __init__(self, iterations):
+        self.left = iterations
+
+    def agreed(self, world):
+        self.left -= 1
+        return self.left < 0
