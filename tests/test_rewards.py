@@ -3,14 +3,18 @@
 import importlib.metadata
 import logging
 import math
+import re
+import textwrap
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from fastvideo_grpo.rewards import Reward, RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
 from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
@@ -696,3 +700,22 @@ def test_requests_are_scored_in_order_and_side_by_side():
     for scores in reversed(pending):
         assert scores.result().valid["two/motion"].all()
     assert sorted(order) == ["one"] * 3 + ["two"] * 3
+
+
+# --- the page
+
+
+def test_the_examples_of_the_page_are_configurations(tmp_path):
+    """docs/rewards.md: every YAML block, with the files it names in their places."""
+    from fastvideo_grpo.config import RewardsConfig
+    from fastvideo_grpo.rewards.reward_set import check_entry
+
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    blocks = re.findall(r"(?m)^(    rewards:\n(?:      .*\n)+)", page)
+    assert len(blocks) == 3
+    for block in blocks:
+        models = OmegaConf.merge(OmegaConf.structured(RewardsConfig), OmegaConf.create(textwrap.dedent(block)).rewards).models
+        for name, entry in OmegaConf.to_object(models).items():
+            check_entry(name, entry)
+    named = set(re.findall(r"(?m)^\| `(\w+)` \|", page))
+    assert named == set(kinds()) - {"scripted"}, "every reward is on the page, and no other"

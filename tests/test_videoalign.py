@@ -333,7 +333,7 @@ def test_pictures_and_clips_without_a_rate_are_refused(tiny):
         batch = rewards.score(request)
         assert not batch.valid["va/VQ"].any() and message in batch.failures[0]
     rewards.close()
-    assert rewards.rewards["va"].model is None
+    assert rewards.rewards["va"].reward.model is None
 
 
 def test_transformers_is_not_imported_for_other_rewards():

@@ -254,9 +254,9 @@ def describe(check: Check) -> list[str]:
 
     lines = [f"reward {check.name}"]
     for output, table in check.tables.items():
-        lines.append(f"  {output:<22} mean score   untouched is above it in")
+        lines.append(f"  {output:<24} mean score   untouched is above it in")
         for variant, mean, share in table:
-            lines.append(f"    {variant:<20} {mean:>10.4g}   " + ("" if share is None else f"{share:.0%} of the samples"))
+            lines.append(f"    {variant:<22} {mean:>10.4g}   " + ("" if share is None else f"{share:.0%} of the samples"))
     if check.tables:
         on_device = f", {gib(check.device_bytes)} on the device" if check.device_bytes else ""
         lines += [

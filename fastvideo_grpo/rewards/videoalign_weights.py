@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastvideo_grpo.rewards.tensor_files import read_model_folder, read_safetensors, read_torch_file
 from fastvideo_grpo.rewards.videoalign_template import TOKENS
+from fastvideo_grpo.rewards.weight_files import find_weights, read_weights
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -156,14 +156,14 @@ def lora_scale(config: Mapping[str, Any]) -> float:
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def read_weights(folder: Path, peft_lora_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_checkpoint(folder: Path, peft_lora_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint-N folder under the names they are saved with; mapped, so not to be written to.
 
     Raises ValueError for a file that is not what it should be, and where the adapter's own file disagrees with
     model_config.json, which VideoAlign goes by.
     """
     if (folder / FULL).is_file():
-        return read_torch_file(folder / FULL)
+        return _read(folder / FULL)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         own = json.loads(adapter.read_text(encoding="utf-8"))
@@ -173,7 +173,14 @@ def read_weights(folder: Path, peft_lora_config: Mapping[str, Any]) -> dict[str,
                 f"{adapter}: expected plain LoRA with the factor {scale} of {CONFIG}, found the factor {own_scale}"
                 f"{' and DoRA' if own.get('use_dora') else ''}"
             )
-    return {**read_torch_file(folder / REST), **read_safetensors(folder / ADAPTER)}
+    return {**_read(folder / REST), **_read(folder / ADAPTER)}
+
+
+def _read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    try:
+        return read_weights(path, wanted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def module_name(name: str) -> str:
@@ -295,7 +302,7 @@ def load(
     """
     lora = config["peft_lora_config"]
     try:
-        tensors = read_weights(folder, lora)
+        tensors = read_checkpoint(folder, lora)
         model = build(backbone, tensors, config["model_config"]["output_dim"], token_ids)
         frozen = None if (folder / FULL).is_file() else lambda names: _frozen(base, names)
         fill(model, tensors, scale=lora_scale(lora), rank=lora["lora_r"], dtype=dtype, base=frozen)
@@ -307,7 +314,10 @@ def load(
 
 def _frozen(base: Path, names: set[str]) -> StateDict:
     try:
-        found = read_model_folder(base, lambda name: module_name(name) in names)
+        file = find_weights(base, ["model"])
+        if file is None:
+            raise FileNotFoundError(f"there is no {base / 'model.safetensors'}")
+        found = _read(file, lambda name: module_name(name) in names)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"videoalign: {error}, and the checkpoint leaves out {len(names)} weights that were not trained: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,24 +33,25 @@ def find_weights(folder: Path, stems: Sequence[str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors or torch file, or of the shards that an index.json lists, on the CPU.
+def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """The tensors whose names are `wanted` of a safetensors or torch file, or of the shards that an index.json lists, on the
+    CPU. Of shards and safetensors files nothing else is read.
 
     A torch file may hold them under the key `state_dict`, and with `module.` before every name, as training scripts save
     them. Raises ValueError, with what was expected and what was found, for anything else; FileNotFoundError for a shard
     that is not there.
     """
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
+        return _read_shards(path, wanted)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, wanted)
     content = read_torch(path)
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not holds_tensors(weights):
         raise ValueError(f"expected a dict of tensors, found {describe(content)}")
     if all(name.startswith("module.") for name in weights):
-        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return weights
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {name: tensor for name, tensor in weights.items() if wanted(name)}
 
 
 def read_torch(path: Path) -> Any:
@@ -127,16 +128,16 @@ def checked(
     return {name: weights[name] for name in expected}
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
 
     found = f"{path.stat().st_size} bytes"
-    with path.open("rb") as file:
-        start = file.read(64)
+    with path.open("rb") as raw:
+        start = raw.read(64)
     _refuse_pointer(start, "a safetensors file")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"expected a safetensors file, found {found} beginning with {start[:16]!r} that cannot be read as one "
@@ -144,20 +145,20 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError("expected the index of a sharded checkpoint, found no 'weight_map' of names and files")
     weights: dict[str, torch.Tensor] = {}
-    for file in sorted(set(places.values())):
+    for file in sorted({file for name, file in places.items() if wanted(name)}):
         shard = index.parent / file
         if not shard.is_file():
             raise FileNotFoundError(f"{index} lists {file}, which is not there; fetch all files of the checkpoint")
         try:
-            weights |= read_weights(shard)
+            weights |= read_weights(shard, wanted)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-    missing = [name for name in places if name not in weights]
+    missing = [name for name in places if wanted(name) and name not in weights]
     if missing:
         raise ValueError(f"the shards lack {some(missing)}, which the index lists")
     return weights
