@@ -75,9 +75,13 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
         host["EMA"] = 4 * trained / (ranks if stage >= 1 else 1)
 
     vae = _folder_bytes(config, "vae", 4) * BYTES[config.model.vae_precision] / 4
-    rewards = sum(_file_bytes(reward.checkpoint) for reward in config.rewards.models.values())
+    placed = _reward_bytes(config)
+    rewards = placed["inline"]
     leaves = host if engine.offload_idle else resident
     leaves["VAE"], leaves["rewards"] = vae, rewards
+    for where, part in ((resident, "device"), (host, "host")):
+        if placed[part]:
+            where["rewards in processes"] = placed[part]
     encoders = sum(_folder_bytes(config, name, size) for name in family.folders if name.startswith("text_encoder"))
     cached = config.prompts.embeddings != "none"
     if not cached:
@@ -247,8 +251,33 @@ def _folder_bytes(config: Config, component: str, size: int) -> float:
     return sum(math.prod(shape) for shape in CheckpointReader(folder).shapes.values()) * size
 
 
-def _file_bytes(path: str | None) -> float:
-    return float(Path(path).stat().st_size) if path is not None and Path(path).is_file() else 0.0
+def _reward_bytes(config: Config) -> dict[str, float]:
+    """Bytes of the rewards' weights, taken to be as large as their files: of inline ones, and of those in processes of their
+    own beside this one, on its ``device`` or on the ``host``. Those behind servers or on other devices do not count."""
+    placed = dict.fromkeys(("inline", "device", "host"), 0.0)
+    for reward in config.rewards.models.values():
+        size = _weight_file_bytes(reward.checkpoint)
+        if reward.placement == "inline":
+            placed["inline"] += size
+        elif reward.placement == "process" and reward.device in (None, "cpu"):
+            placed["host" if reward.device else "device"] += size
+    return placed
+
+
+def _weight_file_bytes(path: str | None) -> float:
+    """Bytes of a file, or of the weight files in a folder; of folders below it (checkpoint-N) the largest counts."""
+    if path is None:
+        return 0.0
+    place = Path(path)
+    if not place.is_dir():
+        return float(place.stat().st_size) if place.is_file() else 0.0
+    own: dict[str, float] = {}
+    for file in place.iterdir():
+        if file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            own[file.suffix] = own.get(file.suffix, 0.0) + file.stat().st_size
+    below = [_weight_file_bytes(str(folder)) for folder in place.iterdir() if folder.is_dir()]
+    # The same weights often lie there in two formats; an adapter and the rest of its weights lie in two files, too.
+    return max(own.values(), default=0.0) + max(below, default=0.0)
 
 
 def gib(size: float) -> str:

@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings
 from fastvideo_grpo.grpo import timesteps
@@ -128,6 +128,11 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
 
 
+def _describe_reward(name: str, reward: RewardConfig) -> str:
+    where = {"inline": "", "process": ", in its own process", "http": f", at {reward.url}"}[reward.placement]
+    return f"{name} ({reward.kind}{where})"
+
+
 def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     """What one iteration does and what it needs, for a person."""
     import torch
@@ -172,7 +177,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
         f"{rollouts * sample.steps} forwards a process",
-        f"  rewards    {', '.join(f'{name} ({reward.kind})' for name, reward in config.rewards.models.items())}",
+        f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
         + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample} forwards and backwards a process",

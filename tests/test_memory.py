@@ -128,6 +128,23 @@ def test_what_lowers_the_update_and_the_decode(planned):
     assert planned(8, model__vae_precision="bf16")[1].phases["decode"] < 0.6 * base.phases["decode"]
 
 
+def test_rewards_count_where_they_are_placed(planned, tmp_path):
+    checkpoint = tmp_path / "reward"
+    (checkpoint / "checkpoint-5").mkdir(parents=True)
+    (checkpoint / "checkpoint-5" / "model.pth").write_bytes(bytes(1000))
+    (checkpoint / "model_config.json").write_bytes(bytes(50))
+    reward = "rewards__models__motion__"
+    entry = {f"{reward}kind": "frame_difference", f"{reward}checkpoint": checkpoint}
+    assert planned(8, **entry)[1].resident["rewards"] == 1000
+    idle = planned(8, **entry, engine__offload_idle=True)[1]
+    assert (idle.host["rewards"], idle.phases["reward"]) == (1000, 1000)
+    own = {**entry, f"{reward}placement": "process", "engine__offload_idle": True}
+    assert planned(8, **own)[1].resident["rewards in processes"] == 1000  # it does not leave the device
+    assert planned(8, **own, **{f"{reward}device": "cpu"})[1].host["rewards in processes"] == 1000
+    elsewhere = planned(8, **own, **{f"{reward}device": "cuda:7"})[1]
+    assert "rewards in processes" not in {**elsewhere.resident, **elsewhere.host} and elsewhere.phases["reward"] == 0
+
+
 def test_lora_and_kl(planned):
     _, adapters = planned(1, trained=1e8, model__lora__rank=4)
     assert adapters.resident["optimiser"] == 12e8

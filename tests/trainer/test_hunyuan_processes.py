@@ -20,6 +20,7 @@ SHORT = {
 OFFLOAD = {"engine__offload": "optimizer"}
 OFFLOAD_ALL = {"engine__offload": "parameters"}
 SHARED = {"engine__sequence_parallel": 2}
+ASYNC = {"rewards__async": "true"}
 CHECKPOINTED = {"engine__activation_checkpointing": "every:2", "engine__offload_idle": True}
 
 
@@ -33,7 +34,7 @@ def _case(processes, stage, *settings):
 # Each stage once, with what may go along with it; every combination in `make test-all`.
 QUICK = {
     "ZeRO 1, optimiser offloaded": _case(2, 1, OFFLOAD),
-    "ZeRO 2, shared tokens, checkpointing": _case(2, 2, SHARED, CHECKPOINTED),
+    "ZeRO 2, shared tokens, checkpointing, asynchronous rewards": _case(2, 2, SHARED, CHECKPOINTED, ASYNC),
     "ZeRO 3, parameters offloaded, shared tokens, 4 processes": _case(4, 3, OFFLOAD_ALL, SHARED),
 }
 REST = {
@@ -48,7 +49,7 @@ REST = {
     "images, ZeRO 2, shared tokens": _case(2, 2, SHARED, {"sample__frames": 1}),
 }
 # What is particular to how it runs, not to what it computes.
-HOW = ("engine__kind", "engine__zero_stage", *OFFLOAD, *SHARED, *CHECKPOINTED)
+HOW = ("engine__kind", "engine__zero_stage", *OFFLOAD, *SHARED, *CHECKPOINTED, *ASYNC)
 
 
 @pytest.fixture(scope="module")
