@@ -247,8 +247,8 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch):
         yield
         inside.pop()
 
-    for module in ("base", "fastvideo"):
-        monkeypatch.setattr(f"fastvideo_grpo.trainers.{module}.resident", resident)
+    for module in ("rewards.inline", "trainers.fastvideo"):
+        monkeypatch.setattr(f"fastvideo_grpo.{module}.resident", resident)
     moved = []
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda self, *args, _to=torch.nn.Module.to: moved.append((type(self), args)) or _to(self, *args)
@@ -264,7 +264,8 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch):
     watch(trainer, "predict", "network")
     watch(trainer.get_module("vae"), "decode", "vae")
     watch(trainer.text_stage, "encode_text", "text")
-    watch(trainer.rewards, "score", "rewards")
+    ((_, reward),) = trainer.rewards.rewards.items()
+    watch(reward.reward, "score", "rewards")
     trainer.train()
     vae, encoders = (
         type(trainer.get_module("vae")).__name__,
@@ -273,6 +274,6 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch):
     assert {(what, place) for what, place in used if what != "text"} == {
         ("network", ()),
         ("vae", (vae,)),
-        ("rewards", ("RewardSet",)),
+        ("rewards", (type(reward.reward).__name__,)),
     }
     assert {place for what, place in used if what == "text"} and all(set(p) == encoders for w, p in used if w == "text")
