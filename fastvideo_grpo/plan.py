@@ -18,6 +18,7 @@ from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
 from fastvideo_grpo.prompts.files import read_prompts
+from fastvideo_grpo.rewards.placement import check_here
 from fastvideo_grpo.rewards.reward_set import check_entry
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
-    checks += [partial(check_entry, name, entry) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward, name, entry, here) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
     if config.engine.kind == "deepspeed" and json_file is not None and Path(json_file).is_file():
         from fastvideo_grpo.engines.deepspeed import deepspeed_config
@@ -126,6 +127,12 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
     if host > share:
         on_gpu = torch.cuda.is_available()
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
+
+
+def _check_reward(name: str, reward: RewardConfig, here: bool) -> None:
+    check_entry(name, reward)
+    if here:
+        check_here(name, reward)
 
 
 def _describe_reward(name: str, reward: RewardConfig) -> str:

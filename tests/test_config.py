@@ -228,6 +228,22 @@ def test_too_little_host_memory_is_a_warning_on_gpus_too(run_config, monkeypatch
     assert "of host memory" in message and "trajectories" in message and "VAE" in message and "grpo.group_size" in message
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["placement=http", "url=http://127.0.0.1:9"], r"rewards.models.size: no reward server answers at http://127.0.0.1:9"),
+        (["placement=http"], r"rewards.models.size.url is missing"),
+        (["placement=process", "python=no/such/python"], r"rewards.models.size: python is 'no/such/python'"),
+    ],
+)
+def test_where_a_reward_runs_is_looked_at_before_the_model_is_loaded(run_config, settings, text):
+    config = run_config(*(f"rewards.models.size.{setting}" for setting in settings))
+    with pytest.raises(ConfigError, match=text):
+        plan.check_run(config, families.model_facts(config), 1)
+    if "url is missing" not in text:
+        plan.check_run(config, families.model_facts(config), 1, here=False)
+
+
 def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist.*fastvideo-grpo tiny flux"):
         families.model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))

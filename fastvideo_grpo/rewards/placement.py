@@ -11,7 +11,7 @@ from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.base import Reward
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
 from fastvideo_grpo.rewards.inline import InlineReward
-from fastvideo_grpo.rewards.process import ProcessReward
+from fastvideo_grpo.rewards.process import ProcessReward, find_python
 
 PLACEMENTS = ("inline", "process", "http")
 # Keys of an entry of rewards.models that only some placements have.
@@ -66,6 +66,23 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
     return known if isinstance(known, tuple) else None
 
 
+def check_here(model: str, entry: Any) -> None:
+    """Raise ValueError, naming the entry, where what a checked entry needs beside its files is not there: the other
+    environment's interpreter, the server."""
+    try:
+        if get(entry, "python"):
+            find_python(get(entry, "python"))
+        if get(entry, "placement") == "http":
+            _http(entry, timeout_s=60.0).close()
+    except ValueError as error:
+        raise ValueError(f"rewards.models.{model}: {error}") from error
+
+
+def _http(entry: Any, timeout_s: float) -> HttpReward:
+    variable = get(entry, "token_variable") or TOKEN_VARIABLE
+    return HttpReward(get(entry, "kind"), url=get(entry, "url"), timeout_s=timeout_s, token_variable=variable)
+
+
 def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, timeout_s: float) -> Reward:
     """Make the reward of a checked entry where it belongs.
 
@@ -86,7 +103,6 @@ def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, t
         if placement == "process":
             place_at = get(entry, "device") or device
             return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
-        variable = get(entry, "token_variable") or TOKEN_VARIABLE
-        return HttpReward(kind, url=get(entry, "url"), timeout_s=timeout_s, token_variable=variable)
+        return _http(entry, timeout_s)
     except ValueError as error:
         raise ValueError(f"rewards.models.{model}: {error}") from error

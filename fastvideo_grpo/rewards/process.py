@@ -54,10 +54,7 @@ class ProcessReward:
         device: str | torch.device = "cpu",
         timeout_s: float = 600.0,
     ) -> None:
-        found = shutil.which(python or sys.executable)
-        if found is None:
-            raise ValueError(f"python is {python!r}; it must be the interpreter of an environment, for example env/bin/python")
-        self.python, self.timeout_s = found, timeout_s
+        self.python, self.timeout_s = find_python(python), timeout_s
         self._creation = {
             "call": "create", "kind": kind, "checkpoint": checkpoint, "params": params or {}, "device": str(device)
         }  # fmt: skip
@@ -144,3 +141,11 @@ class ProcessReward:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def find_python(python: str | None) -> str:
+    """The interpreter to start; None: the one that runs this. Raises ValueError where there is none."""
+    found = shutil.which(python or sys.executable)
+    if found is None:
+        raise ValueError(f"python is {python!r}; it must be the interpreter of an environment, for example env/bin/python")
+    return found
