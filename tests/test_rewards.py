@@ -644,6 +644,19 @@ def test_a_request_that_failed_is_made_again_and_keeps_what_it_had():
     assert rewards.retried == {"script": 2} and not rewards.failure_counts
 
 
+def test_what_is_lost_in_the_end_is_counted_not_what_the_last_attempt_lost():
+    answers = iter([good_answer(quality=(1.0, math.nan, 3.0)), RuntimeError("lost"), RuntimeError("lost")])
+    batch = scripted_set(lambda: next(answers)).score(request_of())
+    assert batch.valid["script/quality"].tolist() == [True, False, True]
+    assert batch.failures == ["reward script: RuntimeError: lost (1 of 3 samples masked)"]
+
+
+def test_a_score_that_affine_makes_infinite_is_masked_and_told():
+    batch = scripted_set(good_answer(), outputs={"quality": {"affine": [2e38, 0.0]}}).score(request_of())
+    assert batch.valid["script/quality"].tolist() == [True, False, False]
+    assert batch.failures == ["reward script/quality: affine made it infinite (2 of 3 samples masked)"]
+
+
 def test_a_sample_that_cannot_be_judged_is_not_asked_for_again():
     rewards = scripted_set(good_answer(valid=(True, False, True)))
     assert rewards.score(request_of()).valid["script/quality"].tolist() == [True, False, True]

@@ -179,13 +179,17 @@ class PendingScores:
         for model, asked in self._asked.items():
             answer = asked.result()
             for message, count in answer.failures.items():
-                self._rewards.note(batch.failures, message, count, answer.size)
+                # An attempt before the last one may have had scores for some of them.
+                self._rewards.note(batch.failures, message, min(count, answer.missing), answer.size)
             for message, count in answer.judgements.items():
                 self._rewards.note(batch.failures, f"reward {model}: could not judge the sample: {message}", count, answer.size)
             for name, raw in answer.raw.items():
                 batch.raw[name] = raw
                 batch.scores[name] = self._rewards.transforms[name](raw)
                 batch.valid[name] = answer.valid[name] & batch.scores[name].isfinite()
+                lost = int((answer.valid[name] & ~batch.valid[name]).sum())
+                if lost:
+                    self._rewards.note(batch.failures, f"reward {name}: affine made it infinite", lost, answer.size)
         return batch
 
 
@@ -202,6 +206,11 @@ class _Answer:
         self.valid = {name: torch.zeros(size, dtype=torch.bool) for name in names}
         self.failures: dict[str, int] = {}
         self.judgements: dict[str, int] = {}
+
+    @property
+    def missing(self) -> int:
+        """Samples without a score in one of the outputs."""
+        return int((~torch.stack(list(self.valid.values())).all(0)).sum()) if self.valid else 0
 
     def take(self, score: Callable[[], RewardResult]) -> None:
         """One attempt. What an earlier one gave stays: asked again, a reward answers for the same batch."""
