@@ -166,7 +166,7 @@ class RewardsConfig:
 
     # "async" in files and on the command line; Python has that word for itself.
     async_: bool = _key(False, "score while later micro-batches of the iteration are sampled; the same numbers")
-    timeout_s: float = _key(600.0, "seconds in which a reward must have scored a micro-batch", above=0)
+    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0)
     retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0)
     backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0)
     max_invalid_fraction: float = _key(
@@ -341,7 +341,7 @@ def _to_dataclasses(raw: Any) -> Config:
             raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or "")
+        key = _in_file(str(getattr(error, "full_key", None) or ""))
         if "not in" in str(error):
             near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
             allowed = [_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
@@ -382,7 +382,7 @@ def _section_of(key: str) -> type[Any]:
 
 def _help_of(key: str) -> str:
     section, _, name = key.rpartition(".")
-    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if f.name == name), "")
+    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if _in_file(f.name) == name), "")
 
 
 def _check_values(node: Any, prefix: str) -> Iterator[str]:
@@ -431,6 +431,14 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield "optim.ema_decay is 1.0, an average that never moves; use 0.995, or null for none"
     if not config.rewards.models:
         yield "rewards.models is empty; name at least one reward, for example rewards.models.size.kind=jpeg_size"
+    rewards = config.rewards
+    longest = rewards.timeout_s * (rewards.retries + 1) + rewards.backoff_s * (2**rewards.retries - 1)
+    if config.engine.kind == "deepspeed" and longest >= 60 * config.run.timeout_minutes:
+        yield (
+            f"rewards.timeout_s={rewards.timeout_s:g} with {rewards.retries} retries lets a reward take {longest:g} s for a "
+            f"micro-batch, and the other processes give up after run.timeout_minutes={config.run.timeout_minutes:g}: "
+            f"set run.timeout_minutes to at least {math.ceil(longest / 60) + 5}"
+        )
     weights = [o.weight for r in config.rewards.models.values() for o in r.outputs.values()]
     if weights and not any(weights) and all(r.outputs for r in config.rewards.models.values()):
         yield "every rewards.models.*.outputs.*.weight is 0; at least one must count"

@@ -45,6 +45,7 @@ def test_yaml_then_overrides(load):
         ("rewards.models.size.outputs.jpeg_size.wieght=1", "keys here: weight, threshold"),
         ("rewards.models.size.knd=x", "keys here: kind, checkpoint, params, placement, .*, outputs"),
         ("nothing=1", "keys here: model, prompts"),
+        ("rewards.async=maybe", r"rewards\.async: .*micro-batches"),
         ("grpo.group_size=many", "grpo.group_size.*could not be converted to Integer"),
         ("grpo.group_size=1", "grpo.group_size is 1; it must be at least 2"),
         ("optim.lr=0", "optim.lr is 0.0; it must be above 0"),
@@ -200,6 +201,14 @@ def test_a_deepspeed_json_is_compared_before_anything_is_loaded(run_config, tmp_
     _check(run_config(*settings, "engine.zero_stage=3"), 2)
     with pytest.raises(ConfigError, match=r"zero_optimization\.stage.*engine\.zero_stage"):
         _check(run_config(*settings, "engine.zero_stage=2"), 2)
+
+
+def test_a_reward_may_not_take_longer_than_the_other_processes_wait(run_config):
+    settings = ["engine.kind=deepspeed", "rewards.timeout_s=600", "rewards.retries=2", "rewards.backoff_s=0.5"]
+    with pytest.raises(ConfigError, match=r"1801.5 s for a micro-batch.*run.timeout_minutes to at least 36"):
+        run_config(*settings, "run.timeout_minutes=30")
+    run_config(*settings, "run.timeout_minutes=36")
+    run_config(*settings[1:], "run.timeout_minutes=30")  # one process
 
 
 def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, caplog):

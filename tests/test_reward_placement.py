@@ -135,6 +135,10 @@ def bad_messages():
     for lie in (0, 1, 2**40, 2**64 - 1):
         yield good[:8] + lie.to_bytes(8, "big") + good[16:]
     yield b"".join(wire.pack({}, b"x" * 12))
+    # JSON that can be read, but not passed on.
+    for header in (r'{"prompts": ["\ud800"]}', '{"metadata": [{"a": 1e999}]}', r'{"\ud800": 1}'):
+        encoded = json.dumps({**header_of(), **json.loads(header)}).replace("Infinity", "1e999").encode()
+        yield wire.MAGIC + len(encoded).to_bytes(4, "big") + (12).to_bytes(8, "big") + encoded + bytes(12)
     yield wire.MAGIC + (10**5).to_bytes(4, "big") + bytes(8) + b"[" * 10**5  # nested deeper than a parser goes
     yield from (b"".join(wire.pack(header, bytes(12))) for header in BAD_HEADERS)
     length = int.from_bytes(good[4:8], "big")
@@ -358,6 +362,38 @@ def test_nobody_at_the_address_is_told_with_the_way_out():
 def test_keys_that_do_not_go_with_the_placement_are_refused(entry, text):
     with pytest.raises(ValueError, match=f"rewards.models.size.{text}"):
         RewardSet({"size": {"kind": "jpeg_size", **entry}})
+
+
+def test_a_reward_that_cannot_be_loaded_again_is_started_anew_and_none_after_closing(faulty):
+    rewards = RewardSet(
+        {"r": {"kind": "faulty", "placement": "process", "params": {"folder": str(faulty)}}}, retries=1, backoff_s=0.0
+    )
+    reward = rewards.rewards["r"]
+    try:
+        (faulty / "broken").touch()  # from now on it cannot be made
+        batch = rewards.score(request_of(fault="die", times=1, id="a"))
+        assert "the disk is gone" in batch.failures[0] and reward._process is None
+        (faulty / "broken").unlink()
+        assert rewards.score(request_of()).valid["r/brightness"].all()
+        waiting = rewards.submit(request_of(fault="hang", times=9, id="b"))
+        while not (faulty / "b").exists():
+            time.sleep(0.05)
+    finally:
+        rewards.close()
+    assert not waiting.result().valid["r/brightness"].any()
+    assert reward._process is None  # the request that broke off did not start it again
+    with pytest.raises(RuntimeError, match="was closed"):
+        rewards.submit(request_of())
+
+
+def test_what_does_not_go_into_a_message_costs_no_process():
+    reward = ProcessReward("jpeg_size")
+    try:
+        with pytest.raises(wire.WireError, match="does not go into JSON"):
+            reward.score(request_of(limit=float("nan")))
+        assert reward.score(request_of()).valid.all() and reward.restarts == 0
+    finally:
+        reward.close()
 
 
 def test_an_error_of_the_reward_in_a_process_is_told_in_its_words(faulty):

@@ -154,7 +154,7 @@ def test_a_reward_that_raises_is_masked_named_and_counted(caplog):
     logged = [record.getMessage() for record in caplog.records]
     assert sum("masked" in line for line in logged) == 1, "the same message is logged once"
     assert sum("asked again, 2 times" in line for line in logged) == 1
-    assert rewards.retried == {"script": 4}
+    assert rewards.retried == {"script": 2}, "the second request is made once: the reward has failed throughout"
 
 
 def test_a_failing_reward_leaves_the_others_alone():
@@ -663,6 +663,15 @@ def test_a_sample_that_cannot_be_judged_is_not_asked_for_again():
     assert not rewards.retried
 
 
+def test_a_reward_that_failed_through_all_attempts_gets_one_at_a_time_until_it_answers():
+    answers = [RuntimeError("lost")] * 5 + [good_answer()] + [RuntimeError("lost")] * 3
+    rewards = scripted_set(lambda: answers.pop(0))
+    for left in (6, 5, 4, 3):  # three attempts, then one each; the last one answers
+        rewards.score(request_of())
+        assert len(answers) == left
+    assert not rewards.score(request_of()).valid["script/quality"].any() and not answers  # three again
+
+
 def test_a_reward_is_left_alone_once_the_run_will_stop_anyway():
     asked = []
 
@@ -673,11 +682,11 @@ def test_a_reward_is_left_alone_once_the_run_will_stop_anyway():
     rewards = scripted_set(lost)
     rewards.begin(failures=3)
     batches = [rewards.score(request_of()) for _ in range(4)]
-    assert len(asked) == 3 * 2, "three attempts at each of two requests: 3 failed samples are allowed, 6 are not"
+    assert len(asked) == 3 + 1, "three attempts, then one: 3 failed samples are allowed, 6 are not"
     assert "not asked" in batches[2].failures[0] and not any(batch.valid["script/quality"].any() for batch in batches)
     rewards.begin(failures=3)
     rewards.score(request_of())
-    assert len(asked) == 9
+    assert len(asked) == 5
 
 
 def test_a_request_that_hangs_costs_its_time_limit():

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         app = application(pool, token=token, max_bytes=arguments.max_mib * 2**20)
         listener.listen(128)  # from here on who connects is served, once the line below is printed and the server runs
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(
             f"{arguments.kind} ({', '.join(pool.outputs)}; {pool.media_kind}) on http://{host}:{port}, {len(devices)} "
             f"process(es) on {arguments.devices}, {'with' if token else 'without'} a token; Ctrl-C ends it",
@@ -111,6 +112,6 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}; another one: --port 0") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; another one: --port 0") from error
     return listener

@@ -57,11 +57,12 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
 
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     trainer = load_trainer(config, world)
-    trainer.setup_training()
     try:
+        trainer.setup_training()
         return trainer.train(stop)
     finally:
-        trainer.rewards.close()
+        if hasattr(trainer, "rewards"):
+            trainer.rewards.close()
 
 
 def prepare_process(config: Config) -> None:

@@ -35,7 +35,7 @@ class ProcessReward:
 
     Args:
         kind, checkpoint, params: as in ``rewards.models``.
-        python: interpreter of another environment, which must have torch, numpy and what the reward needs; this package
+        python: interpreter of another environment, which must have torch, numpy, Pillow and what the reward needs; this package
             is found there without being installed. None: this one.
         device: where the reward's weights lie.
         timeout_s: seconds in which a request must be answered; then the process is killed.
@@ -61,6 +61,7 @@ class ProcessReward:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self.restarts = -1
+        self._closed = False
         try:
             description = self._start()
         except (RewardProcessError, TimeoutError) as error:
@@ -76,7 +77,9 @@ class ProcessReward:
         return wire.unpack_result(header, payload)
 
     def _start(self) -> dict[str, Any]:
-        self.close()
+        self._end()
+        if self._closed:
+            raise RewardProcessError("the reward was closed")
         ours, theirs = socket.socketpair()
         package = str(Path(fastvideo_grpo.__file__).parents[1])
         environment = dict(os.environ)
@@ -94,7 +97,11 @@ class ProcessReward:
         theirs.close()
         self._connection = ours
         self.restarts += 1
-        return self._call(self._creation, None, max(START_TIMEOUT_S, self.timeout_s))[0]
+        try:
+            return self._call(self._creation, None, max(START_TIMEOUT_S, self.timeout_s))[0]
+        except BaseException:
+            self._end()  # a process without its reward is of no use: the next request starts another one
+            raise
 
     def _call(
         self, header: dict[str, Any], request: RewardRequest | None, timeout_s: float
@@ -105,15 +112,16 @@ class ProcessReward:
         if request is not None:
             fields, payload = wire.pack_request(request)
             header = {**header, **fields}
+        message = wire.pack(header, payload)  # what does not go into one is no fault of the process
         try:
-            wire.send(self._connection, header, payload, deadline)
+            wire.send(self._connection, message, deadline)
             answer, body = wire.receive(self._connection, deadline)
         except TimeoutError:
-            self.close()
+            self._end()
             raise TimeoutError(f"no answer within {timeout_s:g} s; the process was killed") from None
         except (EOFError, OSError, wire.WireError) as error:
             code = self._exit_code()
-            self.close()
+            self._end()
             raise RewardProcessError(f"the process ended {code} ({error})") from error
         if "error" in answer:
             raise RewardProcessError(str(answer["error"]))
@@ -132,7 +140,11 @@ class ProcessReward:
         return self
 
     def close(self) -> None:
-        """End the process, and what it started."""
+        """End the process, and what it started, for good."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None

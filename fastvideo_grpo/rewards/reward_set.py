@@ -80,6 +80,8 @@ class RewardSet:
         self.retried: Counter[str] = Counter()
         self._failures_left: dict[str, float] = {}
         self._threads: dict[str, SerialThread] = {}
+        self._failing: set[str] = set()
+        self._closed = False
         try:
             for model, entry in models.items():
                 reward = place(model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s)
@@ -136,16 +138,23 @@ class RewardSet:
         if self._failures_left.get(model, math.inf) < 0:
             answer.failures[f"reward {model}: not asked: too many samples have no score already"] = len(request)
             return answer
-        for attempt in range(self.attempts):
+        # A reward that failed through all attempts gets one at a time until it answers: one that hangs costs its limit once.
+        for attempt in range(1 if model in self._failing else self.attempts):
+            if self._closed:
+                break
             if attempt:
                 self.retried[model] += 1
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
             answer.take(lambda: self.rewards[model].score(request))
             if not answer.failures:
+                self._failing.discard(model)
                 break
             reasons = "; ".join(answer.failures)
             if attempt + 1 < self.attempts and self.retried[model] == 0:
                 logger.warning("%s (it is asked again, %d times at most)", reasons, self.attempts - 1)
+        else:
+            if answer.missing == len(request):
+                self._failing.add(model)
         counted = [answer.valid[name] for name in names if self.weights[name] != 0]
         if counted:
             left = self._failures_left.get(model, math.inf)
@@ -161,6 +170,7 @@ class RewardSet:
 
     def close(self) -> None:
         """Let go of the rewards, their processes and connections."""
+        self._closed = True
         for thread in self._threads.values():
             thread.close()
         for reward in self.rewards.values():

@@ -22,9 +22,12 @@ class SerialThread:
         self._name, self._start = name, start
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Its result, or what it raises; `cancel()` works as long as it has not begun."""
+        if self._closed:
+            raise RuntimeError(f"{self._name} was closed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
@@ -34,6 +37,7 @@ class SerialThread:
 
     def close(self) -> None:
         """No more calls; those before are still worked off."""
+        self._closed = True
         self._calls.put(None)
 
     def _work(self) -> None:

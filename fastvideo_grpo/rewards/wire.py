@@ -38,8 +38,8 @@ def pack(header: dict[str, Any], payload: bytes | memoryview = b"") -> list[byte
     """The pieces of a message, to be sent one after the other: large payloads are not copied."""
     try:
         encoded = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise WireError(f"this does not go into JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise WireError(f"this does not go into JSON ({type(error).__name__})") from error
     return [_PREFIX.pack(MAGIC, len(encoded), len(payload)), encoded, payload]
 
 
@@ -68,6 +68,7 @@ def read_header(encoded: bytes) -> dict[str, Any]:
         raise WireError(f"the header is no JSON in UTF-8: {type(error).__name__}") from error
     if not isinstance(header, dict):
         raise WireError(f"the header is a JSON {type(header).__name__}; expected an object")
+    pack(header)  # numbers beyond float and lone surrogates can be read, but not be passed on
     return header
 
 
@@ -161,16 +162,14 @@ def unpack_result(header: dict[str, Any], payload: memoryview) -> RewardResult:
 # --- sockets ----------------------------------------------------------------------------------------------------------------
 
 
-def send(
-    connection: socket.socket, header: dict[str, Any], payload: bytes | memoryview = b"", deadline: float = math.inf
-) -> None:
-    """Send a message before ``deadline`` (of ``time.monotonic``).
+def send(connection: socket.socket, message: list[bytes | memoryview], deadline: float = math.inf) -> None:
+    """Send a message (from :func:`pack`) before ``deadline`` (of ``time.monotonic``).
 
     Raises:
         TimeoutError: the other side did not read it in time.
         OSError: the other side is gone.
     """
-    for piece in pack(header, payload):
+    for piece in message:
         rest = memoryview(piece)
         while len(rest):
             _until(connection, deadline)

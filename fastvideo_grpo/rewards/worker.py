@@ -2,7 +2,7 @@
 
     python -m fastvideo_grpo.rewards.worker FD
 
-FD is a connected socket. It needs torch and numpy, this package on the path, and what the reward itself needs.
+FD is a connected socket. It needs torch, numpy and Pillow, this package on the path, and what the reward itself needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def serve(connection: socket.socket) -> None:
             traceback.print_exc()
             answer, body = {"error": f"{type(error).__name__}: {error}"}, b""
         try:
-            wire.send(connection, answer, body)
+            wire.send(connection, wire.pack(answer, body))
         except OSError:
             return
 

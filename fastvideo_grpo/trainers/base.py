@@ -445,8 +445,9 @@ class GRPOTrainer:
     def rollout(self, iteration: int, groups: list[Prompt], clock: Clock) -> Rollout:
         """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores.
 
-        With ``rewards.async`` the rewards look at a micro-batch while the next ones are sampled. Only the gathering at the
-        end is an exchange between ranks, so a slow reward holds up nobody's collective in between.
+        With ``rewards.async`` the rewards look at a micro-batch while the next ones are sampled. Scoring itself exchanges
+        nothing between ranks, so it cannot deadlock; a rank that waits for a reward (always without ``async``) lets those
+        wait that share its samples' tokens or weights, which ``rewards.timeout_s`` bounds.
         """
         latents: dict[tuple[int, int], Tensor] = {}
         log_probs: dict[tuple[int, int], Tensor] = {}
@@ -490,6 +491,7 @@ class GRPOTrainer:
                 collect()
         while pending:
             collect()
+        self.rewards.begin()  # what is drawn besides, for evaluation, ends no run
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]

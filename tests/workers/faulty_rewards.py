@@ -19,6 +19,8 @@ class Faulty:
 
     def __init__(self, *, folder):
         self.folder = Path(folder)
+        if (self.folder / "broken").exists():
+            raise OSError("the disk is gone")
 
     def score(self, request):
         scores = request.media.double().mean((1, 2, 3, 4)).float()
