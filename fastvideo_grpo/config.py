@@ -517,6 +517,10 @@ def changed_on_resume(old: dict[str, Any], config: Config) -> list[str]:
         # Which folder does not matter; whether embeddings passed through the cache's dtype does.
         flat["prompts.embeddings"] = flat["prompts.embeddings"] == "none"
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    # A server has its reward's parameters, and who names it answers for them.
+    for name in config.rewards.models:
+        if "http" in (flat.get(f"rewards.models.{name}.placement") for flat in (before, after)):
+            changed = [key for key in changed if not key.startswith(f"rewards.models.{name}.params.")]
     return [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)]
 
 

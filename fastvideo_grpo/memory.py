@@ -90,10 +90,11 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     encode = max(0.0, encoders - resident.get("optimiser", 0.0)) if cached else encoders if engine.offload_idle else 0.0
 
     block = _largest_block(facts) * size if stage == 3 else 0.0  # gathered while it runs
+    beside = rewards if engine.offload_idle and config.rewards.async_ else 0.0  # scoring while the next samples are drawn
     phases = {
         "encode": encode,
-        "rollout": _forward_bytes(config, facts) + block,
-        "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0),
+        "rollout": _forward_bytes(config, facts) + block + beside,
+        "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0) + beside,
         "reward": rewards if engine.offload_idle else 0,
         "update": _update_bytes(config, facts) + 2 * block + gradients,
     }
@@ -256,7 +257,7 @@ def _reward_bytes(config: Config) -> dict[str, float]:
     own beside this one, on its ``device`` or on the ``host``. Those behind servers or on other devices do not count."""
     placed = dict.fromkeys(("inline", "device", "host"), 0.0)
     for reward in config.rewards.models.values():
-        size = _weight_file_bytes(reward.checkpoint)
+        size = _weight_file_bytes(reward.checkpoint) + _weight_file_bytes(reward.params.get("clip"))
         if reward.placement == "inline":
             placed["inline"] += size
         elif reward.placement == "process" and reward.device in (None, "cpu"):

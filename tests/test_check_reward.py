@@ -68,6 +68,22 @@ def test_a_reward_of_motion_sees_clips_standing_still(check):
     assert "frames shuffled" in rows
 
 
+def test_memory_is_that_of_each_reward_and_only_here(check):
+    class Hungry(Brightness):
+        def score(self, request):
+            bytearray(200 * 2**20)[::4096] = bytes([1]) * (200 * 256)
+            return super().score(request)
+
+    register("hungry")(Hungry)
+    register("brightness")(Brightness)
+    code, text = check("hungry, outputs: {brightness: {weight: 1.0}}}, then: {kind: brightness")
+    assert code == 0
+    first, second = (float(line.split("; ")[1].split()[0]) for line in text.splitlines() if "of host memory" in line)
+    assert 150 < first < 400 and second < 50
+    code, text = check("jpeg_size, placement: process")
+    assert code == 0 and "its memory is another process's" in text
+
+
 def test_rewards_that_do_not_repeat_themselves_or_fail_are_found(check):
     calls = itertools.count()
 

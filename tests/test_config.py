@@ -211,6 +211,18 @@ def test_a_reward_may_not_take_longer_than_the_other_processes_wait(run_config):
     run_config(*settings[1:], "run.timeout_minutes=30")  # one process
 
 
+def test_a_run_may_go_on_with_its_reward_behind_a_server(run_config):
+    from fastvideo_grpo.config import changed_on_resume, to_dict
+
+    before = run_config("rewards.models.size.params.quality=50", "rewards.async=true")
+    same = ["rewards.models.size.placement=process", "rewards.models.size.params.quality=50"]
+    assert changed_on_resume(to_dict(before), run_config(*same)) == []
+    other = run_config("rewards.models.size.params.quality=60")
+    assert changed_on_resume(to_dict(before), other) == ["rewards.models.size.params.quality"]
+    served = run_config("rewards.models.size.placement=http", "rewards.models.size.url=http://127.0.0.1:8800")
+    assert changed_on_resume(to_dict(before), served) == [] == changed_on_resume(to_dict(served), before)
+
+
 def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, caplog):
     config = run_config("sample.height=64", "sample.width=64")
     facts = families.model_facts(config)

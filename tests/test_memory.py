@@ -138,6 +138,9 @@ def test_rewards_count_where_they_are_placed(planned, tmp_path):
     assert planned(8, **entry)[1].resident["rewards"] == 1000
     idle = planned(8, **entry, engine__offload_idle=True)[1]
     assert (idle.host["rewards"], idle.phases["reward"]) == (1000, 1000)
+    beside = planned(8, **entry, engine__offload_idle=True, rewards__async="true")[1]
+    for phase in ("rollout", "decode"):  # it is there while the next samples are drawn
+        assert beside.phases[phase] == idle.phases[phase] + 1000
     own = {**entry, f"{reward}placement": "process", "engine__offload_idle": True}
     assert planned(8, **own)[1].resident["rewards in processes"] == 1000  # it does not leave the device
     assert planned(8, **own, **{f"{reward}device": "cpu"})[1].host["rewards in processes"] == 1000

@@ -27,8 +27,9 @@ class HttpReward:
     Args:
         kind: what the server must offer.
         url: for example http://127.0.0.1:8800.
-        timeout_s: seconds in which a request must be answered: the time it waits there and that in which the server starts
-            a process anew that died are part of it.
+        timeout_s: seconds without a sign of the server, and for the whole of the answer: the time a request waits there,
+            and that in which the server starts a process anew that died, are part of it. Let the server's own --timeout be
+            shorter: it does not learn that nobody waits any more.
         token_variable: environment variable with the server's token, where it asks for one.
 
     Raises:

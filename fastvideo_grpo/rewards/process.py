@@ -89,9 +89,10 @@ class ProcessReward:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # it is no rank of the run
             environment.pop(name, None)
         command = [self.python, "-m", "fastvideo_grpo.rewards.worker", str(theirs.fileno())]
+        # What it prints goes to standard error, whatever sys.stderr is here (a notebook's has no file behind it).
         # A session of its own: Ctrl-C in the terminal is for the run, which then ends it; and all it started dies with it.
         self._process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
             start_new_session=True,
         )  # fmt: skip
         theirs.close()
