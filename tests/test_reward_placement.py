@@ -1,5 +1,7 @@
 """Rewards in processes and behind servers: the same numbers, whatever fails, and a server that nothing sent to it ends."""
 
+import contextlib
+import http.server
 import json
 import os
 import random
@@ -7,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -176,18 +180,28 @@ def test_what_goes_wrong_at_the_start_of_a_process_is_told():
         ProcessReward("jpeg_size", python="no/such/python")
 
 
-def test_another_interpreter_needs_no_installed_package(tmp_path):
+def test_another_interpreter_needs_no_installed_package_and_keeps_its_own_others(tmp_path, monkeypatch):
     """What `python` is for: an environment in which this package is not installed, found through the path alone."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    models = {"size": {"kind": "jpeg_size", "placement": "process", "python": str(python)}}
-    rewards = RewardSet(models)
+    venv.create(tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    # torch and the like; folders that a .pth file names have no .pth files read, so that this package stays unknown there.
+    (site / "others.pth").write_text(str(Path(torch.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert subprocess.run([python, "-c", "import torch, fastvideo_grpo"], capture_output=True).returncode == 1
+    rewards = RewardSet({"size": {"kind": "jpeg_size", "placement": "process", "python": str(python)}})
     try:
         assert rewards.score(request_of()).valid["size/jpeg_size"].all()
-        assert rewards.rewards["size"].python == str(python)
+        process = rewards.rewards["size"]._process
+        environment = dict(
+            line.split("=", 1) for line in Path(f"/proc/{process.pid}/environ").read_text().split("\0") if "=" in line
+        )
+        assert os.listdir(environment["PYTHONPATH"]) == ["fastvideo_grpo"]  # and what is installed beside it is not found
+        folder = environment["PYTHONPATH"]
     finally:
         rewards.close()
+    assert not Path(folder).exists()
 
 
 def test_a_process_ends_with_the_one_that_started_it(faulty):
@@ -332,6 +346,62 @@ def test_nothing_that_is_sent_to_a_server_ends_it(serve):
     expected = create("jpeg_size").score(request_of()).scores["jpeg_size"]
     assert torch.equal(wire.unpack_result(*wire.unpack(answer.content)).scores["jpeg_size"], expected)
     assert client.get(f"{url}/health").json() == {"status": "ok", "workers": 1, "free": 1, "restarts": 0}
+
+
+def test_a_server_that_drips_its_answer_is_late():
+    """Every byte comes within the time limit, the whole answer would not."""
+    described = json.dumps({"kind": "jpeg_size", "outputs": ["jpeg_size"], "media_kind": "any"}).encode()
+    stop = threading.Event()
+
+    class Dripping(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(described)))
+            self.end_headers()
+            self.wfile.write(described)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with contextlib.suppress(OSError):
+                while not stop.wait(0.1):
+                    self.wfile.write(b"H")
+                    self.wfile.flush()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        models = {"size": {"kind": "jpeg_size", "placement": "http", "url": f"http://127.0.0.1:{server.server_port}"}}
+        rewards = RewardSet(models, timeout_s=0.5, retries=0)
+        assert "TimeoutError: no answer within" in rewards.score(request_of()).failures[0]
+        rewards.close()
+    finally:
+        stop.set()
+        server.shutdown()
+        server.server_close()
+
+
+def test_who_gave_up_waiting_is_not_scored_any_more(serve, faulty):
+    _, url = serve("faulty", f"folder={faulty}", "--timeout", "4")
+    host, port = url.removeprefix("http://").split(":")
+
+    def ask(name):
+        body = b"".join(wire.pack(*wire.pack_request(request_of(fault="hang", times=1, id=name))))
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        return connection
+
+    with ask("first") as first:
+        while not (faulty / "first").exists():
+            time.sleep(0.05)
+        ask("second").close()
+        assert b"504" in first.recv(4096).split(b"\r\n")[0]
+    with ask("first") as again:  # not a hang any more; behind the second one
+        assert b"200" in again.recv(4096).split(b"\r\n")[0]
+    assert not (faulty / "second").exists()
 
 
 def test_servers_say_what_is_wrong_before_they_start(serve):

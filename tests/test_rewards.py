@@ -689,6 +689,44 @@ def test_a_reward_is_left_alone_once_the_run_will_stop_anyway():
     assert len(asked) == 5
 
 
+def test_failures_take_no_more_than_their_time(monkeypatch):
+    """Other processes wait, and give up at some point: then there is no message and no checkpoint."""
+    from fastvideo_grpo.rewards import reward_set
+
+    now, asked = [0.0], []
+
+    def slow_to_fail(good=False):
+        asked.append(1)
+        now[0] += 10
+        return good_answer() if good else RuntimeError("lost")
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(reward_set, "time", clock)
+    rewards = scripted_set(slow_to_fail)
+    rewards.begin(seconds=25)
+    batches = [rewards.score(request_of()) for _ in range(3)]
+    assert len(asked) == 3, "the third attempt begins within the time, and nothing after it"
+    assert "its failures took too long already" in batches[2].failures[0]
+    rewards.begin(seconds=15)
+    assert not rewards.score(request_of()).valid["script/quality"].any()
+    assert len(asked) == 4, "one that failed throughout gets one attempt"
+    answers = iter([False, True])
+    rewards = scripted_set(lambda: slow_to_fail(next(answers, True)))
+    rewards.begin(seconds=15)
+    assert all(rewards.score(request_of()).valid["script/quality"].all() for _ in range(9)), "what answers may take its time"
+
+
+def test_a_set_whose_rewards_are_elsewhere_knows_them_by_name():
+    rewards = RewardSet(
+        {"script": {"kind": "scripted", "params": {"answer": None}, "outputs": {"motion": {"weight": 0.5, "threshold": 1.0}}}},
+        elsewhere={"script": ("quality", "motion")},
+    )
+    assert rewards.weights == {"script/motion": 0.5} and rewards.transforms["script/motion"].threshold == 1.0
+    assert rewards.rewards == {}
+    with pytest.raises(RuntimeError, match="with another process"):
+        rewards.score(request_of())
+
+
 def test_a_request_that_hangs_costs_its_time_limit():
     release = threading.Event()
 

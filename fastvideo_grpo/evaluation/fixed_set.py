@@ -59,6 +59,8 @@ def sample_fixed(
     rounds = -(-len(jobs) // world.data_size)
     scored_parts: dict[tuple[int, int], dict[str, Tensor]] = {}
     media: dict[Hashable, Tensor] = {}
+    if trainer.config.rewards.models:
+        trainer.begin_scoring()
     for turn in range(rounds):
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
         p, start = jobs[min(turn * world.data_size + world.data_rank, len(jobs) - 1)]

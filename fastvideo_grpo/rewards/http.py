@@ -29,7 +29,7 @@ class HttpReward:
         url: for example http://127.0.0.1:8800.
         timeout_s: seconds without a sign of the server, and for the whole of the answer: the time a request waits there,
             and that in which the server starts a process anew that died, are part of it. Let the server's own --timeout be
-            shorter: it does not learn that nobody waits any more.
+            shorter: a request that it has begun to score it ends.
         token_variable: environment variable with the server's token, where it asks for one.
 
     Raises:

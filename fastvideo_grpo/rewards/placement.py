@@ -103,6 +103,7 @@ def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, t
         if placement == "process":
             place_at = get(entry, "device") or device
             return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
-        return _http(entry, timeout_s)
+        # The client's limit is for each sign of the server; one that drips its answer needs a limit on the whole.
+        return InlineReward(_http(entry, timeout_s), timeout_s=1.1 * timeout_s + 1)
     except ValueError as error:
         raise ValueError(f"rewards.models.{model}: {error}") from error

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from fastvideo_grpo.rewards import wire
 from fastvideo_grpo.rewards.base import MediaKind, RewardRequest, RewardResult
 
 START_TIMEOUT_S = 1800.0
-"""Seconds in which a reward must have loaded its weights."""
+"""Seconds in which a reward must have loaded its weights the first time."""
+MIN_RESTART_TIMEOUT_S = 60.0
 
 
 class RewardProcessError(RuntimeError):
@@ -39,6 +41,10 @@ class ProcessReward:
             is found there without being installed. None: this one.
         device: where the reward's weights lie.
         timeout_s: seconds in which a request must be answered; then the process is killed.
+
+    Attributes:
+        restarts: how often it was started anew.
+        restart_s: seconds in which it must have loaded its weights then: three times what the first start took.
 
     Raises:
         ValueError: no such interpreter, or the reward cannot be made there.
@@ -60,12 +66,15 @@ class ProcessReward:
         }  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
-        self.restarts = -1
+        self.restarts, self.restart_s = -1, START_TIMEOUT_S
         self._closed = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        begun = time.monotonic()
         try:
             description = self._start()
         except (RewardProcessError, TimeoutError) as error:
             raise ValueError(f"the process of the reward ({self.python}) did not start: {error}") from error
+        self.restart_s = max(MIN_RESTART_TIMEOUT_S, 3 * (time.monotonic() - begun))
         self.outputs: tuple[str, ...] = tuple(description["outputs"])
         self.media_kind: MediaKind = description["media_kind"]
 
@@ -81,9 +90,8 @@ class ProcessReward:
         if self._closed:
             raise RewardProcessError("the reward was closed")
         ours, theirs = socket.socketpair()
-        package = str(Path(fastvideo_grpo.__file__).parents[1])
         environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [self._package_path(), environment.get("PYTHONPATH")]))
         if os.path.realpath(self.python) != os.path.realpath(sys.executable):
             environment.pop("VIRTUAL_ENV", None)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # it is no rank of the run
@@ -99,10 +107,18 @@ class ProcessReward:
         self._connection = ours
         self.restarts += 1
         try:
-            return self._call(self._creation, None, max(START_TIMEOUT_S, self.timeout_s))[0]
+            return self._call(self._creation, None, self.restart_s)[0]
         except BaseException:
             self._end()  # a process without its reward is of no use: the next request starts another one
             raise
+
+    def _package_path(self) -> str:
+        """A folder with this package and nothing else: where it is installed, the trainer's packages lie beside it, and
+        those of the other environment must win."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fastvideo-grpo-reward-")
+            (Path(self._folder.name) / "fastvideo_grpo").symlink_to(Path(fastvideo_grpo.__file__).parent)
+        return self._folder.name
 
     def _call(
         self, header: dict[str, Any], request: RewardRequest | None, timeout_s: float
@@ -144,6 +160,8 @@ class ProcessReward:
         """End the process, and what it started, for good."""
         self._closed = True
         self._end()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _end(self) -> None:
         if self._connection is not None:

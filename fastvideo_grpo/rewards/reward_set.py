@@ -18,6 +18,7 @@ from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.base import Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
 from fastvideo_grpo.rewards.placement import check_placement, get, place
+from fastvideo_grpo.rewards.process import ProcessReward
 from fastvideo_grpo.rewards.threads import SerialThread
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,11 @@ class RewardSet:
     score is masked.
 
     device, offload_idle, timeout_s: see `placement.place`.
+    elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
+        names, weights and transforms only.
 
     names: "MODEL/OUTPUT" in the order of the configuration. weights, transforms: by name. rewards: MODEL -> Reward.
-    failure_counts: how often each failure that cost samples happened, by its message, since this set was made.
+    failure_counts: micro-batches that lost samples to a failure, by its message, since this set was made.
     retried: requests that were asked again, by reward, since this set was made.
 
     Raises ValueError, with the key, for anything wrong in the configuration; every entry is checked before the first
@@ -67,6 +70,7 @@ class RewardSet:
         timeout_s: float = 600.0,
         retries: int = 2,
         backoff_s: float = 0.5,
+        elsewhere: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         if not models:
             raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
@@ -79,14 +83,18 @@ class RewardSet:
         self.failure_counts: Counter[str] = Counter()
         self.retried: Counter[str] = Counter()
         self._failures_left: dict[str, float] = {}
+        self._seconds_left: dict[str, float] = {}
         self._threads: dict[str, SerialThread] = {}
         self._failing: set[str] = set()
         self._closed = False
         try:
             for model, entry in models.items():
-                reward = place(model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s)
-                self.rewards[model] = reward
-                for output, settings in _outputs(model, entry, reward.outputs).items():
+                if elsewhere is None:
+                    self.rewards[model] = place(
+                        model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s
+                    )
+                known = self.rewards[model].outputs if elsewhere is None else elsewhere[model]
+                for output, settings in _outputs(model, entry, known).items():
                     weight = get(settings, "weight")
                     self.weights[f"{model}/{output}"] = 1.0 if weight is None else float(weight)
                     self.transforms[f"{model}/{output}"] = _transform(model, output, settings)
@@ -108,10 +116,22 @@ class RewardSet:
                     f"use a reward for {'images' if frames == 1 else 'videos'}"
                 )
 
-    def begin(self, failures: float = math.inf) -> None:
-        """Begin an iteration that ends the run anyway once a reward has no score for more than `failures` samples: it is
-        then not asked any more, or one that hangs would hold the run for each of the others, too."""
+    @property
+    def outputs(self) -> dict[str, tuple[str, ...]]:
+        """MODEL -> all outputs of the rewards that were made here."""
+        return {model: reward.outputs for model, reward in self.rewards.items()}
+
+    @property
+    def restart_s(self) -> float:
+        """Seconds that a request may take longer because a process is started anew."""
+        return max((reward.restart_s for reward in self.rewards.values() if isinstance(reward, ProcessReward)), default=0.0)
+
+    def begin(self, failures: float = math.inf, seconds: float = math.inf) -> None:
+        """Begin a round of requests in which a reward that fails is left alone at some point, since one that hangs would hold
+        the run for each request: once it has no score for more than `failures` samples (which end the run anyway), or
+        when its failures have taken `seconds`. An attempt that has begun is waited for."""
         self._failures_left = dict.fromkeys(self.rewards, failures)
+        self._seconds_left = dict.fromkeys(self.rewards, seconds)
 
     def score(self, request: RewardRequest) -> ScoredBatch:
         """Score the samples with every reward.
@@ -124,6 +144,8 @@ class RewardSet:
 
     def submit(self, request: RewardRequest) -> PendingScores:
         """Begin to score; `result()` waits. Requests are scored in the order they come in, whenever they are collected."""
+        if not self.rewards:
+            raise RuntimeError("the rewards are with another process, which scores its samples")
         asked = {}
         for model in self.rewards:
             if model not in self._threads:
@@ -138,23 +160,32 @@ class RewardSet:
         if self._failures_left.get(model, math.inf) < 0:
             answer.failures[f"reward {model}: not asked: too many samples have no score already"] = len(request)
             return answer
+        seconds = self._seconds_left.get(model, math.inf)
+        if seconds <= 0:
+            answer.failures[f"reward {model}: not asked: its failures took too long already"] = len(request)
+            return answer
+        begun, failing = time.monotonic(), 0.0
         # A reward that failed through all attempts gets one at a time until it answers: one that hangs costs its limit once.
         for attempt in range(1 if model in self._failing else self.attempts):
             if self._closed:
                 break
             if attempt:
+                pause = self.backoff_s * 2 ** (attempt - 1)
+                if failing + pause >= seconds:
+                    break
                 self.retried[model] += 1
-                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+                time.sleep(pause)
             answer.take(lambda: self.rewards[model].score(request))
             if not answer.failures:
                 self._failing.discard(model)
                 break
+            failing = time.monotonic() - begun
             reasons = "; ".join(answer.failures)
             if attempt + 1 < self.attempts and self.retried[model] == 0:
                 logger.warning("%s (it is asked again, %d times at most)", reasons, self.attempts - 1)
-        else:
-            if answer.missing == len(request):
-                self._failing.add(model)
+        if answer.failures and answer.missing == len(request):
+            self._failing.add(model)
+        self._seconds_left[model] = seconds - failing
         counted = [answer.valid[name] for name in names if self.weights[name] != 0]
         if counted:
             left = self._failures_left.get(model, math.inf)

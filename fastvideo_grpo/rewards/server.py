@@ -14,7 +14,6 @@ import queue
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo.rewards import wire
-from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.process import ProcessReward, RewardProcessError
 
 if TYPE_CHECKING:
@@ -60,16 +59,15 @@ class RewardPool:
     def restarts(self) -> int:
         return sum(worker.restarts for worker in self._workers)
 
-    def score(self, request: RewardRequest) -> RewardResult:
-        """Raises Busy, TimeoutError, RewardProcessError."""
+    def take(self) -> ProcessReward:
+        """A free process, to be given back. Raises Busy when none became free in time."""
         try:
-            worker = self._free.get(timeout=self.timeout_s + 60)
+            return self._free.get(timeout=self.timeout_s + 60)
         except queue.Empty:
             raise Busy(f"all {len(self.devices)} processes are busy") from None
-        try:
-            return worker.score(request)
-        finally:
-            self._free.put(worker)
+
+    def give_back(self, worker: ProcessReward) -> None:
+        self._free.put(worker)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -127,13 +125,19 @@ def application(pool: RewardPool, *, token: str | None, max_bytes: int) -> Starl
         if (pool.media_kind == "image" and frames > 1) or (pool.media_kind == "video" and frames == 1):
             return refuse(422, f"the reward looks at {pool.media_kind}s, and the samples have {frames} frame(s)")
         try:
-            result = await run_in_threadpool(pool.score, asked)
+            worker = await run_in_threadpool(pool.take)
         except Busy as error:
             return refuse(503, error)
+        try:
+            if await request.is_disconnected():  # who asked has given up, and others wait
+                return refuse(408, "the connection was closed while the request waited")
+            result = await run_in_threadpool(worker.score, asked)
         except TimeoutError as error:
             return refuse(504, error)
         except (RewardProcessError, wire.WireError) as error:
             return refuse(500, error)
+        finally:
+            pool.give_back(worker)
         header, payload = wire.pack_result(result)
         return PlainResponse(b"".join(wire.pack(header, payload)), media_type="application/x-fastvideo-grpo")
 

@@ -178,20 +178,42 @@ class GRPOTrainer:
         self.transformer.eval()
 
     def setup_rewards(self) -> None:
-        """Make the configured rewards."""
+        """Make the configured rewards on the ranks that score; the others learn their names. An error is every rank's."""
         config = self.config.rewards
-        try:
-            self.rewards = RewardSet(
+
+        def make(elsewhere: dict[str, tuple[str, ...]] | None = None) -> RewardSet:
+            return RewardSet(
                 config.models,
                 device=self.world.device,
                 offload_idle=self.config.engine.offload_idle,
                 timeout_s=config.timeout_s,
                 retries=config.retries,
                 backoff_s=config.backoff_s,
+                elsewhere=elsewhere,
             )
-            self.rewards.check_frames(self.config.sample.frames)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+
+        error = None
+        if self.world.leads:
+            try:
+                self.rewards = make()
+                self.rewards.check_frames(self.config.sample.frames)
+            except (ValueError, UserError) as failure:
+                error = str(failure)
+        errors = [failure for failure in self.world.all_gather_object(error) if failure is not None]
+        if errors:
+            raise ConfigError(errors[0])
+        found = self.world.broadcast_object(self.rewards.outputs if self.world.leads else None)
+        if not self.world.leads:
+            self.rewards = make(found)
+
+    def begin_scoring(self, failures: float = math.inf) -> None:
+        """Begin an iteration's or an evaluation's requests to the rewards (:meth:`RewardSet.begin`).
+
+        Where other processes wait, they give up after ``run.timeout_minutes``: a reward's failures may take what is left of
+        it by an attempt and the same again.
+        """
+        patience = 60.0 * self.config.run.timeout_minutes - 2 * (self.config.rewards.timeout_s + self.rewards.restart_s)
+        self.rewards.begin(failures, max(patience, 1.0) if self.world.size > 1 else math.inf)
 
     def setup_training(self) -> None:
         """Everything training needs besides: rewards, prompts, dealing, engine, checkpoints, logs; resumes if it can."""
@@ -457,7 +479,7 @@ class GRPOTrainer:
         self._conditioning.clear()
         jobs = self.dealing.rollout(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
-        self.rewards.begin(self.config.rewards.max_invalid_fraction * math.prod(shape))
+        self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))
         retried = self.rewards.retried.total()
         pending: deque[tuple[int, Sequence[int], Tensor, PendingScores]] = deque()
 
@@ -491,7 +513,6 @@ class GRPOTrainer:
                 collect()
         while pending:
             collect()
-        self.rewards.begin()  # what is drawn besides, for evaluation, ends no run
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = self.world.all_gather_rows(table[None]).sum(0)
         by_name = [{name: part[k] for k, name in enumerate(names)} for part in table]
@@ -509,7 +530,7 @@ class GRPOTrainer:
             message = "sampling: latents or log-probs are not finite"
             if message not in self.rewards.failure_counts:
                 logger.warning("%s (%d of %d samples masked; told once, counted always)", message, (~sound).sum(), len(sound))
-            self.rewards.failure_counts[message] += int((~sound).sum())
+            self.rewards.failure_counts[message] += 1
         return sound
 
     def _reward_metrics(self, iteration: int, rollout: Rollout) -> dict[str, Any]:

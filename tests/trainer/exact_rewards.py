@@ -1,4 +1,9 @@
-"""Rewards for comparisons "to rounding" (DESIGN, promise 3): one continuous up to the rounding of pixels, one exact."""
+"""Rewards for comparisons "to rounding" (DESIGN, promise 3), one continuous up to the rounding of pixels, one exact; and one
+that hangs."""
+
+import os
+import time
+from pathlib import Path
 
 import torch
 
@@ -38,3 +43,18 @@ class Position:
 
     def close(self) -> None:
         pass
+
+
+@register("test_hangs")
+class Hangs(Brightness):
+    """Answers a number of requests, then hangs; ``folder`` gets a file named after the rank it was made on."""
+
+    def __init__(self, answers: int, folder: str) -> None:
+        self.answers = answers
+        (Path(folder) / f"made-{os.environ['RANK']}").touch()
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        self.answers -= 1
+        if self.answers < 0:
+            time.sleep(3600)
+        return super().score(request)

@@ -82,6 +82,25 @@ def test_processes_give_the_samples_and_weights_of_one(alone, tiny_hunyuan_video
         assert runs.metrics(tmp_path)[-1]["train/kl"] > 0
 
 
+def test_a_reward_that_hangs_on_one_rank_stops_all_with_what_was_trained_saved(tiny_hunyuan_video, tmp_path):
+    """Promise 5, with ranks that wait for the one that scores; and only that one has the rewards in memory."""
+    # 8 micro-batches in an iteration; the third one of the second iteration is never answered.
+    hanging = {
+        "rewards__models__pixels__kind": "test_hangs",
+        "rewards__models__pixels__params": f"{{answers: 10, folder: {tmp_path}}}",
+        "rewards__timeout_s": 1.0,
+        "rewards__retries": 1,
+        "rewards__max_invalid_fraction": 0.25,
+        "run__sample_every": 0,
+    }
+    overrides = runs.settings(tmp_path, tiny_hunyuan_video, **{**SHORT, **_case(2, 2, SHARED)[1], **hanging})
+    assert runs.run(overrides, processes=2) == [1, 1]
+    assert [file.name for file in sorted(tmp_path.glob("made-*"))] == ["made-0"]
+    text = runs.output(tmp_path)
+    assert "12 of 16 samples of this iteration could not be scored" in text and "no answer within 1 s" in text
+    assert runs.checkpoints(tmp_path) == ["000001"]
+
+
 # An iteration is 8 draws, 16 backwards (8 x 2 timesteps) and 2 optimiser steps, over the data-parallel processes.
 KILLS = {
     "in the rollout": runs.Kill("draw", 10),
