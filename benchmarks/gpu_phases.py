@@ -346,7 +346,7 @@ def measure(case: Case) -> None:
     sample = trainer.pack(torch.randn(1, *trainer.latent_shape())).to(device)
     level = trainer.schedule.at(torch.zeros(1, dtype=torch.long))
     conditioning = trainer.conditioning(trainer.prompts[0], 1)
-    with Peak(device) as forward, torch.no_grad(), trainer.forward_context():
+    with Peak(device) as forward, torch.no_grad(), trainer.forward_context(conditioning):
         start = time.perf_counter()
         trainer.predict(sample, level, conditioning)
         _wait(device)

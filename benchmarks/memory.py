@@ -217,7 +217,7 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
     level = trainer.schedule.at(torch.zeros(len(keys), dtype=torch.long))
     result = {}
     for phase in ("warm", "rollout"):
-        with Peak(device) as peak, torch.no_grad(), trainer.forward_context():
+        with Peak(device) as peak, torch.no_grad(), trainer.forward_context(conditioning):
             trainer.predict(sample, level, conditioning)
         result["rollout"] = [peak.bytes, planned.phases["rollout"]]
         del phase
@@ -229,7 +229,7 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
     for _ in range(2):
         trainer.engine.accumulate(2)  # the second backward meets gradients that are there already
         for _ in range(2):
-            with Peak(device) as peak, trainer.forward_context():
+            with Peak(device) as peak, trainer.forward_context(conditioning):
                 trainer.engine.backward(trainer.predict(sample, level, conditioning).float().square().mean())
         trainer.engine.step()
     result["update"] = [peak.bytes, planned.phases["update"] - gradients]

@@ -124,11 +124,11 @@ def _bare(trainer, size: int, repeats: int) -> tuple[float, float, float]:
         return (time.perf_counter() - start) / (4 * repeats) / size
 
     def forward() -> None:
-        with torch.no_grad(), trainer.forward_context():
+        with torch.no_grad(), trainer.forward_context(conditioning):
             trainer.predict(sample, level, conditioning)
 
     def backward() -> None:
-        with trainer.forward_context():
+        with trainer.forward_context(conditioning):
             trainer.predict(sample, level, conditioning).square().mean().backward()
 
     return timed(forward), timed(backward), timed(lambda: trainer.decode(sample))

@@ -53,7 +53,7 @@ class LoRAConfig:
 class ModelConfig:
     """The model to train."""
 
-    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video"])
+    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
@@ -61,13 +61,17 @@ class ModelConfig:
     )
     vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in", choices=["fp32", "bf16", "fp16"])
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
+    cfg_batched: bool = _key(
+        False,
+        "classifier-free guidance in one pass over twice the batch, instead of one pass after the other; equal to rounding",
+    )
 
 
 @dataclass
 class PromptsConfig:
     """What to draw, and the cache of its text embeddings."""
 
-    path: str = _key(MISSING, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?})")
+    path: str = _key(MISSING, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?, 'image'?, 'negative_prompt'?})")
     eval_path: str | None = _key(None, "prompts kept out of training, scored at each evaluation")
     embeddings: str = _key(
         "none", "folder of cached text embeddings (encoded once, text encoders then leave memory), or none: encode as needed"
@@ -92,7 +96,13 @@ class SampleConfig:
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key("flow_sde", "sampler of the rollout", choices=transitions.names)
     noise_level: float = _key(0.3, "epsilon_t of the SDE; 0 would leave nothing to learn from", above=0)
-    guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it)", minimum=0)
+    guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
+    cfg_scale: float = _key(
+        1.0,
+        "classifier-free guidance w: u + w (c - u), trained through both passes; 1: none (skyreels_i2v: 5.0 if left out)",
+        minimum=1,
+    )
+    negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared", "initial noise: shared by a prompt's group (the paper) or per_sample", choices=["shared", "per_sample"]
     )
@@ -125,7 +135,9 @@ class GRPOConfig:
     timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
     clip_range: float = _key(1e-4, "clip range of the ratio", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this", above=0)
-    updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
+    updates_per_iteration: int = _key(
+        4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v: 1 if left out)", minimum=1
+    )
     kl_weight: float = _key(0.0, "weight of the KL to the starting weights; 0: none, and no second copy kept", minimum=0)
     objective: str = _key("grpo", "what an update minimises", choices=objectives.names)
 
@@ -241,6 +253,11 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+# What a model has instead of a key's own default. With classifier-free guidance the paper makes one update per iteration.
+_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "skyreels_i2v": {"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
+}
+
 # Keys that may differ when a run is resumed: they change where things lie, what is kept and shown and how the work is
 # spread, not what is computed. (The checkpoint, the prompts and the embeddings' dtype are compared by content.)
 FREE_ON_RESUME = [
@@ -290,7 +307,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: unknown key, wrong type, value out of range, missing key, impossible combination.
         FileNotFoundError: no such file.
     """
-    merged = OmegaConf.merge(_read_yaml(Path(path)), _parse_overrides(overrides or []))
+    given = OmegaConf.merge(_read_yaml(Path(path)), _parse_overrides(overrides or []))
+    merged = OmegaConf.merge(_MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {}), given)
     config = _to_dataclasses(merged)
     check(config)
     return config
@@ -421,6 +439,11 @@ def _check_combinations(config: Config) -> Iterator[str]:
         )
     if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
         yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
+    if sample.negative_prompt and sample.cfg_scale <= 1:
+        yield (
+            f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
+            "set it above 1 (SkyReels-I2V takes 5), or remove the negative prompt"
+        )
     if sample.transition == "ode":
         yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde"
     if sample.transition == "ddim":
@@ -476,6 +499,18 @@ def checkpointed_blocks(value: str) -> int:
     if value not in known:
         raise ValueError(f"is {value!r}; allowed: none, full, every:K with K of 1 or more (every:2 is every second block)")
     return known[value]
+
+
+def cautions(config: Config) -> list[str]:
+    """What can run but is seldom meant, a line each."""
+    lines = []
+    if config.sample.cfg_scale > 1 and config.grpo.updates_per_iteration > 1:
+        lines.append(
+            f"grpo.updates_per_iteration is {config.grpo.updates_per_iteration} with sample.cfg_scale="
+            f"{config.sample.cfg_scale:g}: guidance multiplies what an update changes, and the paper makes one update per "
+            "iteration with it; watch train/clip_fraction, or set 1"
+        )
+    return lines
 
 
 def check(config: Config) -> None:

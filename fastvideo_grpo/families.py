@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvideo_grpo import published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig
+from fastvideo_grpo.prompts.files import Prompt, read_prompts
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Family:
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
             ``block_out_channels`` x bytes of the dtype).
         parameters: of the published VAE and text encoders.
+        reads_images: each prompt comes with an image that the clip starts from.
+        decodes_singly: its VAE decodes one sample at a time.
     """
 
     kind: str
@@ -90,6 +93,8 @@ class Family:
     activations: dict[str, Activations]
     decode: float
     parameters: dict[str, float]
+    reads_images: bool = False
+    decodes_singly: bool = False
 
     def size_multiple(self, facts: ModelFacts) -> int:
         """What height and width must be a multiple of, in pixels."""
@@ -195,6 +200,28 @@ class _HunyuanVideo(Family):
             yield f"sample.frames is {frames}; it must be {ratio}k + 1 for this model: {below} or {below + ratio}"
 
 
+class _SkyReelsI2V(_HunyuanVideo):
+    def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
+        channels, *rest = super().latent_shape(facts, sample)
+        return channels // 2, *rest  # the network reads the noise and the image's latents, and answers for the noise
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        found, latents = int(facts.transformer["in_channels"]), int(facts.vae["latent_channels"])
+        if found != 2 * latents:
+            yield (
+                f"model.path={config.model.path}: the transformer reads {found} channels, but image to video needs "
+                f"{2 * latents}, the noise and the image's latents: is it a text-to-video model?"
+            )
+        if config.sample.frames == 1:
+            yield "sample.frames is 1, but skyreels_i2v makes clips from an image; use 4k + 1 of them, for example 53"
+
+
+_HUNYUAN_LORA_TARGETS = ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2")
+"""In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both."""
+_HUNYUAN_ACTIVATIONS = {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)}
+_HUNYUAN_PARAMETERS = {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6}
+
 FAMILIES: dict[str, Family] = {
     "flux": _Flux(
         kind="flux",
@@ -215,11 +242,25 @@ FAMILIES: dict[str, Family] = {
         folders=_TWO_ENCODERS,
         configs=published.HUNYUAN_VIDEO,
         sequence_encoder=("text_encoder", "hidden_size"),
-        # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
-        lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
-        activations={"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
+        lora_targets=_HUNYUAN_LORA_TARGETS,
+        activations=_HUNYUAN_ACTIVATIONS,
         decode=9.4,
-        parameters={"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
+        parameters=_HUNYUAN_PARAMETERS,
+        decodes_singly=True,
+    ),
+    "skyreels_i2v": _SkyReelsI2V(
+        kind="skyreels_i2v",
+        name="SkyReels-V1-I2V",
+        pipeline="HunyuanSkyreelsImageToVideoPipeline",
+        folders=_TWO_ENCODERS,
+        configs=published.SKYREELS_V1_I2V,
+        sequence_encoder=("text_encoder", "hidden_size"),
+        lora_targets=_HUNYUAN_LORA_TARGETS,
+        activations=_HUNYUAN_ACTIVATIONS,
+        decode=9.4,
+        parameters=_HUNYUAN_PARAMETERS,
+        reads_images=True,
+        decodes_singly=True,
     ),
 }
 
@@ -234,6 +275,17 @@ def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelF
         ConfigError: no such folder, another kind of checkpoint, or a missing component; says what was expected and found.
     """
     return FAMILIES[config.model.kind].facts(Path(config.model.path), published_if_missing=published_if_missing)
+
+
+def prompts_of(config: Config, path: str | Path) -> list[Prompt]:
+    """The prompts of a file, with their images where the model starts from one; raises what ``read_prompts`` does."""
+    return read_prompts(path, images=FAMILIES[config.model.kind].reads_images)
+
+
+def configured_prompts(config: Config) -> list[Prompt]:
+    """The training prompts, and those kept out."""
+    paths = (config.prompts.path, config.prompts.eval_path)
+    return [prompt for path in paths if path is not None for prompt in prompts_of(config, path)]
 
 
 def lora_settings(config: Config) -> LoRAConfig:

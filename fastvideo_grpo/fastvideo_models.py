@@ -31,7 +31,10 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
     from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
     from fastvideo.models.registry import ModelRegistry
 
-    dit_config = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig}[kind]().dit_config
+    from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
+
+    pipelines = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig, "skyreels_i2v": SkyReelsI2VConfig}
+    dit_config = pipelines[kind]().dit_config
     settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
     dit_config.update_model_arch(settings)
     cls, _ = ModelRegistry.resolve_model_cls(transformer_config["_class_name"])

@@ -199,11 +199,12 @@ def _unit(config: Config, facts: ModelFacts) -> float:
 
 def _forward_bytes(config: Config, facts: ModelFacts) -> float:
     kept = FAMILIES[config.model.kind].activations[config.model.precision]
-    return kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
+    at_once = 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
+    return at_once * kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
 
 
 def _kept_bytes(config: Config, facts: ModelFacts) -> float:
-    """What a forward of a micro-batch keeps for its backward pass."""
+    """What a forward of a micro-batch keeps for its backward pass; with classifier-free guidance there are two."""
     kept = FAMILIES[config.model.kind].activations[config.model.precision]
     image, text = _tokens(config, facts)
     doubles, singles = int(facts.transformer["num_layers"]), int(facts.transformer["num_single_layers"])
@@ -215,7 +216,7 @@ def _kept_bytes(config: Config, facts: ModelFacts) -> float:
 
     per_token = blocks(doubles, kept.double) + blocks(singles, kept.single)
     units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text
-    return units * _unit(config, facts)
+    return (2 if config.sample.cfg_scale > 1 else 1) * units * _unit(config, facts)
 
 
 def _update_bytes(config: Config, facts: ModelFacts) -> float:
@@ -223,7 +224,8 @@ def _update_bytes(config: Config, facts: ModelFacts) -> float:
     else the gradients on their way (about a third of that)."""
     kept = FAMILIES[config.model.kind].activations[config.model.precision]
     share = 1.0 if config.engine.activation_checkpointing != "none" else 0.3
-    working = share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
+    at_once = 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
+    working = at_once * share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
     return _kept_bytes(config, facts) + working
 
 
@@ -232,7 +234,7 @@ def _decode_bytes(config: Config, facts: ModelFacts) -> float:
     height, width = (min(side, _TILE) if tile else side for side in (sample.height, sample.width))
     frames = min(sample.frames, _TILE_FRAMES) if tile else sample.frames
     channels = int(facts.vae["block_out_channels"][0])
-    at_once = 1 if sample.frames > 1 or config.model.kind == "hunyuan_video" else config.engine.micro_batch_size
+    at_once = 1 if FAMILIES[config.model.kind].decodes_singly else config.engine.micro_batch_size
     held = FAMILIES[config.model.kind].decode * height * width * frames * channels * BYTES[config.model.vae_precision]
     return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
 

@@ -11,13 +11,12 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings
+from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
-from fastvideo_grpo.prompts.files import read_prompts
 from fastvideo_grpo.rewards.placement import check_here
 from fastvideo_grpo.rewards.reward_set import check_entry
 
@@ -56,7 +55,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         for key, prompts in (("path", config.prompts.path), ("eval_path", config.prompts.eval_path)):
             try:
                 if prompts is not None:
-                    read_prompts(prompts)
+                    prompts_of(config, prompts)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(f"prompts.{key}: {error}")
     if here:
@@ -104,8 +103,28 @@ def check_folder(config: Config) -> None:
         except CheckpointError:
             return  # damaged: resuming will name it and take the one before
         check_resumable(
-            state, config, read_prompts(config.prompts.path), encoder_identity(Path(config.model.path), ["transformer"], {})
+            state,
+            config,
+            prompts_of(config, config.prompts.path),
+            encoder_identity(Path(config.model.path), ["transformer"], {}),
         )
+
+
+def check_images(config: Config, world: World) -> None:
+    """Read every image that the prompts name once; see :func:`fastvideo_grpo.prompts.images.check_images`."""
+    from fastvideo_grpo.prompts.images import check_images
+    from fastvideo_grpo.tracking.console import Console
+
+    if FAMILIES[config.model.kind].reads_images:
+        show = Console(quiet=world.rank != 0).progress("checking images")
+        check_images(configured_prompts(config), config.sample.height, config.sample.width, world, show)
+
+
+def warn(config: Config) -> None:
+    """Log what can run but is seldom meant."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in cautions(config):
+            logger.warning("%s", line)
 
 
 def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
@@ -152,12 +171,15 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     latent = family.latent_shape(facts, sample)
     tokens = family.image_tokens(facts, sample)
     per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
-    prompts = read_prompts(config.prompts.path)
+    prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout(0))
     updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
     bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
     embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
+    if family.reads_images:
+        embedding += latent[0] * latent[-2] * latent[-1] * bytes_per
+    passes = 2 if sample.cfg_scale > 1 else 1
     gpus = torch.cuda.device_count()
     lines = [
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
@@ -168,7 +190,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
         f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
-        f"(noise level {sample.noise_level}, shift {sample.shift})",
+        f"(noise level {sample.noise_level}, shift {sample.shift})"
+        + (f", guidance {sample.cfg_scale:g} in {'one pass' if config.model.cfg_batched else 'two passes'}" * (passes - 1)),
         f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
         f"{len(prompts) / grpo.prompts_per_iteration:.1f} iterations"
         + (
@@ -183,13 +206,15 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"iteration    {grpo.prompts_per_iteration} prompts x {grpo.group_size} samples = {samples} samples "
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
-        f"{rollouts * sample.steps} forwards a process",
+        f"{rollouts * sample.steps * passes} forwards a process",
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
-        + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample} forwards and backwards a process",
+        + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample * passes} forwards and backwards "
+        "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
+    lines += [f"note         {line}" for line in cautions(config)]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

@@ -62,6 +62,12 @@ HUNYUAN_VIDEO: dict[str, dict[str, Any]] = {
 }
 """hunyuanvideo-community/HunyuanVideo: the keys this project reads."""
 
+SKYREELS_V1_I2V: dict[str, dict[str, Any]] = {
+    **HUNYUAN_VIDEO,
+    "transformer": {**HUNYUAN_VIDEO["transformer"], "in_channels": 32},
+}
+"""Skywork/SkyReels-V1-Hunyuan-I2V (a transformer) with HunyuanVideo's other parts: the keys this project reads."""
+
 QWEN2_VL_2B: dict[str, Any] = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,18 @@ def test_ddim_agrees_with_diffusers(eta, set_alpha_to_one):
         step = transition.step(epsilon, sample, ours.at(index), ours.at(index + 1), noise=noise)
         torch.testing.assert_close(step.next_sample, expected, rtol=1e-5, atol=1e-5)
         sample = expected
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.5, 3.0, 5.0, 7.0, 17.0])
+@pytest.mark.parametrize("steps", [4, 16, 25, 50])
+def test_flow_schedule_is_diffusers_to_the_bit(steps, shift):
+    """A timestep that is off in its last digit costs a network five times what its own rounding does."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+    ours = schedules.flow(steps, shift)
+    assert torch.equal(ours.sigma, theirs.sigmas) and torch.equal(ours.timestep[:-1], theirs.timesteps)
 
 
 def test_flow_schedule_with_exp_mu_is_diffusers_dynamic_shift():

@@ -9,6 +9,7 @@ from typing import Any
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.prompts.images import image_digest
 
 
 def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Prompt], transformer: str) -> None:
@@ -40,5 +41,13 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Changes when a prompt, its id or the order of the file does."""
-    return hashlib.sha256("\x1e".join(f"{p.id}\x1f{p.text}" for p in prompts).encode()).hexdigest()
+    """Changes when a prompt, its id, negative prompt or image, or the order of the file does."""
+    lines = []
+    for prompt in prompts:
+        parts = [prompt.id, prompt.text]
+        if prompt.image is not None:
+            parts += ["image", image_digest(prompt.image)]
+        if prompt.negative_prompt is not None:
+            parts += ["negative prompt", prompt.negative_prompt]
+        lines.append("\x1f".join(parts))
+    return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()

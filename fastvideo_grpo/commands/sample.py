@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, score, save."""
     from fastvideo_grpo.checkpoints.run_folder import open_run
-    from fastvideo_grpo.prompts.files import Prompt, read_prompts, text_id
+    from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.prompts.files import Prompt, text_id
+    from fastvideo_grpo.prompts.images import check_images
 
     checkpoint: RunCheckpoint | None = None
     if Path(arguments.source).is_dir():
@@ -66,8 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
     prompts = [Prompt(text_id(text), text) for text in arguments.prompt]
+    starts_from_images = families.FAMILIES[config.model.kind].reads_images
+    if prompts and starts_from_images:
+        raise UserError(
+            f"--prompt is a text, and {config.model.kind} starts from an image: write both into a .jsonl file, a line "
+            '{"prompt": ..., "image": ...}, and give it with --prompts'
+        )
     if arguments.prompts or not prompts:
-        prompts += read_prompts(arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        prompts += families.prompts_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+    if starts_from_images:
+        check_images(prompts, config.sample.height, config.sample.width, World())
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
     config.engine.kind, config.engine.offload, config.engine.sequence_parallel = "local", "none", 1
     config.engine.deepspeed_json = None

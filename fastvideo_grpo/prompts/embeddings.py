@@ -24,6 +24,7 @@ from fastvideo_grpo.checkpoints.store import write_atomic
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.prompts.images import image_digest
 
 Conditioning = dict[str, Tensor]
 """What the network is told about a prompt: name -> tensor ``[1, ...]`` (one prompt) or ``[B, ...]`` (a micro-batch)."""
@@ -57,8 +58,9 @@ def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict
 
 
 def _key(prompt: Prompt) -> str:
-    """Id and text: an id whose text was edited must not find the old embedding."""
-    return hashlib.sha256(f"{prompt.id}\x1f{prompt.text}".encode()).hexdigest()[:32]
+    """Id, text and image: an id whose text or image was changed must not find the old embedding."""
+    parts = [prompt.id, prompt.text, *([] if prompt.image is None else [image_digest(prompt.image)])]
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
 
 class EmbeddingCacheError(UserError, OSError):

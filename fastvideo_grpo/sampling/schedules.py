@@ -74,9 +74,11 @@ def flow(steps: int, shift: float) -> Schedule:
         raise ValueError(f"steps must be at least 1; got {steps}")
     if not shift > 0:
         raise ValueError(f"shift must be above 0; got {shift}")
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    # In float32 from here on, as diffusers' FlowMatchEulerDiscreteScheduler: its levels to the bit, since the network reads
+    # the last digit of a timestep, too, and guidance multiplies what it makes of it.
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64).float()
     sigma = shift * t / (1 + (shift - 1) * t)
-    return Schedule((1 - sigma).float(), sigma.float(), (1000 * sigma).float())
+    return Schedule(1 - sigma, sigma, 1000 * sigma)
 
 
 def ddim(

@@ -13,6 +13,7 @@ HELP = "write a tiny checkpoint in the published form: random (seconds) or pretr
 _FOLDERS: dict[str, tuple[str, str | None]] = {
     "flux": ("tiny-flux", "tiny-flux-shapes"),
     "hunyuan_video": ("tiny-hunyuan", "tiny-hunyuan-shapes"),
+    "skyreels_i2v": ("tiny-skyreels-i2v", None),
     "clip": ("tiny-clip", None),
     "videoalign": ("tiny-videoalign", None),
 }
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan (with -shapes behind it with --pretrain), "
-        "runs/tiny-clip or runs/tiny-videoalign",
+        "runs/tiny-skyreels-i2v, runs/tiny-clip or runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
@@ -82,6 +83,10 @@ def _write(model: str, folder: Path, layout: Any, *, pretrain: bool, seed: int, 
         from fastvideo_grpo.tiny.flux import write_flux
 
         write_flux(folder, seed=seed, overwrite=overwrite)
+    elif model == "skyreels_i2v":
+        from fastvideo_grpo.tiny.skyreels_i2v import write_skyreels_i2v
+
+        write_skyreels_i2v(folder, seed=seed, overwrite=overwrite)
     elif model == "clip":
         from fastvideo_grpo.tiny.clip import write_clip
 

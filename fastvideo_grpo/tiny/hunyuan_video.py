@@ -181,11 +181,15 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
 
 
 def build(preset: str) -> dict[str, nn.Module]:
-    """The four modules of a preset with the libraries' own initial weights, float32, in evaluation mode."""
+    """The four modules of a preset; see `build_from`."""
+    return build_from(configs(preset))
+
+
+def build_from(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
+    """The four modules of `configs` with the libraries' own initial weights, float32, in evaluation mode."""
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-    config = configs(preset)
     modules = {
         "transformer": HunyuanVideoTransformer3DModel.from_config(config["transformer"]),
         "vae": AutoencoderKLHunyuanVideo.from_config(config["vae"]),
@@ -226,13 +230,24 @@ def write(
     The folder appears when it is complete. Raises what `write_hunyuan_video` raises.
     """
     prepare(folder, overwrite=overwrite)
-    config = configs(preset)
+    return write_modules(folder, MODEL_INDEX, configs(preset), modules, dtype=dtype)
+
+
+def write_modules(
+    folder: str | Path,
+    model_index: dict[str, Any],
+    config: dict[str, dict[str, Any]],
+    modules: dict[str, nn.Module],
+    *,
+    dtype: torch.dtype,
+) -> Path:
+    """Write `modules` (as `build_from` makes them of `config`) as a complete checkpoint, in place of what is there."""
     states = {name: module.state_dict() for name, module in modules.items()}
     states["text_encoder_2"] = clip_keys(states["text_encoder_2"])
     shards = {"transformer": 3, "text_encoder": 2}
     return checkpoint_files.write(
         folder,
-        MODEL_INDEX,
+        model_index,
         SCHEDULER,
         dtype=dtype,
         tokenizers=tokenizers(),

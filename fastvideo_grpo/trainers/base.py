@@ -30,13 +30,13 @@ from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
-from fastvideo_grpo.families import lora_settings
+from fastvideo_grpo.families import FAMILIES, lora_settings, prompts_of
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import Advantages, group_advantages
 from fastvideo_grpo.grpo.selection import Row, best_of, regroup
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
-from fastvideo_grpo.prompts.files import Prompt, read_prompts
+from fastvideo_grpo.prompts.files import Prompt, text_id
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
@@ -119,8 +119,8 @@ class GRPOTrainer:
         """Shape of one sample's initial noise."""
         raise NotImplementedError
 
-    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
-        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled. Calls ``self.network``."""
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """One pass of ``self.network`` at ``sample`` ``[B, ...]``, with gradients when they are enabled."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
@@ -153,9 +153,14 @@ class GRPOTrainer:
     def release_text_encoders(self) -> None:
         """Let the text encoders leave memory: every embedding that will be asked for is cached."""
 
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around every forward and backward of the network."""
+    def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
+        """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
         return nullcontext()
+
+    def join(self, first: Conditioning, second: Conditioning) -> Conditioning:
+        """Two micro-batches' conditioning as one of both, ``[2 B, ...]`` (``model.cfg_batched``); a model whose texts differ in
+        length overrides it."""
+        return {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
 
     def make_schedule(self) -> Schedule:
         """The sampling schedule; a model of another paradigm overrides it."""
@@ -221,8 +226,8 @@ class GRPOTrainer:
         self.folder = Path(config.run.dir)
         self.console = Console(quiet=world.rank != 0)
         self.setup_rewards()
-        self.prompts = read_prompts(config.prompts.path)
-        self.eval_prompts = read_prompts(config.prompts.eval_path) if config.prompts.eval_path else []
+        self.prompts = prompts_of(config, config.prompts.path)
+        self.eval_prompts = prompts_of(config, config.prompts.eval_path) if config.prompts.eval_path else []
         self.order = PromptOrder(len(self.prompts), config.prompts.seed)
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
@@ -270,6 +275,7 @@ class GRPOTrainer:
         if self.config.prompts.embeddings == "none":
             return
         self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
+        prompts = to_encode(prompts, self.config)
         if self._cache.missing(prompts):  # else they were not even loaded
             with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
                 self._cache.fill(prompts, self.encode, self.console.say, self.console.progress("encoding prompts"))
@@ -324,6 +330,25 @@ class GRPOTrainer:
         """A frozen copy of the starting weights, before the engine takes the network."""
         return copy.deepcopy(self.transformer).requires_grad_(False)
 
+    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included.
+
+        With classifier-free guidance of scale w (``sample.cfg_scale``) it is u + w (c - u), where c is the output for the
+        prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
+        2022, arXiv:2207.12598; SPEC section 2).
+        """
+        positive, negative = split_guidance(conditioning)
+        if negative is None:
+            return self.network_output(sample, level, positive)
+        if self.config.model.cfg_batched:
+            twice = Level(*(torch.cat([part, part]) for part in (level.alpha, level.sigma, level.timestep)))
+            output = self.network_output(torch.cat([sample, sample]), twice, self.join(negative, positive))
+            unconditional, conditional = output.float().chunk(2)
+        else:
+            unconditional = self.network_output(sample, level, negative).float()
+            conditional = self.network_output(sample, level, positive).float()
+        return unconditional + self.config.sample.cfg_scale * (conditional - unconditional)
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put trained weights (names without wrappers) into the network, before there is an engine.
 
@@ -340,18 +365,26 @@ class GRPOTrainer:
         self.transformer.load_state_dict(weights, strict=False)
 
     def conditioning(self, prompt: Prompt, count: int) -> Conditioning:
-        """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous."""
-        if self._cache is not None:
-            one = self._cache.get(prompt)
-        elif prompt.id in self._conditioning:
-            one = self._conditioning[prompt.id]
-        else:
-            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
-                (one,) = self.encode([prompt])
-            # Kept for the update of the same iteration.
-            self._conditioning[prompt.id] = one
+        """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous.
+
+        With classifier-free guidance that of its negative prompt, too, under names that begin with ``NEGATIVE``.
+        """
+        one = dict(self._encoded(prompt))
+        if self.config.sample.cfg_scale > 1:
+            negative = self._encoded(negative_of(prompt, self.config))
+            one.update({f"{NEGATIVE}{name}": tensor for name, tensor in negative.items()})
         # An expanded view (stride 0) takes other kernels than a real batch: log-probs would differ in bf16.
         return {name: t.to(self.world.device).repeat_interleave(count, dim=0).contiguous() for name, t in one.items()}
+
+    def _encoded(self, prompt: Prompt) -> Conditioning:
+        """A prompt's conditioning, tensors ``[1, ...]``: from the cache, or from the encoders."""
+        if self._cache is not None:
+            return self._cache.get(prompt)
+        if prompt.id not in self._conditioning:
+            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
+                # Kept for the update of the same iteration.
+                (self._conditioning[prompt.id],) = self.encode([prompt])
+        return self._conditioning[prompt.id]
 
     def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
         """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
@@ -609,7 +642,7 @@ class GRPOTrainer:
                 conditioning = self.conditioning(rollout.prompts[group], len(members))
                 replay = TrajectoryReplay(self, latents, when, conditioning)
                 for i in range(per_sample):
-                    with clock.phase("update"), self.forward_context():
+                    with clock.phase("update"), self.forward_context(conditioning):
                         loss, info = self.objective.loss(replay, samples, i)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
                         loss = (loss * samples.weights).sum() / pairs / self.world.sequence_parallel
@@ -716,14 +749,47 @@ class GRPOTrainer:
             self._saved = iteration
 
 
+NEGATIVE = "negative/"
+"""How the names of a negative prompt's tensors begin in a micro-batch's conditioning."""
+
+
+def split_guidance(conditioning: Conditioning) -> tuple[Conditioning, Conditioning | None]:
+    """What the two passes of classifier-free guidance are given: for the prompt, and for the negative prompt, which differs in
+    what a negative prompt has (the text, not a reference image); None without guidance."""
+    positive = {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
+    negative = {n.removeprefix(NEGATIVE): tensor for n, tensor in conditioning.items() if n.startswith(NEGATIVE)}
+    return positive, {**positive, **negative} if negative else None
+
+
+def negative_of(prompt: Prompt, config: Config) -> Prompt:
+    """The negative prompt, as a prompt of its own (most prompts share one): the file's, or ``sample.negative_prompt``."""
+    text = config.sample.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+    return Prompt(text_id(f"{NEGATIVE}{text}"), text)
+
+
+def to_encode(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """The prompts whose embeddings a run needs: these, and with classifier-free guidance their negative prompts."""
+    if config.sample.cfg_scale <= 1:
+        return list(prompts)
+    return [*prompts, *dict.fromkeys(negative_of(prompt, config) for prompt in prompts)]
+
+
 def embedding_cache(config: Config, checkpoint: Path, model: type[GRPOTrainer], world: World) -> EmbeddingCache:
     """The configured cache, for the text encoders of this checkpoint."""
-    settings = {
+    settings: dict[str, Any] = {
         "text_length": config.prompts.text_length,
         "dtype": config.prompts.embedding_dtype,
         "precision": config.model.precision,
     }
-    identity = encoder_identity(checkpoint, [*model.text_encoders, *model.tokenizers], settings)
+    components = [*model.text_encoders, *model.tokenizers]
+    if FAMILIES[config.model.kind].reads_images:
+        components.append("vae")
+        settings |= {
+            "size": [config.sample.height, config.sample.width],
+            "vae_precision": config.model.vae_precision,
+            "vae_tiling": config.sample.vae_tiling,
+        }
+    identity = encoder_identity(checkpoint, components, settings)
     return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)
 
 

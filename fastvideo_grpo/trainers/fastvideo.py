@@ -51,8 +51,8 @@ def is_partitioned(config: Config) -> bool:
 class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     """First base of a trainer whose second base is a FastVideo pipeline: ``class X(FastVideoGRPOTrainer, XPipeline)``.
 
-    A subclass gives ``pipeline_config``, ``text_encoders`` and ``tokenizers`` (component names), ``conditioning_of``,
-    ``forward_batch`` and what :class:`GRPOTrainer` asks of every model.
+    A subclass gives ``pipeline_config``, ``text_encoders`` and ``tokenizers`` (component names), ``forward_batch`` and what
+    :class:`GRPOTrainer` asks of every model.
     """
 
     text_encoders: ClassVar[tuple[str, ...]]
@@ -163,10 +163,6 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         """FastVideo's configuration of this model with our precisions and sizes."""
         raise NotImplementedError
 
-    def conditioning_of(self, batch: ForwardBatch) -> Conditioning:
-        """The network's conditioning ``[B, ...]``, from a batch that went through FastVideo's conditioning stages."""
-        raise NotImplementedError
-
     def forward_batch(self, conditioning: Conditioning, initial: Tensor) -> ForwardBatch:
         """A batch of given embeddings (each ``[B, ...]``) and initial noise, ready for FastVideo's stages."""
         raise NotImplementedError
@@ -218,16 +214,16 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.
         return set_forward_context(current_timestep=0, attn_metadata=None)
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """One pass through all of FastVideo's stages, ours in the middle; see :meth:`GRPOTrainer.generate`."""
         batch = self.forward_batch(conditioning, initial)
-        request = RolloutRequest(walk, decode=self.world.leads)
+        request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
-        with self.forward_context():
+        with self.forward_context(conditioning):
             batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
         return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)

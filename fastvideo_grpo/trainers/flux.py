@@ -106,13 +106,7 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
             seed=0,  # the stages draw nothing: the noise is given
         )
 
-    def conditioning_of(self, batch: ForwardBatch) -> Conditioning:
-        return {
-            "pooled_projections": batch.extra["flux_pooled_projections"],
-            "encoder_hidden_states": batch.extra["flux_encoder_hidden_states"],
-        }
-
-    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The velocity at packed ``sample`` ``[B, tokens, channels]``."""
         dtype, device = self.dtype, sample.device
         text = conditioning["encoder_hidden_states"].to(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +13,13 @@ from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.schedules import Level
+from fastvideo_grpo.trainers.base import split_guidance
 from fastvideo_grpo.trainers.fastvideo import FastVideoGRPOTrainer  # first: it checks FastVideo's patches
 
+from fastvideo.attention.backends.sdpa import SDPAMetadata  # isort: skip
 from fastvideo.configs.pipelines.hunyuan import HunyuanConfig, prompt_template_video  # isort: skip
 from fastvideo.fastvideo_args import FastVideoArgs  # isort: skip
+from fastvideo.forward_context import set_forward_context  # isort: skip
 from fastvideo.pipelines.basic.hunyuan.hunyuan_pipeline import HunyuanVideoPipeline  # isort: skip
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # isort: skip
 from fastvideo.pipelines.stages import DecodingStage  # isort: skip
@@ -30,18 +34,19 @@ class SamplewiseDecodingStage(DecodingStage):
 
 
 class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
-    """GRPO on HunyuanVideo: latents ``[B, 16, (frames - 1) / 4 + 1, height / 8, width / 8]``, embedded guidance, no CFG.
+    """GRPO on HunyuanVideo: latents ``[B, 16, (frames - 1) / 4 + 1, height / 8, width / 8]``, embedded guidance.
 
     (The compression and the channels are read from the checkpoint.)
     """
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    pipeline_config_class: ClassVar[type[HunyuanConfig]] = HunyuanConfig
 
     @classmethod
     def pipeline_config(cls, config: Config) -> HunyuanConfig:
         """FastVideo's configuration; CLIP always runs in float32, Llama in the model's precision."""
-        pipeline = HunyuanConfig()
+        pipeline = cls.pipeline_config_class()
         pipeline.dit_precision = config.model.precision
         pipeline.vae_precision = config.model.vae_precision
         pipeline.text_encoder_precisions = (config.model.precision, "fp32")
@@ -105,6 +110,29 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
             encoded.append({"encoder_hidden_states": sequence, "pooled_projections": pooled})
         return encoded
 
+    def join(self, first: Conditioning, second: Conditioning) -> Conditioning:
+        """The shorter text is filled up with zeros, which :meth:`forward_context` hides."""
+        lengths = [part["encoder_hidden_states"].shape[1] for part in (first, second)]
+        joined = []
+        for part, length in zip((first, second), lengths, strict=True):
+            filled = torch.nn.functional.pad(part["encoder_hidden_states"], (0, 0, 0, max(lengths) - length))
+            joined.append({**part, "encoder_hidden_states": filled})
+        return super().join(*joined)
+
+    def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
+        """With both texts of classifier-free guidance in one pass, the mask ``[2 B, tokens]`` of what :meth:`join` filled up.
+
+        (It holds for the backward pass, too, in which checkpointed blocks run again.)
+        """
+        mask = None
+        if conditioning is not None and self.config.model.cfg_batched:
+            positive, negative = split_guidance(conditioning)
+            if negative is not None:
+                texts = [negative["encoder_hidden_states"], positive["encoder_hidden_states"]]
+                mask = _text_mask(texts)
+        metadata = None if mask is None else SDPAMetadata(current_timestep=0, attn_mask=mask)  # FlashAttention reads it, too
+        return set_forward_context(current_timestep=0, attn_metadata=metadata)
+
     def latent_shape(self) -> tuple[int, ...]:
         """``(channels, latent frames, latent height, latent width)``."""
         vae, transformer, sample = self.get_module("vae"), self.get_module("transformer"), self.config.sample
@@ -130,10 +158,7 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
             seed=0,  # the stages draw nothing: the noise is given
         )
 
-    def conditioning_of(self, batch: ForwardBatch) -> Conditioning:
-        return {"encoder_hidden_states": batch.prompt_embeds[0], "pooled_projections": batch.prompt_embeds[1]}
-
-    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The velocity at ``sample`` ``[B, C, F, H, W]``; the network counts time and guidance in thousandths."""
         device = sample.device
         guidance = None
@@ -154,3 +179,12 @@ class HunyuanVideoGRPOTrainer(FastVideoGRPOTrainer, HunyuanVideoPipeline):
             decoded = torch.cat([vae.decode((one[None] / vae.scaling_factor).to(dtype)) for one in latents])
             pixels = (decoded.float() / 2 + 0.5).clamp(0, 1)
         return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+
+
+def _text_mask(texts: list[Tensor]) -> Tensor | None:
+    """Which tokens of texts ``[B, tokens, width]``, filled up to the longest and stacked, are theirs; None: all of them."""
+    lengths = torch.cat([torch.full((len(text),), text.shape[1], device=text.device) for text in texts])
+    longest = max(text.shape[1] for text in texts)
+    if all(text.shape[1] == longest for text in texts):
+        return None
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.prompts.files import read_prompts
-from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache
+from fastvideo_grpo.families import configured_prompts
+from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache, to_encode
 
 TRAINERS = {
     "flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer"),
     "hunyuan_video": ("fastvideo_grpo.trainers.hunyuan_video", "HunyuanVideoGRPOTrainer"),
+    "skyreels_i2v": ("fastvideo_grpo.trainers.skyreels_i2v", "SkyReelsI2VGRPOTrainer"),
 }
 
 
@@ -27,7 +28,6 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
     cls = trainer_class(config.model.kind)
     with_text_encoders = True
     if config.prompts.embeddings != "none":
-        paths = [config.prompts.path, *([config.prompts.eval_path] if config.prompts.eval_path else [])]
-        prompts = [prompt for path in paths for prompt in read_prompts(path)]
-        with_text_encoders = bool(embedding_cache(config, Path(config.model.path), cls, world).missing(prompts))
+        cache = embedding_cache(config, Path(config.model.path), cls, world)
+        with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
     return cls(config, world, with_text_encoders=with_text_encoders)  # type: ignore[call-arg]

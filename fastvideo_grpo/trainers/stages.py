@@ -21,11 +21,12 @@ from fastvideo_grpo.sampling.schedules import Level
 class RolloutRequest:
     """What travels through the pipeline in ``batch.extra["rollout"]``: how to sample, and afterwards what was done.
 
-    ``decode``: make media. The stages set ``finite`` (``[B]``, whether the final latents are) and, when the walk records,
-    ``trajectory``.
+    ``conditioning``: the network's, ``[B, ...]``. ``decode``: make media. The stages set ``finite`` (``[B]``, whether the final
+    latents are) and, when the walk records, ``trajectory``.
     """
 
     walk: Walk
+    conditioning: Conditioning
     decode: bool
     finite: Tensor | None = None
     trajectory: Trajectory | None = None
@@ -33,8 +34,6 @@ class RolloutRequest:
 
 class Policy(Protocol):
     """What the stages need of the trainer they belong to."""
-
-    def conditioning_of(self, batch: ForwardBatch) -> Conditioning: ...
 
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor: ...
 
@@ -51,10 +50,9 @@ class RolloutStage(PipelineStage):
     def forward(self, batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
         """Replace ``batch.latents`` (initial noise) by final latents; fills in the request's trajectory."""
         request: RolloutRequest = batch.extra["rollout"]
-        conditioning = self.policy.conditioning_of(batch)
         assert batch.latents is not None
         batch.latents, request.trajectory = rollout(
-            lambda sample, level: self.policy.predict(sample, level, conditioning),
+            lambda sample, level: self.policy.predict(sample, level, request.conditioning),
             batch.latents,
             request.walk,
         )

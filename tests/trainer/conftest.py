@@ -28,6 +28,14 @@ def tiny_hunyuan_video(tmp_path_factory) -> Path:
     return write_hunyuan_video(tmp_path_factory.mktemp("checkpoints") / "tiny-hunyuan-video")
 
 
+@pytest.fixture(scope="session")
+def tiny_skyreels_i2v(tmp_path_factory) -> Path:
+    """A random SkyReels-V1-I2V in the published on-disk form."""
+    from fastvideo_grpo.tiny.skyreels_i2v import write_skyreels_i2v
+
+    return write_skyreels_i2v(tmp_path_factory.mktemp("checkpoints") / "tiny-skyreels-i2v")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Thread counts change sums; the forked runs use one thread too."""

@@ -29,7 +29,7 @@ from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (regist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastvideo_grpo.trainers.flux", "fastvideo_grpo.trainers.hunyuan_video", "deepspeed", "tests.trainer.exact_rewards"]
+    ["fastvideo_grpo.trainers.flux", "fastvideo_grpo.trainers.skyreels_i2v", "deepspeed", "tests.trainer.exact_rewards"]
 )
 TIMEOUT = 300  # seconds a run may take
 
@@ -45,6 +45,16 @@ HUNYUAN_T2V: dict[str, Any] = {
 }
 HUNYUAN_T2I: dict[str, Any] = {**HUNYUAN_T2V, "sample__frames": 1}
 
+# Of the random tiny SkyReels-I2V, with guidance; its prompts name images (see `settings`).
+SKYREELS_I2V: dict[str, Any] = {
+    **HUNYUAN_T2V,
+    "model__kind": "skyreels_i2v",
+    "sample__guidance_scale": 1.0,
+    "sample__shift": 7.0,
+    "sample__cfg_scale": 5.0,
+    "grpo__updates_per_iteration": 1,
+}
+
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a cyan circle", "a yellow square"]
 
 
@@ -53,6 +63,8 @@ def settings(folder: Path, checkpoint: Path, **overrides: Any) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
+    if overrides.get("model__kind") == "skyreels_i2v":
+        prompts = _with_images(folder)
     values: dict[str, Any] = {
         "model.path": checkpoint,
         "model.precision": "fp32",
@@ -76,6 +88,19 @@ def settings(folder: Path, checkpoint: Path, **overrides: Any) -> list[str]:
     }
     values.update({key.replace("__", "."): value for key, value in overrides.items()})
     return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def _with_images(folder: Path) -> Path:
+    """A prompt file whose prompts name images of 48x48 pixels, one of them with a negative prompt of its own."""
+    lines = []
+    for number, prompt in enumerate(PROMPTS):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append({"prompt": prompt, "image": f"{number}.png"})
+    lines[1]["negative_prompt"] = "a photograph of a cat, and a dog"
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
 
 
 @dataclass
@@ -159,7 +184,9 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     config = configuration.load(empty, overrides)
     plan.check_run(config, families.model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
     prepare_process(config)
-    trainer = load_trainer(config, World.current(sequence_parallel=config.engine.sequence_parallel))
+    world = World.current(sequence_parallel=config.engine.sequence_parallel)
+    plan.check_images(config, world)
+    trainer = load_trainer(config, world)
     trainer.setup_training()
     if record:
         _record(trainer)

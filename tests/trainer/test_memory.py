@@ -22,7 +22,7 @@ def _kept_for_backward(trainer, conditioning, sample, level):
             kept[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor too: or another may get its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.forward_context():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.forward_context(conditioning):
         trainer.predict(sample, level, conditioning)
     return sum(size for size, _ in kept.values())
 

@@ -1,0 +1,55 @@
+"""SkyReels-V1-I2V, image to video with classifier-free guidance: what is particular to it beside HunyuanVideo."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastvideo_grpo.prompts.embeddings import Conditioning
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.prompts.images import load_image
+from fastvideo_grpo.sampling.noise import generator
+from fastvideo_grpo.sampling.schedules import Level
+from fastvideo_grpo.trainers.hunyuan_video import HunyuanVideoGRPOTrainer
+
+from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig, register  # isort: skip
+
+register()
+
+
+class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
+    """GRPO on SkyReels-V1-I2V: states ``[B, 16, (frames - 1) / 4 + 1, height / 8, width / 8]``, the noise alone.
+
+    The network reads twice as many channels: the latents of the prompt's image stand beside the noise, in the first latent
+    frame, with zeros behind it. They have no noise and no part in the log-probs.
+    """
+
+    pipeline_config_class: ClassVar[type[SkyReelsI2VConfig]] = SkyReelsI2VConfig
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """HunyuanVideo's two text embeddings, and of a prompt with an image ``image_latents`` ``[1, 16, 1, h, w]``."""
+        encoded = super().encode(prompts)
+        for prompt, conditioning in zip(prompts, encoded, strict=True):
+            if prompt.image is not None:  # a negative prompt has none
+                conditioning["image_latents"] = self.encode_image(prompt)
+        return encoded
+
+    def encode_image(self, prompt: Prompt) -> Tensor:
+        """A draw from the VAE's posterior of the prompt's image, scaled; the same draw whenever the prompt is encoded."""
+        assert prompt.image is not None
+        vae = self.get_module("vae")
+        pixels = load_image(prompt.image, self.config.sample.height, self.config.sample.width)
+        with self.vae_on_device():
+            weights = next(vae.parameters())
+            frame = (pixels.float() / 255 * 2 - 1).permute(2, 0, 1)[None, :, None].to(weights.device, weights.dtype)
+            latents = vae.encode(frame).sample(generator("image", prompt.id))
+        return latents.float() * vae.scaling_factor
+
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """The velocity of the noise channels at ``sample`` ``[B, 16, F, H, W]``."""
+        image = conditioning["image_latents"].to(sample)
+        behind = sample.shape[2] - image.shape[2]
+        image = torch.nn.functional.pad(image, (0, 0, 0, 0, 0, behind))
+        return super().network_output(torch.cat([sample, image], dim=1), level, conditioning)

@@ -1,0 +1,232 @@
+"""SkyReels-I2V on one process: diffusers' own pipeline at noise level 0, guidance trained through both passes, ratio one."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.sampling import noise
+from fastvideo_grpo.trainers.base import NEGATIVE, negative_of, split_guidance
+from tests import tiny_checkpoints
+from tests.trainer import runs
+
+SAMPLES = 2
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(tiny_skyreels_i2v):
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline
+
+    return tiny_checkpoints.load(HunyuanSkyreelsImageToVideoPipeline, tiny_skyreels_i2v)
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    file = tmp_path / "start.png"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()).save(file)
+    return Prompt("parity", "a red circle walks over the grass, and a cat", image=file, negative_prompt="blurry, a dog")
+
+
+def _keys(count):
+    return [noise.SampleKey(0, 0, 0, "parity", member) for member in range(count)]
+
+
+@pytest.mark.parametrize("cfg_scale,batched", [(1.0, False), (5.0, False), (5.0, True)], ids=["plain", "two", "one pass"])
+def test_latents_and_pixels_are_those_of_diffusers(make_trainer, diffusers_pipeline, prompt, cfg_scale, batched):
+    """Promise 2, image latents included; in one pass the texts of different length are filled up and masked."""
+    settings = {**runs.SKYREELS_I2V, "sample__cfg_scale": cfg_scale, "model__cfg_batched": batched}
+    trainer = make_trainer(train=False, **settings)
+    keys = _keys(SAMPLES)
+    initial = noise.initial_noise(keys, trainer.latent_shape(), shared=False)
+
+    def theirs(output_type):
+        clips = []
+        for latents in initial.split(1):  # diffusers draws the image's latents anew for each clip of a batch
+            with torch.no_grad():
+                clips.append(
+                    diffusers_pipeline(
+                        image=Image.open(prompt.image),
+                        prompt=prompt.text,
+                        negative_prompt=prompt.negative_prompt,
+                        true_cfg_scale=cfg_scale,
+                        guidance_scale=1.0,
+                        height=48,
+                        width=48,
+                        num_frames=9,
+                        num_inference_steps=trainer.config.sample.steps,
+                        latents=latents,
+                        generator=noise.generator("image", prompt.id),
+                        output_type=output_type,
+                    ).frames
+                )
+        return torch.cat(clips)
+
+    latents, pixels = theirs("latent"), theirs("pt").permute(0, 1, 3, 4, 2)
+    texts = split_guidance(trainer.conditioning(prompt, 1))
+    if cfg_scale > 1:
+        assert texts[0]["encoder_hidden_states"].shape[1] != texts[1]["encoder_hidden_states"].shape[1]
+    else:
+        assert texts[1] is None
+    caught = []
+    stage = trainer.denoising_stage.forward
+    trainer.denoising_stage.forward = lambda batch, args: caught.append(stage(batch, args).latents) or batch
+    for micro_batch in (1, 2):
+        caught.clear()
+        media = torch.cat(
+            [trainer.draw(prompt, keys[i : i + micro_batch], deterministic=True).media for i in range(0, SAMPLES, micro_batch)]
+        )
+        torch.testing.assert_close(torch.cat(caught), latents, rtol=1e-5, atol=1e-5)
+        assert (media.float() - pixels * 255).abs().max() <= 0.5 + 1e-2
+    assert pixels.std() > 0.01
+
+
+def test_the_image_is_drawn_from_its_posterior_the_same_way_each_time(make_trainer, prompt):
+    trainer = make_trainer(train=False, **runs.SKYREELS_I2V)
+    first, again = (trainer.encode([prompt])[0]["image_latents"] for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (1, 4, 1, 6, 6)
+    other = Prompt("other", prompt.text, image=prompt.image)
+    assert not torch.equal(trainer.encode([other])[0]["image_latents"], first)
+    assert trainer.latent_shape() == (4, 3, 6, 6)  # the noise alone is the state
+
+
+def test_the_image_matters_in_the_first_frame_and_has_no_part_in_the_state(make_trainer, prompt):
+    trainer = make_trainer(train=False, **{**runs.SKYREELS_I2V, "sample__cfg_scale": 1.0})
+    conditioning = trainer.conditioning(prompt, 1)
+    sample = torch.randn(1, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
+    level = trainer.schedule.at(torch.tensor([1]))
+    seen = []
+    trainer.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(), trainer.forward_context(conditioning):
+        output = trainer.predict(sample, level, conditioning)
+        changed = trainer.predict(sample, level, {**conditioning, "image_latents": -conditioning["image_latents"]})
+    assert output.shape == sample.shape and not torch.equal(output, changed)
+    channels = seen[0].split(4, dim=1)
+    assert torch.equal(channels[0], sample) and torch.equal(channels[1][:, :, :1], conditioning["image_latents"])
+    assert not channels[1][:, :, 1:].any()
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["two passes", "one pass"])
+def test_guidance_has_gradients_through_both_passes(make_trainer, prompt, batched):
+    """Against u + w (c - u) written out, each output from a pass of its own: its gradient is (1 - w) du + w dc."""
+    trainer = make_trainer(train=False, **{**runs.SKYREELS_I2V, "model__cfg_batched": batched})
+    network, scale = trainer.transformer, trainer.config.sample.cfg_scale
+    conditioning = trainer.conditioning(prompt, 2)
+    sample = torch.randn(2, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
+    towards = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
+    level = trainer.schedule.at(torch.tensor([0, 2]))
+    positive, negative = split_guidance(conditioning)
+
+    def gradients(output):
+        found = torch.autograd.grad((output * towards).sum(), list(network.parameters()))
+        return [g.double() for g in found]
+
+    with trainer.forward_context(conditioning):
+        output = trainer.predict(sample, level, conditioning)
+        ours = gradients(output)
+    with trainer.forward_context():
+        parts = [trainer.network_output(sample, level, part) for part in (positive, negative)]
+    conditional, unconditional = parts
+    torch.testing.assert_close(output, unconditional + scale * (conditional - unconditional), rtol=1e-5, atol=1e-5)
+    by_hand = [scale * c + (1 - scale) * u for c, u in zip(gradients(conditional), gradients(unconditional), strict=True)]
+    largest = max(g.abs().max() for g in by_hand)
+    for found, expected in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest)
+    only_conditional = [scale * g for g in gradients(trainer_output(trainer, sample, level, positive))]
+    assert max((a - b).abs().max() for a, b in zip(ours, only_conditional, strict=True)) > 0.01 * largest
+
+
+def trainer_output(trainer, sample, level, conditioning):
+    with trainer.forward_context():
+        return trainer.network_output(sample, level, conditioning)
+
+
+def test_a_prompt_without_a_negative_one_takes_the_runs(make_trainer, prompt):
+    trainer = make_trainer(train=False, **runs.SKYREELS_I2V, sample__negative_prompt="a cat")
+    assert negative_of(prompt, trainer.config).text == "blurry, a dog"
+    plain = Prompt("plain", "a red circle", image=prompt.image)
+    assert negative_of(plain, trainer.config).text == "a cat"
+    ours, its = (trainer.conditioning(p, 1)[f"{NEGATIVE}pooled_projections"] for p in (prompt, plain))
+    assert not torch.equal(ours, its)
+    (cat,) = trainer.encode([Prompt("cat", "a cat")])
+    assert torch.equal(its, cat["pooled_projections"]) and "image_latents" not in cat
+
+
+FLAVOURS = {
+    "two passes": {},
+    "one pass": {"model__cfg_batched": True},
+    "one pass, full checkpointing": {"model__cfg_batched": True, "engine__activation_checkpointing": "full"},
+    "no guidance": {"sample__cfg_scale": 1.0},
+    "LoRA, every second block, 1 sample": {
+        "model__lora__rank": 4,
+        "model__lora__alpha": 8.0,
+        "optim__lr": 1e-2,
+        "engine__activation_checkpointing": "every:2",
+        "engine__micro_batch_size": 1,
+    },
+    "two updates, KL, idle offload": {
+        "grpo__updates_per_iteration": 2,
+        "grpo__kl_weight": 0.1,
+        "engine__offload_idle": True,
+        "model__cfg_batched": True,
+    },
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour):
+    """Promise 1, bitwise in float32, with guidance."""
+    settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, **FLAVOURS[flavour]}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    for line in trainer.log.read():
+        assert line["train/ratio_first_update_max_dev"] == 0.0
+        assert line["train/updates"] == trainer.config.grpo.updates_per_iteration and line["train/skipped_updates"] == 0
+        if trainer.config.grpo.updates_per_iteration > 1:
+            assert line["train/ratio_max_dev"] > 0.0
+
+
+def test_checkpointing_and_one_pass_train_the_weights_that_two_passes_do(make_trainer, tmp_path):
+    """Recomputed blocks see the mask, too."""
+    settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "run__iterations": 1}
+    weights = []
+    for name, flavour in {"plain": {}, "other": FLAVOURS["one pass, full checkpointing"]}.items():
+        trainer = make_trainer(**settings, **flavour, run__dir=tmp_path / name)
+        trainer.train()
+        weights.append(dict(trainer.engine.state_dict()))
+    # AdamW's first step is the learning rate (1e-5) for all but gradients that are rounding.
+    different = torch.cat([(weights[0][n] - weights[1][n]).abs().flatten() > 1e-6 for n in weights[0]])
+    assert different.double().mean() < 1e-3
+
+
+def test_cached_embeddings_hold_images_and_negative_prompts(make_trainer, tmp_path):
+    """The same run as without, and the text encoders stay on disk the second time; another image is encoded anew."""
+    settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "prompts__embedding_dtype": "fp32"}
+    plain = make_trainer(run__iterations=1, run__dir=tmp_path / "plain", **settings)
+    plain.train()
+    settings["prompts__embeddings"] = tmp_path / "embeddings"
+    cached = make_trainer(run__iterations=1, **settings)
+    cached.train()
+    assert runs.same_bits(dict(plain.engine.state_dict()), dict(cached.engine.state_dict()))
+    again = make_trainer(run__iterations=2, **settings)
+    assert again.get_module("text_encoder") is None
+    index = next((tmp_path / "embeddings").glob("*/index.json"))
+    assert len(json.loads(index.read_text())["prompts"]) == len(runs.PROMPTS) + 2  # two negative prompts
+    image = again.prompts[0].image
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
+    assert again._cache.missing(again.prompts) == [again.prompts[0]]
+
+
+def test_guidance_is_there_for_other_models(make_trainer):
+    """Off unless asked for; FLUX's texts are of one length and need no mask."""
+    off = make_trainer(train=False)
+    assert off.config.sample.cfg_scale == 1.0 and not [n for n in off.conditioning(Prompt("0", "a cat"), 1) if NEGATIVE in n]
+    for kind in ({}, runs.HUNYUAN_T2V):
+        for batched in (False, True):
+            settings = {"sample__cfg_scale": 3.0, "sample__steps": 3, "model__cfg_batched": batched, "run__iterations": 1}
+            trainer = make_trainer(**{**kind, **settings}, run__dir=f"{off.config.run.dir}-{batched}-{bool(kind)}")
+            trainer.train()
+            assert trainer.log.read()[-1]["train/ratio_first_update_max_dev"] == 0.0
