@@ -290,8 +290,16 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: unknown key, wrong type, value out of range, missing key, impossible combination.
         FileNotFoundError: no such file.
     """
-    merged = OmegaConf.merge(_read_yaml(Path(path)), _parse_overrides(overrides or []))
-    config = _to_dataclasses(merged)
+    return build(_read_yaml(Path(path)), overrides)
+
+
+def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = None) -> Config:
+    """Like :func:`load`, from nested values in place of a file.
+
+    Raises:
+        ConfigError: as :func:`load` does.
+    """
+    config = _to_dataclasses(OmegaConf.merge(values, _parse_overrides(overrides or [])))
     check(config)
     return config
 
