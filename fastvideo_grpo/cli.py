@@ -17,6 +17,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastvideo_grpo.commands.train", "train a model with GRPO, or resume a run"),
     "sample": ("fastvideo_grpo.commands.sample", "draw pictures or clips from a configuration's model, or from a run"),
     "export": ("fastvideo_grpo.commands.export", "write a run's weights as diffusers loads them"),
+    "make-references": ("fastvideo_grpo.commands.make_references", "draw the images that videos start from, before training"),
     "check-reward": ("fastvideo_grpo.commands.check_reward", "score pictures or clips and built-in degradations of them"),
     "serve-reward": ("fastvideo_grpo.commands.serve_reward", "serve a reward over HTTP"),
     "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX or HunyuanVideo, on one CPU core, in minutes"),
@@ -32,7 +33,7 @@ def _overview() -> argparse.ArgumentParser:
         prog="fastvideo-grpo",
         description="GRPO reinforcement learning for image and video generators, on FastVideo.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:12} {help}" for name, (_, help) in SUBCOMMANDS.items())
+        + "\n".join(f"  {name:15} {help}" for name, (_, help) in SUBCOMMANDS.items())
         + "\n\nfastvideo-grpo COMMAND --help says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

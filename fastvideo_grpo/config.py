@@ -307,9 +307,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: unknown key, wrong type, value out of range, missing key, impossible combination.
         FileNotFoundError: no such file.
     """
-    given = OmegaConf.merge(_read_yaml(Path(path)), _parse_overrides(overrides or []))
-    merged = OmegaConf.merge(_MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {}), given)
-    config = _to_dataclasses(merged)
+    return build(_read_yaml(Path(path)), overrides)
+
+
+def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = None) -> Config:
+    """Like :func:`load`, from nested values in place of a file.
+
+    Raises:
+        ConfigError: as :func:`load` does.
+    """
+    given = OmegaConf.merge(values, _parse_overrides(overrides or []))
+    config = _to_dataclasses(OmegaConf.merge(_MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {}), given))
     check(config)
     return config
 

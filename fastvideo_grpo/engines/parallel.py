@@ -7,7 +7,7 @@ identity."""
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastvideo_grpo.errors import UserError
 
 # torch can make a gloo group only once per run on every rank; World.current() may be called from several places.
 _cpu_group: dist.ProcessGroup | None = None
@@ -120,6 +122,19 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
+
+    def on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result of `action` there, None elsewhere; a UserError it raises, every rank raises."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except UserError as failure:
+                error = str(failure)
+        error = self.broadcast_object(error)
+        if error is not None:
+            raise UserError(error)
+        return result
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """The picklable object of rank `source`, on every rank."""

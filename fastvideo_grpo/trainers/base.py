@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +240,7 @@ class GRPOTrainer:
         self.cache_embeddings([*self.prompts, *self.eval_prompts])
         if config.grpo.kl_weight > 0 and config.model.lora is None:
             self._reference = self.make_reference()
-        self._lock = self._on_rank_0(lambda: lock_folder(self.folder))
+        self._lock = self.world.on_rank_0(lambda: lock_folder(self.folder))
         self.engine = make_engine(self)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
@@ -256,19 +256,6 @@ class GRPOTrainer:
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
         mode = config.run.wandb if world.rank == 0 else "disabled"
         self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
-
-    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's result of ``action`` (None elsewhere); what it raises for the user, every rank raises."""
-        result, error = None, None
-        if self.world.rank == 0:
-            try:
-                result = action()
-            except UserError as failure:
-                error = str(failure)
-        error = self.world.broadcast_object(error)
-        if error is not None:
-            raise UserError(error)
-        return result
 
     def cache_embeddings(self, prompts: Sequence[Prompt]) -> None:
         """With an embedding folder: encode what is missing there, and let the text encoders go."""
@@ -385,6 +372,10 @@ class GRPOTrainer:
                 # Kept for the update of the same iteration.
                 (self._conditioning[prompt.id],) = self.encode([prompt])
         return self._conditioning[prompt.id]
+
+    def forget_conditioning(self) -> None:
+        """Let go of what prompts were encoded to (a few megabytes each); what is cached on disk stays there."""
+        self._conditioning.clear()
 
     def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
         """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
@@ -509,7 +500,7 @@ class GRPOTrainer:
         names = self.rewards.names
         shape = (len(groups), self.config.grpo.group_size)
         table = torch.zeros(3, len(names), *shape, dtype=torch.float32)  # score, raw score, valid
-        self._conditioning.clear()
+        self.forget_conditioning()
         jobs = self.dealing.rollout(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))

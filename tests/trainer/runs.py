@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,18 @@ def run(overrides: list[str], *, processes: int = 1, kill: Kill | None = None, r
     ``kill`` is for every process of the run; what each had done until then: :func:`killed`. ``record``: keep what every
     rollout drew; :func:`drawn` reads it.
     """
+    return in_processes(partial(train, overrides, kill, record), _output_file(overrides), processes=processes)
+
+
+def in_processes(action: Callable[[], Any], log: Path, *, processes: int = 1) -> list[int]:
+    """Do ``action`` (it is pickled) in ``processes`` processes as torchrun starts them; their exit codes.
+
+    An exit code is what ``action`` returns, if that is a number, 1 when it raises, -9 when it is killed. What they print is
+    in ``log``.
+    """
     port = _free_port() if processes > 1 else None
-    workers = [
-        CONTEXT.Process(target=_work, args=(overrides, rank, processes, port, kill, record)) for rank in range(processes)
-    ]
-    _output_file(overrides).write_text("")
+    workers = [CONTEXT.Process(target=_work, args=(action, log, rank, processes, port)) for rank in range(processes)]
+    log.write_text("")
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -135,10 +143,8 @@ def run(overrides: list[str], *, processes: int = 1, kill: Kill | None = None, r
     for worker in stuck:
         worker.kill()
         worker.join()
-    assert not stuck, (
-        f"{len(stuck)} of {processes} processes did not finish in {TIMEOUT} s:\n{_output_file(overrides).read_text()}"
-    )
-    print(_output_file(overrides).read_text())  # pytest shows it when the test fails
+    assert not stuck, f"{len(stuck)} of {processes} processes did not finish in {TIMEOUT} s:\n{log.read_text()}"
+    print(log.read_text())  # pytest shows it when the test fails
     return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
 
 
@@ -152,23 +158,24 @@ def _output_file(overrides: list[str]) -> Path:
     return Path(directory).parent / "output.txt"
 
 
-def _work(overrides: list[str], rank: int, processes: int, port: int | None, kill: Kill | None, record: bool) -> None:
+def _work(action: Callable[[], Any], file: Path, rank: int, processes: int, port: int | None) -> None:
     if port is not None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
         os.environ.update({key: str(value) for key, value in address.items()})
     torch.set_num_threads(1)
-    log = os.open(_output_file(overrides), os.O_WRONLY | os.O_APPEND)
+    log = os.open(file, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        train(overrides, kill, record)
+        result = action()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     # Interpreter shutdown after a fork may wait for threads that were not forked.
     sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(result if isinstance(result, int) else 0)
 
 
 def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
