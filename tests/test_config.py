@@ -308,11 +308,17 @@ PROCESSES = {
     "hunyuan_t2v_released_vq_lora": 8,
     "hunyuan_t2v_tiny": 1,
     "hunyuan_t2v_tiny_lora": 1,
+    "skyreels_i2v_paper": 32,
+    "skyreels_i2v_released": 32,
+    "skyreels_i2v_released_8gpu": 8,
+    "skyreels_i2v_tiny": 1,
+    "skyreels_i2v_tiny_lora": 1,
 }
 SIZES = {
     "flux_t2i": ("11.901 B parameters", "latents 16x90x90, 2025 tokens, 512 text tokens"),
     "hunyuan_t2i": ("12.821 B parameters", "latents 16x1x90x90, 2025 tokens, 256 text tokens"),
     "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
+    "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
 }
 
 
@@ -347,6 +353,46 @@ def test_the_video_recipes_train_on_what_their_name_says(name):
     assert (sample.steps, sample.noise_level, sample.shift, sample.fps) == (25 if paper else 16, 0.3 if paper else 0.25, 5, 8)
     assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == ((32, 12, 4) if paper else (32, 24, 2))
     assert grpo.best_of is None if paper else (grpo.best_of.top, grpo.best_of.bottom) == (4, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("skyreels_i2v") and "tiny" not in name])
+def test_the_image_to_video_recipes_train_on_motion_with_guidance(name):
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    reward, paper, sample, grpo = config.rewards.models["videoalign"], "paper" in name, config.sample, config.grpo
+    assert {output: settings.weight for output, settings in reward.outputs.items()} == {"MQ": 1.0, "VQ": 0.0, "TA": 0.0}
+    assert (sample.height, sample.width, sample.frames, sample.fps) == (400, 640, 53, 8)
+    assert (sample.steps, sample.shift, sample.noise_level) == (25 if paper else 16, 7, 0.3)
+    assert (sample.cfg_scale, sample.guidance_scale) == (5.0, 1.0)
+    assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == (32, 12 if paper else 8, 1)
+
+
+def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
+    def load(*overrides):
+        (tmp_path / "c.yaml").write_text(
+            "model: {path: x}\nprompts: {path: p.jsonl}\nrun: {dir: r}\nrewards: {models: {m: {kind: jpeg_size}}}"
+        )
+        config = configuration.load(tmp_path / "c.yaml", list(overrides))
+        return config.sample.cfg_scale, config.sample.guidance_scale, config.grpo.updates_per_iteration
+
+    assert load() == (1.0, 3.5, 4)
+    assert load("model.kind=skyreels_i2v") == (5.0, 1.0, 1)
+    assert load("model.kind=skyreels_i2v", "sample.cfg_scale=3", "grpo.updates_per_iteration=2") == (3.0, 1.0, 2)
+
+
+def test_many_updates_with_guidance_are_cautioned(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["train", "train_scripts/configs/skyreels_i2v_tiny.yaml", "--dry-run"]
+    assert cli.main(command) == 0 and "one update per" not in capsys.readouterr().out
+    assert cli.main([*command, "grpo.updates_per_iteration=2"]) == 0
+    text = capsys.readouterr().out
+    assert "grpo.updates_per_iteration is 2 with sample.cfg_scale=5" in text
+    # 8 micro-batches x 6 steps x 2 passes; 4 of 6 timesteps.
+    assert "= 96 forwards a process" in text and "= 64 forwards and backwards a process" in text
+
+
+def test_a_negative_prompt_without_guidance_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"sample.negative_prompt is 'blur'.*cfg_scale=1.*above 1"):
+        configuration.load(ROOT / "train_scripts/configs/flux_t2i_tiny.yaml", ["sample.negative_prompt=blur"])
 
 
 @pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released"])

@@ -356,3 +356,38 @@ def test_the_dataset_is_seeded_and_uses_every_prompt():
     assert (clips == same).all() and (clips != other).any()
     assert clips.shape == (300, 9, 32, 32, 3) and clips.dtype == np.uint8
     assert set(captions.tolist()) == set(range(len(moving_shapes.PROMPTS)))
+
+
+# --- SkyReels-I2V: the same folder with another transformer
+
+
+def test_skyreels_has_hunyuan_videos_files_and_a_transformer_that_reads_an_image(random_folder, tmp_path):
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline
+
+    from fastvideo_grpo.tiny.skyreels_i2v import write_skyreels_i2v
+
+    folder = write_skyreels_i2v(tmp_path / "skyreels")
+    check_files(folder, PUBLISHED_FILES)
+    check_index(folder / "transformer", "diffusion_pytorch_model")
+    assert keys_of(folder / "transformer") == keys_of(random_folder / "transformer")
+    transformer, vae = read(folder / "transformer" / "config.json"), read(folder / "vae" / "config.json")
+    assert transformer["in_channels"] == 2 * transformer["out_channels"] == 2 * vae["latent_channels"]
+    assert read(folder / "model_index.json")["_class_name"] == "HunyuanSkyreelsImageToVideoPipeline"
+    pipeline = tiny_checkpoints.load(HunyuanSkyreelsImageToVideoPipeline, folder)
+    check_every_weight_is_loaded(pipeline, folder)
+    assert contents_of(write_skyreels_i2v(tmp_path / "again")) == contents_of(folder)
+    with pytest.raises(FileExistsError, match="something else than a SkyReels-V1-I2V checkpoint"):
+        write_skyreels_i2v(random_folder, overwrite=True)
+
+
+def test_the_committed_scenes_are_what_the_command_draws(tmp_path):
+    from PIL import Image
+
+    from fastvideo_grpo.prompts.files import read_prompts
+    from fastvideo_grpo.tiny.scenes import write_scenes
+
+    committed = read_prompts(REPOSITORY / "data" / "prompts" / "image_to_video" / "prompts.jsonl", images=True)
+    drawn = read_prompts(write_scenes(tmp_path), images=True)
+    assert [(p.id, p.text) for p in committed] == [(p.id, p.text) for p in drawn]
+    for ours, theirs in zip(committed, drawn, strict=True):
+        assert np.array_equal(Image.open(ours.image), Image.open(theirs.image))

@@ -54,7 +54,7 @@ def read_prompts(path: str | Path, *, images: bool = False) -> list[Prompt]:
         raise PromptFileError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl")
     prompts: list[Prompt] = []
     lines_of: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         line = line.strip()
         if not line or (path.suffix == ".txt" and line.startswith("#")):
             continue

@@ -8,7 +8,13 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.tracking.statistics import Clock
 from tests.trainer import runs
 
-MODELS = {"FLUX": {}, "HunyuanVideo": {**runs.HUNYUAN_T2V, "sample__height": 96, "sample__width": 96}}
+LARGE = {"sample__height": 96, "sample__width": 96}
+MODELS = {
+    "FLUX": {},
+    "HunyuanVideo": {**runs.HUNYUAN_T2V, **LARGE},
+    "guidance": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0},
+    "guidance in one pass": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0, "model__cfg_batched": True},
+}
 
 
 def _kept_for_backward(trainer, conditioning, sample, level):
@@ -37,7 +43,7 @@ def test_activations_are_those_that_blocks_keep(make_trainer, model):
     initial = trainer.pack(torch.randn(batch, *trainer.latent_shape()))
     conditioning = trainer.conditioning(Prompt("0", runs.PROMPTS[0]), batch)
     # The estimate counts all of prompts.text_length; HunyuanVideo is shown the prompt's own tokens.
-    config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
+    config.prompts.text_length = max(t.shape[1] for n, t in conditioning.items() if n.endswith("encoder_hidden_states"))
     counted = _kept_for_backward(trainer, conditioning, initial, trainer.schedule.at(torch.zeros(batch, dtype=torch.long)))
     assert memory._kept_bytes(config, facts) == pytest.approx(counted, rel=0.1)
 

@@ -176,7 +176,10 @@ FLAVOURS = {
 }
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+QUICK = ["two passes", "one pass, full checkpointing"]
+
+
+@pytest.mark.parametrize("flavour", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FLAVOURS if f not in QUICK)])
 def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour):
     """Promise 1, bitwise in float32, with guidance."""
     settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, **FLAVOURS[flavour]}
@@ -220,13 +223,94 @@ def test_cached_embeddings_hold_images_and_negative_prompts(make_trainer, tmp_pa
     assert again._cache.missing(again.prompts) == [again.prompts[0]]
 
 
-def test_guidance_is_there_for_other_models(make_trainer):
+OTHERS = {"FLUX": {}, "HunyuanVideo": runs.HUNYUAN_T2V}
+REST = [("FLUX", False), ("HunyuanVideo", True), ("HunyuanVideo", False)]
+
+
+@pytest.mark.parametrize("model,batched", [("FLUX", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+def test_guidance_is_there_for_other_models(make_trainer, model, batched):
     """Off unless asked for; FLUX's texts are of one length and need no mask."""
-    off = make_trainer(train=False)
+    settings = {"sample__steps": 3, "run__iterations": 1, **OTHERS[model]}
+    off = make_trainer(train=False, **settings)
     assert off.config.sample.cfg_scale == 1.0 and not [n for n in off.conditioning(Prompt("0", "a cat"), 1) if NEGATIVE in n]
-    for kind in ({}, runs.HUNYUAN_T2V):
-        for batched in (False, True):
-            settings = {"sample__cfg_scale": 3.0, "sample__steps": 3, "model__cfg_batched": batched, "run__iterations": 1}
-            trainer = make_trainer(**{**kind, **settings}, run__dir=f"{off.config.run.dir}-{batched}-{bool(kind)}")
-            trainer.train()
-            assert trainer.log.read()[-1]["train/ratio_first_update_max_dev"] == 0.0
+    trainer = make_trainer(**settings, sample__cfg_scale=3.0, model__cfg_batched=batched)
+    keys = _keys(2)
+    assert not torch.equal(trainer.draw(Prompt("0", "a cat"), keys).media, off.draw(Prompt("0", "a cat"), keys).media)
+    trainer.train()
+    assert trainer.log.read()[-1]["train/ratio_first_update_max_dev"] == 0.0
+
+
+def test_fastvideo_finds_its_configuration_by_name_and_by_pipeline(tiny_skyreels_i2v, tiny_hunyuan_video, tmp_path):
+    from fastvideo import registry
+    from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
+
+    from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
+    from fastvideo_grpo.trainers.skyreels_i2v import SkyReelsI2VGRPOTrainer  # importing it registers the configuration
+
+    assert SkyReelsI2VGRPOTrainer.pipeline_config_class is SkyReelsI2VConfig
+    unnamed = tmp_path / "checkpoint"
+    unnamed.symlink_to(tiny_skyreels_i2v)
+
+    def found(path):
+        return registry._get_config_info(str(path)).pipeline_config_cls
+
+    assert found(unnamed) is found(tiny_skyreels_i2v) is found("Skywork/SkyReels-V1-Hunyuan-I2V") is SkyReelsI2VConfig
+    assert found(tiny_hunyuan_video) is HunyuanConfig
+    arch = SkyReelsI2VConfig().dit_config.arch_config
+    assert (arch.in_channels, arch.num_channels_latents, arch.out_channels) == (32, 16, 16)
+    assert SkyReelsI2VConfig().vae_config.load_encoder
+
+
+def test_a_text_to_video_checkpoint_is_refused(tiny_hunyuan_video, tiny_skyreels_i2v, tmp_path):
+    """By its pipeline, and where somebody wrote the other name into it, by its channels."""
+    import shutil
+
+    from fastvideo_grpo import config as configuration
+    from fastvideo_grpo import families, plan
+    from fastvideo_grpo.config import ConfigError
+
+    (tmp_path / "empty.yaml").write_text("{}")
+    config = configuration.load(tmp_path / "empty.yaml", runs.settings(tmp_path, tiny_hunyuan_video, **runs.SKYREELS_I2V))
+    with pytest.raises(ConfigError, match=r"holds a HunyuanVideoPipeline.*set model\.kind=hunyuan_video"):
+        families.model_facts(config)
+    renamed = shutil.copytree(tiny_hunyuan_video, tmp_path / "renamed")
+    shutil.copy(tiny_skyreels_i2v / "model_index.json", renamed)
+    config.model.path = str(renamed)
+    with pytest.raises(ConfigError, match="reads 4 channels, but image to video needs 8"):
+        plan.check_run(config, families.model_facts(config), 1)
+    config.model.path, config.sample.frames = str(tiny_skyreels_i2v), 1
+    with pytest.raises(ConfigError, match=r"sample\.frames is 1, but skyreels_i2v makes clips"):
+        plan.check_run(config, families.model_facts(config), 1)
+
+
+def test_export_is_what_diffusers_loads_and_draws_the_same_clip(make_trainer, prompt, tmp_path, capsys):
+    """Promise 7."""
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline
+
+    from fastvideo_grpo import cli
+
+    trainer = make_trainer(**runs.SKYREELS_I2V, optim__lr=1e-2, run__iterations=1)
+    before = trainer.draw(prompt, _keys(1), deterministic=True).media
+    trainer.train()
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(trainer.folder), "--out", str(out), "--pipeline"]) == 0
+    assert "HunyuanSkyreelsImageToVideoPipeline.from_pretrained" in capsys.readouterr().out
+    ours = trainer.draw(prompt, _keys(1), deterministic=True).media
+    pipeline = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(out)
+    with torch.no_grad():
+        theirs = pipeline(
+            image=Image.open(prompt.image),
+            prompt=prompt.text,
+            negative_prompt=prompt.negative_prompt,
+            true_cfg_scale=5.0,
+            guidance_scale=1.0,
+            height=48,
+            width=48,
+            num_frames=9,
+            num_inference_steps=trainer.config.sample.steps,
+            latents=noise.initial_noise(_keys(1), trainer.latent_shape(), shared=False),
+            generator=noise.generator("image", prompt.id),
+            output_type="pt",
+        ).frames
+    assert (theirs.permute(0, 1, 3, 4, 2) * 255 - ours).abs().max() <= 0.5 + 0.1
+    assert (ours.int() - before.int()).abs().max() > 2
