@@ -74,7 +74,9 @@ class PromptsConfig:
     path: str = _key(MISSING, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?, 'image'?, 'negative_prompt'?})")
     eval_path: str | None = _key(None, "prompts kept out of training, scored at each evaluation")
     embeddings: str = _key(
-        "none", "folder of cached text embeddings (encoded once, text encoders then leave memory), or none: encode as needed"
+        "none",
+        "folder of cached embeddings of texts and images (encoded once, text encoders then leave memory), or none: encode as "
+        "needed",
     )
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
@@ -264,6 +266,7 @@ FREE_ON_RESUME = [
     "model.path",
     "prompts.path",
     "prompts.eval_path",
+    "model.cfg_batched",
     "rewards.async",
     "rewards.timeout_s",
     "rewards.retries",
@@ -451,6 +454,11 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield (
             f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
             "set it above 1 (SkyReels-I2V takes 5), or remove the negative prompt"
+        )
+    if config.model.cfg_batched and sample.cfg_scale <= 1:
+        yield (
+            f"model.cfg_batched is true, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it above 1, or "
+            "model.cfg_batched=false"
         )
     if sample.transition == "ode":
         yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde"

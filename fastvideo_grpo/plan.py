@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lo
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
+from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards.placement import check_here
 from fastvideo_grpo.rewards.reward_set import check_entry
 
@@ -123,8 +124,19 @@ def check_images(config: Config, world: World) -> None:
 def warn(config: Config) -> None:
     """Log what can run but is seldom meant."""
     if os.environ.get("RANK", "0") == "0":
-        for line in cautions(config):
+        for line in _cautions(config, configured_prompts(config)):
             logger.warning("%s", line)
+
+
+def _cautions(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    lines = cautions(config)
+    unread = sum(prompt.negative_prompt is not None for prompt in prompts)
+    if unread and config.sample.cfg_scale <= 1:
+        lines.append(
+            f"{unread} of {len(prompts)} prompts have a negative prompt, which nobody reads without guidance: set "
+            "sample.cfg_scale above 1, or leave them out"
+        )
+    return lines
 
 
 def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
@@ -214,7 +226,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    lines += [f"note         {line}" for line in cautions(config)]
+    lines += [f"note         {line}" for line in _cautions(config, prompts)]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

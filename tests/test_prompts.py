@@ -125,6 +125,20 @@ def test_too_little_disk_is_told_before_encoding(cache, monkeypatch):
     assert _encode.calls == 1
 
 
+def test_encoder_identity_looks_at_what_is_loaded_and_at_nothing_else(tmp_path):
+    """A download with --local-dir leaves a folder of its own beside the files, and people leave notes."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    before = encoder_identity(tmp_path, ["transformer"], {})
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    (folder / "old.json").mkdir()
+    assert encoder_identity(tmp_path, ["transformer"], {}) == before
+    (folder / "config.json").write_text('{"a": 1}')
+    assert encoder_identity(tmp_path, ["transformer"], {}) != before
+
+
 def test_encoder_identity_changes_with_anything_that_changes_embeddings(tmp_path):
     from safetensors.torch import save_file
 

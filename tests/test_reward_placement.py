@@ -1,5 +1,6 @@
 """Rewards in processes and behind servers: the same numbers, whatever fails, and a server that nothing sent to it ends."""
 
+import concurrent.futures
 import contextlib
 import http.server
 import json
@@ -402,6 +403,15 @@ def test_who_gave_up_waiting_is_not_scored_any_more(serve, faulty):
     with ask("first") as again:  # not a hang any more; behind the second one
         assert b"200" in again.recv(4096).split(b"\r\n")[0]
     assert not (faulty / "second").exists()
+
+
+def test_more_requests_wait_at_a_server_than_it_has_threads(serve):
+    _, url = serve("jpeg_size")
+    expected = create("jpeg_size").score(request_of()).scores["jpeg_size"]
+    rewards = [HttpReward("jpeg_size", url=url, timeout_s=60.0) for _ in range(64)]
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda reward: reward.score(request_of()), rewards))
+    assert len(answers) == 64 and all(torch.equal(answer.scores["jpeg_size"], expected) for answer in answers)
 
 
 def test_servers_say_what_is_wrong_before_they_start(serve):

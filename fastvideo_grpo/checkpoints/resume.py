@@ -28,7 +28,15 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"run.dir={config.run.dir} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "
             "Set them back, or choose another run.dir"
         )
-    if state["prompts"] != prompts_digest(prompts):
+    before, now = state.get("images", {}), image_digests(prompts)
+    changed_images = [prompt for prompt in prompts if before.get(prompt.id, now.get(prompt.id)) != now.get(prompt.id)]
+    if changed_images:
+        first = changed_images[0]
+        raise ConfigError(
+            f"{len(changed_images)} images are others than when {config.run.dir} was started, first {first.image} of prompt "
+            f"{first.id!r}; restore them, or choose another run.dir"
+        )
+    if state["prompts"] != prompts_digest(prompts, config):
         raise ConfigError(
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
@@ -40,14 +48,17 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
         )
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Changes when a prompt, its id, negative prompt or image, or the order of the file does."""
+def image_digests(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Prompt id -> what tells its image from others; prompts without an image are left out."""
+    return {prompt.id: image_digest(prompt.image)[:16] for prompt in prompts if prompt.image is not None}
+
+
+def prompts_digest(prompts: Sequence[Prompt], config: Config) -> str:
+    """Changes when a prompt, its id or the order of the file does, or a negative prompt where there is guidance."""
     lines = []
     for prompt in prompts:
         parts = [prompt.id, prompt.text]
-        if prompt.image is not None:
-            parts += ["image", image_digest(prompt.image)]
-        if prompt.negative_prompt is not None:
+        if prompt.negative_prompt is not None and config.sample.cfg_scale > 1:
             parts += ["negative prompt", prompt.negative_prompt]
         lines.append("\x1f".join(parts))
     return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()

@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(configuration.to_yaml(config))
         print(plan.describe(config, facts, ranks))
         return 0
-    plan.check_folder(config)
     plan.warn(config)
     plan.warn_of_memory(config, facts, ranks)
     return 0 if train(config, stop) else EXIT_STOPPED
@@ -58,6 +57,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
 
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
+    plan.check_folder(config)
     trainer = load_trainer(config, world)
     try:
         trainer.setup_training()

@@ -65,9 +65,9 @@ def sample_fixed(
     for turn in range(rounds):
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
         p, start = jobs[min(turn * world.data_size + world.data_rank, len(jobs) - 1)]
-        if p != before:
-            trainer.forget_conditioning()  # the prompt before will not be asked for again
-            before = p
+        if before is not None and p != before:
+            trainer.forget_conditioning(prompts[before])  # it will not be asked for again
+        before = p
         members = list(range(start, min(start + size, samples)))
         keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
         drawn = trainer.draw(prompts[p], keys, deterministic=True)

@@ -32,6 +32,7 @@ Conditioning = dict[str, Tensor]
 PROMPTS_PER_SHARD = 64
 _SAMPLED_BLOCKS = 64
 _BLOCK = 4096
+_LOADED_FROM = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
 def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict[str, Any]) -> str:
@@ -42,7 +43,8 @@ def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for component in components:
-        for path in sorted((checkpoint / component).glob("*")):
+        # What is loaded from; a download leaves folders of its own there, people their notes.
+        for path in sorted(p for p in (checkpoint / component).glob("*") if p.suffix in _LOADED_FROM and p.is_file()):
             size = path.stat().st_size
             digest.update(f"{component}/{path.name}:{size}".encode())
             with path.open("rb") as file:

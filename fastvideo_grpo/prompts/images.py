@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +45,23 @@ def load_image(path: str | Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
+_digests: dict[Path, str] = {}
+
+
 def image_digest(path: str | Path) -> str:
-    """The sha256 of the file's bytes; computed once as long as path, size and time of change stay the same.
+    """The sha256 of the file's bytes, as it was when this process or :func:`check_images` first looked: what is done afterwards
+    to a file whose image is encoded already does not concern a run.
 
     Raises:
         PromptFileError: the file cannot be read.
     """
-    try:
-        path = Path(path)
-        stat = path.stat()
-        return _digest(path, stat.st_mtime_ns, stat.st_size)
-    except (OSError, ValueError) as error:
-        raise PromptFileError(f"the image {path} {_what_is_wrong(error)}") from error
+    path = Path(path)
+    if path not in _digests:
+        try:
+            _digests[path] = _digest(path)
+        except (OSError, ValueError) as error:
+            raise PromptFileError(f"the image {path} {_what_is_wrong(error)}") from error
+    return _digests[path]
 
 
 def check_images(
@@ -67,7 +71,8 @@ def check_images(
     world: World,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Read every image of the prompts once, before anything expensive starts. All ranks call it; each does a share.
+    """Read every image of the prompts once, before anything expensive starts. All ranks call it; each does a share, and all
+    know every :func:`image_digest` afterwards.
 
     An image must be there, decode to its last pixel, and not be enlarged more than ``MOST_ENLARGED`` times to cover ``height``
     x ``width``.
@@ -85,13 +90,19 @@ def check_images(
     images = list(prompt_of)
     mine = range(world.rank, len(images), world.size)
     bad: dict[int, str] = {}
+    digests: dict[Path, str] = {}
     for done, number in enumerate(mine, start=1):
         image = images[number]
         problem = "is missing: the prompt names none" if image is None else _problem(image, height, width)
         if problem is not None:
             bad[number] = problem
+        elif image is not None:
+            digests[image] = _digest(image)
         progress(done, len(mine))
-    found = {number: problem for part in world.all_gather_object(bad) for number, problem in part.items()}
+    found: dict[int, str] = {}
+    for problems, read in world.all_gather_object((bad, digests)):
+        found.update(problems)
+        _digests.update(read)
     if not found:
         return
     lines = [f"{images[n] or 'the image'} (prompt {prompt_of[images[n]].id!r}) {found[n]}" for n in sorted(found)[:_NAMED]]
@@ -118,8 +129,7 @@ def _problem(path: Path, height: int, width: int) -> str | None:
     )
 
 
-@cache
-def _digest(path: Path, mtime_ns: int, size: int) -> str:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

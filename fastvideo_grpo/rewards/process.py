@@ -115,7 +115,7 @@ class ProcessReward:
     def _package_path(self) -> str:
         """A folder with this package and nothing else: where it is installed, the trainer's packages lie beside it, and
         those of the other environment must win."""
-        if self._folder is None:
+        if self._folder is None or not Path(self._folder.name, "fastvideo_grpo").exists():  # something tidied up
             self._folder = tempfile.TemporaryDirectory(prefix="fastvideo-grpo-reward-")
             (Path(self._folder.name) / "fastvideo_grpo").symlink_to(Path(fastvideo_grpo.__file__).parent)
         return self._folder.name

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import queue
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo.rewards import wire
+from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.process import ProcessReward, RewardProcessError
 
 if TYPE_CHECKING:
@@ -26,13 +28,16 @@ class Busy(RuntimeError):
     """No process became free in time."""
 
 
+class GaveUp(RuntimeError):
+    """Who asked did not wait."""
+
+
 class RewardPool:
     """Processes of one reward, on several devices; a request goes to one that is free.
 
     Args:
         devices: one process for each entry.
-        timeout_s: seconds for a request to be scored; it waits for a free process a minute longer than that, in which one
-            that had to be restarted is back.
+        timeout_s: seconds for a request to be scored, once a process is free.
     """
 
     def __init__(
@@ -59,15 +64,26 @@ class RewardPool:
     def restarts(self) -> int:
         return sum(worker.restarts for worker in self._workers)
 
-    def take(self) -> ProcessReward:
-        """A free process, to be given back. Raises Busy when none became free in time."""
+    def score(self, request: RewardRequest, gave_up: Callable[[], bool] = lambda: False) -> RewardResult:
+        """Wait for a free process and let it score.
+
+        Args:
+            gave_up: whether who asked has left meanwhile; then nothing is scored.
+
+        Raises:
+            Busy: none became free in time. GaveUp, TimeoutError, RewardProcessError.
+        """
         try:
-            return self._free.get(timeout=self.timeout_s + 60)
+            # What a process that has to be started anew may take is part of it.
+            worker = self._free.get(timeout=self.timeout_s + max(worker.restart_s for worker in self._workers))
         except queue.Empty:
             raise Busy(f"all {len(self.devices)} processes are busy") from None
-
-    def give_back(self, worker: ProcessReward) -> None:
-        self._free.put(worker)
+        try:
+            if gave_up():
+                raise GaveUp("the connection was closed while the request waited")
+            return worker.score(request)
+        finally:
+            self._free.put(worker)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -81,6 +97,7 @@ def application(pool: RewardPool, *, token: str | None, max_bytes: int) -> Starl
         token: what "Authorization: Bearer" must say; None: nothing is asked.
         max_bytes: the largest request.
     """
+    from anyio import from_thread
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse
@@ -125,19 +142,17 @@ def application(pool: RewardPool, *, token: str | None, max_bytes: int) -> Starl
         if (pool.media_kind == "image" and frames > 1) or (pool.media_kind == "video" and frames == 1):
             return refuse(422, f"the reward looks at {pool.media_kind}s, and the samples have {frames} frame(s)")
         try:
-            worker = await run_in_threadpool(pool.take)
+            # In one thread from waiting to the answer: threads are few, and a request that had its process while others hold
+            # all of them would wait for those, and they for it.
+            result = await run_in_threadpool(pool.score, asked, lambda: from_thread.run(request.is_disconnected))
         except Busy as error:
             return refuse(503, error)
-        try:
-            if await request.is_disconnected():  # who asked has given up, and others wait
-                return refuse(408, "the connection was closed while the request waited")
-            result = await run_in_threadpool(worker.score, asked)
+        except GaveUp as error:
+            return refuse(408, error)
         except TimeoutError as error:
             return refuse(504, error)
         except (RewardProcessError, wire.WireError) as error:
             return refuse(500, error)
-        finally:
-            pool.give_back(worker)
         header, payload = wire.pack_result(result)
         return PlainResponse(b"".join(wire.pack(header, payload)), media_type="application/x-fastvideo-grpo")
 

@@ -75,7 +75,7 @@ def flow(steps: int, shift: float) -> Schedule:
     if not shift > 0:
         raise ValueError(f"shift must be above 0; got {shift}")
     # In float32 from here on, as diffusers' FlowMatchEulerDiscreteScheduler: its levels to the bit, since the network reads
-    # the last digit of a timestep, too, and guidance multiplies what it makes of it.
+    # the last digit of a timestep, too, and guidance multiplies what it makes of it. (The first sigma may then be 1 +- 1e-7.)
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64).float()
     sigma = shift * t / (1 + (shift - 1) * t)
     return Schedule(1 - sigma, sigma, 1000 * sigma)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
+from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_digest
 from fastvideo_grpo.checkpoints.store import CheckpointStore, write_atomic
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
@@ -60,6 +60,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 MAX_PENDING = 4
 """Micro-batches that may wait to be scored (``rewards.async``): their media take host memory."""
+
+
+_MARGIN_S = 60.0  # of what processes wait for each other, for what is no failure of a reward
 
 
 class TooManyInvalidRewards(UserError):
@@ -210,15 +213,23 @@ class GRPOTrainer:
         found = self.world.broadcast_object(self.rewards.outputs if self.world.leads else None)
         if not self.world.leads:
             self.rewards = make(found)
+        attempt = config.timeout_s + max(self.world.all_gather_object(self.rewards.restart_s))
+        if self.world.size > 1 and attempt + _MARGIN_S >= 60 * self.config.run.timeout_minutes:
+            raise ConfigError(
+                f"a reward's process took long to start, so that a request may take {attempt:.0f} s where it has to be started "
+                f"anew, and the other processes give up after run.timeout_minutes={self.config.run.timeout_minutes}: set "
+                f"run.timeout_minutes to at least {math.ceil(2 * (attempt + _MARGIN_S) / 60)}, or rewards.timeout_s lower"
+            )
 
     def begin_scoring(self, failures: float = math.inf) -> None:
         """Begin an iteration's or an evaluation's requests to the rewards (:meth:`RewardSet.begin`).
 
-        Where other processes wait, they give up after ``run.timeout_minutes``: a reward's failures may take what is left of
-        it by an attempt and the same again.
+        Where other processes wait, they give up after ``run.timeout_minutes``: a reward's failures may take as much of it as
+        leaves an attempt room.
         """
-        patience = 60.0 * self.config.run.timeout_minutes - 2 * (self.config.rewards.timeout_s + self.rewards.restart_s)
-        self.rewards.begin(failures, max(patience, 1.0) if self.world.size > 1 else math.inf)
+        attempt = self.config.rewards.timeout_s + self.rewards.restart_s
+        patience = 60.0 * self.config.run.timeout_minutes - attempt - _MARGIN_S
+        self.rewards.begin(failures, patience if self.world.size > 1 else math.inf)
 
     def setup_training(self) -> None:
         """Everything training needs besides: rewards, prompts, dealing, engine, checkpoints, logs; resumes if it can."""
@@ -373,9 +384,12 @@ class GRPOTrainer:
                 (self._conditioning[prompt.id],) = self.encode([prompt])
         return self._conditioning[prompt.id]
 
-    def forget_conditioning(self) -> None:
-        """Let go of what prompts were encoded to (a few megabytes each); what is cached on disk stays there."""
-        self._conditioning.clear()
+    def forget_conditioning(self, prompt: Prompt | None = None) -> None:
+        """Let go of what a prompt was encoded to, or all of them (a few megabytes each); what is cached on disk stays there."""
+        if prompt is None:
+            self._conditioning.clear()
+        else:
+            self._conditioning.pop(prompt.id, None)
 
     def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
         """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
@@ -731,7 +745,8 @@ class GRPOTrainer:
             engine.save(folder / "state")
             return {
                 "config": configuration.to_dict(self.config),
-                "prompts": prompts_digest(self.prompts),
+                "prompts": prompts_digest(self.prompts, self.config),
+                "images": image_digests(self.prompts),
                 "transformer": self._transformer_identity,
                 "git_commit": git_commit(),
             }
@@ -778,7 +793,6 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[GRPOTrainer], 
         settings |= {
             "size": [config.sample.height, config.sample.width],
             "vae_precision": config.model.vae_precision,
-            "vae_tiling": config.sample.vae_tiling,
         }
     identity = encoder_identity(checkpoint, components, settings)
     return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)

@@ -44,7 +44,11 @@ class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
         with self.vae_on_device():
             weights = next(vae.parameters())
             frame = (pixels.float() / 255 * 2 - 1).permute(2, 0, 1)[None, :, None].to(weights.device, weights.dtype)
-            latents = vae.encode(frame).sample(generator("image", prompt.id))
+            tiling, vae.use_tiling = vae.use_tiling, False  # one frame needs none, and diffusers takes none
+            try:
+                latents = vae.encode(frame).sample(generator("image", prompt.id))
+            finally:
+                vae.use_tiling = tiling
         return latents.float() * vae.scaling_factor
 
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

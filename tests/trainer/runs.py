@@ -193,6 +193,7 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     prepare_process(config)
     world = World.current(sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
+    plan.check_folder(config)
     trainer = load_trainer(config, world)
     trainer.setup_training()
     if record:

@@ -82,6 +82,32 @@ def test_the_train_script_on_two_processes_and_again(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
+def test_the_image_to_video_script_on_two_processes_that_share_clips_then_sample_and_export(tmp_path, capsys):
+    environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}
+    run = tmp_path / "run"
+    command = ["bash", "train_scripts/skyreels_i2v.sh", "tiny", f"run.dir={run}", "run.iterations=2"]
+    settings = ["engine.sequence_parallel=2", "engine.zero_stage=2", f"prompts.embeddings={tmp_path / 'embeddings'}"]
+    for said in ("iteration 2/2", "has its 2 iterations"):
+        done = subprocess.run([*command, *settings], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+    assert len(list((run / "samples" / "000002").glob("*.mp4"))) == 2
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["train/ratio_first_update_max_dev"] == 0.0 and line["train/updates"] == 1
+    prompts = ROOT / "data" / "prompts" / "image_to_video" / "prompts.jsonl"
+    assert cli.main(["sample", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "samples")]) == 0
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 6
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "exported"), "--pipeline"]) == 0
+    assert "HunyuanSkyreelsImageToVideoPipeline" in capsys.readouterr().out
+
+
+def test_a_text_alone_is_no_prompt_for_a_model_that_starts_from_images(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["sample", "train_scripts/configs/skyreels_i2v_tiny.yaml", "--prompt", "a cat"]) == 1
+    assert "skyreels_i2v starts from an image: write both into a .jsonl file" in capsys.readouterr().err
+
+
 def test_the_train_script_says_what_it_needs(tmp_path):
     done = subprocess.run(
         ["bash", "train_scripts/flux_t2i.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ}

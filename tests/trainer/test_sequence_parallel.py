@@ -10,6 +10,15 @@ MODELS = {
     "FLUX, KL": {**FLUX, "grpo__kl_weight": 0.1},
     "HunyuanVideo, video": runs.HUNYUAN_T2V,
     "HunyuanVideo, image": runs.HUNYUAN_T2I,
+    "FLUX, guidance in one pass": {**FLUX, "sample__cfg_scale": 2.0, "model__cfg_batched": True},
+    "HunyuanVideo, guidance": {**runs.HUNYUAN_T2V, "sample__cfg_scale": 2.0},
+    "SkyReels-I2V, guidance in one pass, KL": {
+        **runs.SKYREELS_I2V,
+        "sample__cfg_scale": 2.0,
+        "model__cfg_batched": True,
+        "grpo__kl_weight": 0.1,
+        "grpo__updates_per_iteration": 2,
+    },
 }
 SHORT = {
     "sample__steps": 3,
@@ -23,14 +32,14 @@ DEEPSPEED = {"engine__kind": "deepspeed", "engine__zero_stage": 0}
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_flux, tiny_hunyuan_video, tmp_path_factory):
+def alone(request, tmp_path_factory):
     """``alone(model)`` -> folder of a recorded run of one process."""
     folders = {}
 
     def make(model):
         if model not in folders:
             folder = tmp_path_factory.mktemp("alone")
-            checkpoint = tiny_flux if model.startswith("FLUX") else tiny_hunyuan_video
+            checkpoint = request.getfixturevalue("tiny_" + MODELS[model].get("model__kind", "flux"))
             assert runs.run(runs.settings(folder, checkpoint, **MODELS[model], **SHORT), record=True) == [0]
             folders[model] = folder, checkpoint
         return folders[model]
@@ -40,7 +49,11 @@ def alone(tiny_flux, tiny_hunyuan_video, tmp_path_factory):
 
 CASES = [(model, processes) for model in MODELS for processes in (2, 4)]
 # Four processes on two cores are slow: two groups of two for one model here, for each in `make test-all`.
-SLOW = [case for case in CASES if "KL" in case[0] or (case[1] == 4 and case[0] != "HunyuanVideo, video")]
+SLOW = [
+    (model, processes)
+    for model, processes in CASES
+    if "KL" in model or "guidance" in model or (processes == 4 and model != "HunyuanVideo, video")
+]
 
 
 @pytest.mark.parametrize("model,processes", [pytest.param(*c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])

@@ -1,12 +1,15 @@
 """SkyReels-I2V on one process: diffusers' own pipeline at noise level 0, guidance trained through both passes, ratio one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.prompts.images import check_images
 from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.trainers.base import NEGATIVE, negative_of, split_guidance
 from tests import tiny_checkpoints
@@ -35,9 +38,14 @@ def _keys(count):
     return [noise.SampleKey(0, 0, 0, "parity", member) for member in range(count)]
 
 
-@pytest.mark.parametrize("cfg_scale,batched", [(1.0, False), (5.0, False), (5.0, True)], ids=["plain", "two", "one pass"])
-def test_latents_and_pixels_are_those_of_diffusers(make_trainer, diffusers_pipeline, prompt, cfg_scale, batched):
+@pytest.mark.parametrize(
+    "cfg_scale,batched,negative",
+    [(1.0, False, ""), (5.0, False, ""), (5.0, True, "blurry, a dog")],
+    ids=["plain", "two passes", "one pass"],
+)
+def test_latents_and_pixels_are_those_of_diffusers(make_trainer, diffusers_pipeline, prompt, cfg_scale, batched, negative):
     """Promise 2, image latents included; in one pass the texts of different length are filled up and masked."""
+    prompt = replace(prompt, negative_prompt=negative)
     settings = {**runs.SKYREELS_I2V, "sample__cfg_scale": cfg_scale, "model__cfg_batched": batched}
     trainer = make_trainer(train=False, **settings)
     keys = _keys(SAMPLES)
@@ -91,6 +99,20 @@ def test_the_image_is_drawn_from_its_posterior_the_same_way_each_time(make_train
     other = Prompt("other", prompt.text, image=prompt.image)
     assert not torch.equal(trainer.encode([other])[0]["image_latents"], first)
     assert trainer.latent_shape() == (4, 3, 6, 6)  # the noise alone is the state
+
+
+def test_the_image_is_encoded_whole_where_clips_are_decoded_in_tiles(make_trainer, diffusers_pipeline, prompt):
+    trainer = make_trainer(train=False, **runs.SKYREELS_I2V, sample__vae_tiling=True)
+    vae = trainer.get_module("vae")
+    for name in ("height", "width"):
+        setattr(vae, f"tile_sample_min_{name}", 32)
+        setattr(vae, f"tile_sample_stride_{name}", 24)
+    theirs = diffusers_pipeline
+    image = theirs.video_processor.preprocess(Image.open(prompt.image), height=48, width=48)[:, :, None]
+    with torch.no_grad():
+        expected = theirs.vae.encode(image).latent_dist.sample(noise.generator("image", prompt.id)) * theirs.vae_scaling_factor
+    torch.testing.assert_close(trainer.encode_image(prompt), expected, rtol=1e-5, atol=1e-5)
+    assert vae.use_tiling
 
 
 def test_the_image_matters_in_the_first_frame_and_has_no_part_in_the_state(make_trainer, prompt):
@@ -214,13 +236,30 @@ def test_cached_embeddings_hold_images_and_negative_prompts(make_trainer, tmp_pa
     cached = make_trainer(run__iterations=1, **settings)
     cached.train()
     assert runs.same_bits(dict(plain.engine.state_dict()), dict(cached.engine.state_dict()))
+    image = cached.prompts[0].image
+    image.rename(tmp_path / "elsewhere.png")  # cached: nobody looks at the file again in this process
+    cached._save(1)
+    assert cached._cache.get(cached.prompts[0])["image_latents"].shape == (1, 4, 1, 6, 6)
+    (tmp_path / "elsewhere.png").rename(image)
     again = make_trainer(run__iterations=2, **settings)
     assert again.get_module("text_encoder") is None
     index = next((tmp_path / "embeddings").glob("*/index.json"))
     assert len(json.loads(index.read_text())["prompts"]) == len(runs.PROMPTS) + 2  # two negative prompts
-    image = again.prompts[0].image
     Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
+    check_images(again.prompts, 48, 48, World())
     assert again._cache.missing(again.prompts) == [again.prompts[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batched", [False, True], ids=["two passes", "one pass"])
+def test_ratio_is_one_in_bf16(make_trainer, batched):
+    precision = {"model__precision": "bf16", "model__vae_precision": "bf16", "grpo__updates_per_iteration": 2}
+    trainer = make_trainer(
+        **{**runs.SKYREELS_I2V, **precision}, model__cfg_batched=batched, sample__steps=3, optim__lr=1e-3, run__iterations=2
+    )
+    trainer.train()
+    for line in trainer.log.read():
+        assert line["train/ratio_first_update_max_dev"] <= 1e-6 < line["train/ratio_max_dev"]
 
 
 OTHERS = {"FLUX": {}, "HunyuanVideo": runs.HUNYUAN_T2V}
