@@ -217,10 +217,17 @@ class _SkyReelsI2V(_HunyuanVideo):
             yield "sample.frames is 1, but skyreels_i2v makes clips from an image; use 4k + 1 of them, for example 53"
 
 
-_HUNYUAN_LORA_TARGETS = ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2")
-"""In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both."""
-_HUNYUAN_ACTIVATIONS = {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)}
-_HUNYUAN_PARAMETERS = {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6}
+# What is HunyuanVideo's, whatever its transformer reads.
+_HUNYUAN: dict[str, Any] = {
+    "folders": _TWO_ENCODERS,
+    "sequence_encoder": ("text_encoder", "hidden_size"),
+    # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
+    "lora_targets": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
+    "activations": {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
+    "decode": 9.4,
+    "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
+    "decodes_singly": True,
+}
 
 FAMILIES: dict[str, Family] = {
     "flux": _Flux(
@@ -239,28 +246,16 @@ FAMILIES: dict[str, Family] = {
         kind="hunyuan_video",
         name="HunyuanVideo",
         pipeline="HunyuanVideoPipeline",
-        folders=_TWO_ENCODERS,
         configs=published.HUNYUAN_VIDEO,
-        sequence_encoder=("text_encoder", "hidden_size"),
-        lora_targets=_HUNYUAN_LORA_TARGETS,
-        activations=_HUNYUAN_ACTIVATIONS,
-        decode=9.4,
-        parameters=_HUNYUAN_PARAMETERS,
-        decodes_singly=True,
+        **_HUNYUAN,
     ),
     "skyreels_i2v": _SkyReelsI2V(
         kind="skyreels_i2v",
         name="SkyReels-V1-I2V",
         pipeline="HunyuanSkyreelsImageToVideoPipeline",
-        folders=_TWO_ENCODERS,
         configs=published.SKYREELS_V1_I2V,
-        sequence_encoder=("text_encoder", "hidden_size"),
-        lora_targets=_HUNYUAN_LORA_TARGETS,
-        activations=_HUNYUAN_ACTIVATIONS,
-        decode=9.4,
-        parameters=_HUNYUAN_PARAMETERS,
         reads_images=True,
-        decodes_singly=True,
+        **_HUNYUAN,
     ),
 }
 
