@@ -69,21 +69,21 @@ def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
     assert len(lines) == 2 and key in lines[0]
 
 
-def test_the_train_script_on_two_processes_and_again(tmp_path):
-    """The tiny recipe from the script, on torchrun and DeepSpeed; a second start finds its work done."""
+def test_the_train_script_on_two_processes(tmp_path):
+    """The tiny recipe from the script, on torchrun and DeepSpeed."""
     environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}
     command = ["bash", "train_scripts/flux_t2i.sh", "tiny", f"run.dir={tmp_path / 'run'}", "run.iterations=2"]
-    for said in ("iteration 2/2", "has its 2 iterations"):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert said in done.stdout
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "iteration 2/2" in done.stdout
     index = json.loads((tmp_path / "run" / "samples" / "000002" / "index.json").read_text())
     assert len(index) == 4
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
-def test_the_image_to_video_script_on_two_processes_that_share_clips_then_sample_and_export(tmp_path, capsys):
+def test_the_image_to_video_script_on_two_processes_that_share_clips_again_then_sample_and_export(tmp_path, capsys):
+    """A second start finds its work done, and the embeddings of images and texts cached."""
     environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}
     run = tmp_path / "run"
     command = ["bash", "train_scripts/skyreels_i2v.sh", "tiny", f"run.dir={run}", "run.iterations=2"]

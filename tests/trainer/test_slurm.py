@@ -245,6 +245,7 @@ def _stop(process, folder):
     return int(saved)
 
 
+@pytest.mark.slow
 def test_a_signalled_job_on_two_nodes_saves_and_asks_to_be_requeued(job, tmp_path):
     stopped = _stop(job("stopped", "run.iterations=50"), tmp_path / "stopped")
     assert 1 <= stopped < 50 and len(runs.metrics(tmp_path / "stopped")) == stopped
