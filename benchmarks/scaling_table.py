@@ -85,7 +85,8 @@ IMAGE, CLIP, LARGE = (
     Size("hunyuan_video", 1280, 720, 129, 256, 32, 24, 2),
 )
 FLUX, FLUX_LARGE = Size("flux", 720, 720, 1, 512, 16, 12, 4), Size("flux", 1024, 1024, 1, 512, 16, 12, 4)
-SIZES = (FLUX, FLUX_LARGE, IMAGE, CLIP, LARGE)
+FROM_IMAGE = Size("skyreels_i2v", 640, 400, 53, 256, 32, 8, 1)
+SIZES = (FLUX, FLUX_LARGE, IMAGE, CLIP, LARGE, FROM_IMAGE)
 
 
 @dataclass(frozen=True)

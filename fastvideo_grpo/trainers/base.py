@@ -205,7 +205,7 @@ class GRPOTrainer:
             try:
                 self.rewards = make()
                 self.rewards.check_frames(self.config.sample.frames)
-            except (ValueError, UserError) as failure:
+            except (ValueError, UserError, OSError, ImportError) as failure:  # what rewards raise for the user
                 error = str(failure)
         errors = [failure for failure in self.world.all_gather_object(error) if failure is not None]
         if errors:
