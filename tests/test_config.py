@@ -363,7 +363,7 @@ def test_the_image_to_video_recipes_train_on_motion_with_guidance(name):
     assert (sample.height, sample.width, sample.frames, sample.fps) == (400, 640, 53, 8)
     assert (sample.steps, sample.shift, sample.noise_level) == (25 if paper else 16, 7, 0.3)
     assert (sample.cfg_scale, sample.guidance_scale) == (5.0, 1.0)
-    assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == (32, 12 if paper else 8, 1)
+    assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == (32, 8, 1)
 
 
 def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):

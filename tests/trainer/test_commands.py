@@ -59,7 +59,7 @@ def test_the_video_demo_runs_and_shows_its_clips(tmp_path, capsys):
     assert "this demo has colour_match, threshold, jpeg_size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("reward", ["threshold", "jpeg_size"])
+@pytest.mark.parametrize("reward", [pytest.param("threshold", marks=pytest.mark.slow), "jpeg_size"])
 def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
     command = ["demo", "--reward", reward, "--iterations", "2", "--out", str(tmp_path / "demo"), "run.eval_samples=2"]
     assert cli.main(command) == 0
@@ -69,6 +69,7 @@ def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
     assert len(lines) == 2 and key in lines[0]
 
 
+@pytest.mark.slow
 def test_the_train_script_on_two_processes(tmp_path):
     """The tiny recipe from the script, on torchrun and DeepSpeed."""
     environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}

@@ -120,16 +120,16 @@ def never_killed(tiny_flux, tmp_path_factory):
     return make
 
 
-# LoRA and KL share all of it but the weights' names and the reference: each kill once here, the rest in `make test-all`.
+# LoRA and KL share all of it but the weights' names and the reference: two kills here (one more on two processes, and in
+# test_skyreels_processes.py in an update), the rest in `make test-all`.
+QUICK_KILLS = ("in the rollout of the second iteration", "while saving the second checkpoint")
+
+
 @pytest.mark.parametrize(
     "flavour,when",
     [
-        *(pytest.param("full", when, marks=[pytest.mark.slow] if when == BETWEEN else []) for when in KILLS),
-        *(
-            pytest.param(flavour, when, marks=[pytest.mark.slow] if (flavour, when) != ("lora", BETWEEN) else [])
-            for flavour in ("lora", "kl")
-            for when in KILLS
-        ),
+        *(pytest.param("full", when, marks=[pytest.mark.slow] if when not in QUICK_KILLS else []) for when in KILLS),
+        *(pytest.param(flavour, when, marks=pytest.mark.slow) for flavour in ("lora", "kl") for when in KILLS),
     ],
 )
 def test_a_killed_and_resumed_run_is_bitwise_the_one_never_killed(never_killed, tiny_flux, tmp_path, flavour, when):
@@ -176,7 +176,8 @@ RECIPE = {
 }
 
 
-@pytest.mark.parametrize("when", [BETWEEN, *(pytest.param(w, marks=pytest.mark.slow) for w in KILLS if w != BETWEEN)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", KILLS)
 def test_two_processes_with_a_recipes_settings_have_ratio_one_and_resume_bitwise(tiny_flux, tmp_path, when):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert runs.run(runs.settings(whole, tiny_flux, **RECIPE), processes=2) == [0, 0]

@@ -52,7 +52,7 @@ CASES = [(model, processes) for model in MODELS for processes in (2, 4)]
 SLOW = [
     (model, processes)
     for model, processes in CASES
-    if "KL" in model or "guidance" in model or (processes == 4 and model != "HunyuanVideo, video")
+    if model not in ("FLUX", "HunyuanVideo, video") or processes != {"FLUX": 2, "HunyuanVideo, video": 4}[model]
 ]
 
 
