@@ -251,7 +251,7 @@ def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
         if prompt.negative_prompt is not None:
             entry["negative_prompt"] = prompt.negative_prompt
         entry.update({key: value for key, value in prompt.metadata.items() if key != "image"})
-        # In ASCII: a line separator inside a prompt would cut its line in two.
+        # In ASCII: some readers would cut a line in two at a separator inside a prompt.
         lines.append(json.dumps(entry) + "\n")
     return "".join(lines).encode()
 

@@ -148,6 +148,20 @@ def in_processes(action: Callable[[], Any], log: Path, *, processes: int = 1) ->
     return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
 
 
+def of_one_process(tmp_path_factory: Any, checkpoint: Path, always: dict[str, Any]) -> Callable[..., Path]:
+    """``make(**settings)`` -> folder of a recorded run of one process with ``always`` and these; equal ones run once."""
+    folders: dict[str, Path] = {}
+
+    def make(**different: Any) -> Path:
+        key = repr(sorted(different.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("alone")
+            assert run(settings(folders[key], checkpoint, **{**always, **different}), record=True) == [0]
+        return folders[key]
+
+    return make
+
+
 def output(folder: Path) -> str:
     """Everything the processes of the last run in ``folder`` printed."""
     return (folder / "output.txt").read_text()

@@ -40,16 +40,7 @@ REST = {
 @pytest.fixture(scope="module")
 def alone(tiny_skyreels_i2v, tmp_path_factory):
     """``alone(**settings)`` -> folder of a recorded run of one process; equal ones run once."""
-    folders = {}
-
-    def make(**settings):
-        key = repr(sorted(settings.items()))
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("alone")
-            assert runs.run(runs.settings(folders[key], tiny_skyreels_i2v, **{**SHORT, **settings}), record=True) == [0]
-        return folders[key]
-
-    return make
+    return runs.of_one_process(tmp_path_factory, tiny_skyreels_i2v, SHORT)
 
 
 @pytest.mark.parametrize(
