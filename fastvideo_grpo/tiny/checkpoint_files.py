@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Components that are models of transformers', whose files have other names than diffusers'.
+TRANSFORMERS_MODELS = ("text_encoder", "text_encoder_2", "safety_checker")
+
+
 class Component(NamedTuple):
     """A component with weights: its config.json, its tensors under their published names, in how many files."""
 
@@ -49,12 +53,13 @@ def write(
     scheduler: dict[str, Any],
     *,
     dtype: torch.dtype,
-    tokenizers: dict[str, Callable[[Path], None]],
+    processors: dict[str, Callable[[Path], None]],
     components: dict[str, Component],
 ) -> Path:
     """Write a complete checkpoint in place of what is there and return its path; it appears when it is complete.
 
-    tokenizers: by component, a function that makes the given folder and writes the files. dtype: of the weights.
+    processors: of text and of images; by component, a function that makes the given folder and writes the files. dtype: of
+    the weights.
     """
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
@@ -63,12 +68,12 @@ def write(
     write_json(unfinished / "model_index.json", model_index)
     (unfinished / "scheduler").mkdir()
     write_json(unfinished / "scheduler" / "scheduler_config.json", scheduler)
-    for name, write_tokenizer in tokenizers.items():
-        write_tokenizer(unfinished / name)
+    for name, write_processor in processors.items():
+        write_processor(unfinished / name)
     for name, (config, state, shards) in components.items():
         (unfinished / name).mkdir()
         stem = "diffusion_pytorch_model"
-        if name.startswith("text_encoder"):
+        if name in TRANSFORMERS_MODELS:
             stem = "model"
             # transformers 5 loads in this dtype, diffusers in float32 whatever the files hold: they have to agree.
             config = {**config, "torch_dtype": "float32"}

@@ -115,21 +115,32 @@ def write_clip(
         from fastvideo_grpo.rewards.open_clip_weights import clip_model
 
         clip_model(weights, quick_gelu=quick_gelu).save_pretrained(unfinished)
-        write_json(unfinished / "preprocessor_config.json", {
-            "crop_size": IMAGE_SIZE,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "image_mean": _MEAN,
-            "image_std": _STD,
-            "resample": 3,
-            "size": IMAGE_SIZE,
-        })  # fmt: skip
+        write_json(unfinished / "preprocessor_config.json", image_processor_config(IMAGE_SIZE))
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
     return folder
+
+
+def image_processor_config(image_size: int) -> dict[str, Any]:
+    """preprocessor_config.json as openai/clip-vit-large-patch14 has it, for square pictures of `image_size` pixels a side."""
+    return {
+        "crop_size": image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": _MEAN,
+        "image_std": _STD,
+        "resample": 3,
+        "size": image_size,
+    }
+
+
+def write_image_processor(folder: Path, image_size: int) -> None:
+    """Write preprocessor_config.json as CompVis/stable-diffusion-v1-4 has it in `feature_extractor`."""
+    folder.mkdir(parents=True)
+    write_json(folder / "preprocessor_config.json", {**image_processor_config(image_size), "do_convert_rgb": True})
 
 
 def write_hps(path: str | Path, tokenizer: str | Path, *, seed: int = 0) -> Path:

@@ -4,44 +4,67 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
-# Where a checkpoint goes, under runs/, without and with --pretrain.
-_FOLDERS: dict[str, tuple[str, str | None]] = {
-    "flux": ("tiny-flux", "tiny-flux-shapes"),
-    "hunyuan_video": ("tiny-hunyuan", "tiny-hunyuan-shapes"),
-    "skyreels_i2v": ("tiny-skyreels-i2v", None),
-    "clip": ("tiny-clip", None),
-    "videoalign": ("tiny-videoalign", None),
+
+class _Model(NamedTuple):
+    """How a model's checkpoints are written. A writer is "module:function", imported when it is run."""
+
+    folder: str  # where a random one goes, under runs/
+    writer: str
+    pretrained_folder: str | None = None
+    pretraining: str | None = None
+    layouts: tuple[str, ...] = ()  # forms in which the model is published, the default first
+    layout_argument: str = "layout"  # of the writer
+
+
+_MODELS = {
+    "flux": _Model("tiny-flux", "flux:write_flux", "tiny-flux-shapes", "pretrain:pretrain_flux"),
+    "hunyuan_video": _Model(
+        "tiny-hunyuan",
+        "hunyuan_video:write_hunyuan_video",
+        "tiny-hunyuan-shapes",
+        "pretrain_video:pretrain_hunyuan_video",
+    ),
+    "skyreels_i2v": _Model("tiny-skyreels-i2v", "skyreels_i2v:write_skyreels_i2v"),
+    "stable_diffusion": _Model(
+        "tiny-sd",
+        "stable_diffusion:write_stable_diffusion",
+        layouts=("epsilon", "v_prediction"),
+        layout_argument="prediction_type",
+    ),
+    "clip": _Model("tiny-clip", "clip:write_clip", layouts=("open_clip", "transformers")),
+    "videoalign": _Model("tiny-videoalign", "videoalign:write_videoalign", layouts=("full", "lora")),
 }
-# Forms in which a model is published, the default first.
-_LAYOUTS = {"clip": ("open_clip", "transformers"), "videoalign": ("full", "lora")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", choices=list(_FOLDERS), help="which model's checkpoint")
+    parser.add_argument("model", choices=list(_MODELS), help="which model's checkpoint")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan (with -shapes behind it with --pretrain), "
-        "runs/tiny-skyreels-i2v, runs/tiny-clip or runs/tiny-videoalign",
+        help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan, runs/tiny-sd (with -shapes behind it with "
+        "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-clip or runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
         "--pretrain",
         action="store_true",
-        help="train it, 32x32 pixels: flux on pictures of coloured shapes (about 5 minutes on one CPU core), 40%% of the "
-        "captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 minutes), 40%% of the "
-        "captions' directions wrong. Without it the weights are random",
+        help="train it, 32x32 pixels: flux and stable_diffusion on pictures of coloured shapes (about 5 minutes on one CPU "
+        "core), 40%% of the captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 "
+        "minutes), 40%% of the captions' directions wrong. Without it the weights are random",
     )
     parser.add_argument(
         "--layout",
-        choices=[layout for layouts in _LAYOUTS.values() for layout in layouts],
-        help="of clip: open_clip (as DFN5B-CLIP, the default) or transformers (as PickScore); of videoalign: full (all weights "
+        choices=[layout for model in _MODELS.values() for layout in model.layouts],
+        help="of stable_diffusion: what the network predicts, epsilon (as version 1, the default) or v_prediction (as version "
+        "2); of clip: open_clip (as DFN5B-CLIP, the default) or transformers (as PickScore); of videoalign: full (all weights "
         "in one file, the default) or lora (an adapter and the rest)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tiny checkpoint that is already there")
@@ -51,16 +74,23 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status."""
     import torch
 
-    name, layouts = _FOLDERS[args.model][args.pretrain], _LAYOUTS.get(args.model, (None,))
-    if name is None or (args.layout and args.layout not in layouts):
+    model = _MODELS[args.model]
+    name, writer = (model.pretrained_folder, model.pretraining) if args.pretrain else (model.folder, model.writer)
+    if name is None or writer is None or (args.layout and args.layout not in model.layouts):
         option = "--pretrain" if name is None else f"--layout {args.layout}"
         print(f"fastvideo-grpo tiny: {option} is not for {args.model}; leave it out", file=sys.stderr)
         return 1
+    settings: dict[str, Any] = {"seed": args.seed, "overwrite": args.overwrite}
+    if model.layouts:
+        settings[model.layout_argument] = args.layout or model.layouts[0]
+    if args.pretrain:
+        settings["progress"] = partial(print, flush=True)
     folder: Path = args.out or Path("runs", name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are slower with more, and the same seed has to give the same bytes
     try:
-        _write(args.model, folder, args.layout or layouts[0], pretrain=args.pretrain, seed=args.seed, overwrite=args.overwrite)
+        module, function = writer.split(":")
+        getattr(import_module(f"fastvideo_grpo.tiny.{module}"), function)(folder, **settings)
     except FileExistsError as error:
         print(f"fastvideo-grpo tiny: {error}", file=sys.stderr)
         return 1
@@ -70,36 +100,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {folder} ({size / 1e6:.1f} MB)")
     return 0
 
-
-def _write(model: str, folder: Path, layout: Any, *, pretrain: bool, seed: int, overwrite: bool) -> None:
-    def progress(line: str) -> None:
-        print(line, flush=True)
-
-    if model == "flux" and pretrain:
-        from fastvideo_grpo.tiny.pretrain import pretrain_flux
-
-        pretrain_flux(folder, seed=seed, overwrite=overwrite, progress=progress)
-    elif model == "flux":
-        from fastvideo_grpo.tiny.flux import write_flux
-
-        write_flux(folder, seed=seed, overwrite=overwrite)
-    elif model == "skyreels_i2v":
-        from fastvideo_grpo.tiny.skyreels_i2v import write_skyreels_i2v
-
-        write_skyreels_i2v(folder, seed=seed, overwrite=overwrite)
-    elif model == "clip":
-        from fastvideo_grpo.tiny.clip import write_clip
-
-        write_clip(folder, layout=layout, seed=seed, overwrite=overwrite)
-    elif model == "videoalign":
-        from fastvideo_grpo.tiny.videoalign import write_videoalign
-
-        write_videoalign(folder, layout=layout, seed=seed, overwrite=overwrite)
-    elif pretrain:
-        from fastvideo_grpo.tiny.pretrain_video import pretrain_hunyuan_video
-
-        pretrain_hunyuan_video(folder, seed=seed, overwrite=overwrite, progress=progress)
-    else:
-        from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
-
-        write_hunyuan_video(folder, seed=seed, overwrite=overwrite)

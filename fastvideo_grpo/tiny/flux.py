@@ -193,5 +193,5 @@ def write(folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dty
     shards = {"transformer": 3, "text_encoder_2": 2}
     return checkpoint_files.write(
         folder, MODEL_INDEX, SCHEDULER, dtype=dtype,
-        tokenizers={"tokenizer": write_clip_tokenizer, "tokenizer_2": write_t5_tokenizer},
+        processors={"tokenizer": write_clip_tokenizer, "tokenizer_2": write_t5_tokenizer},
         components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()})

@@ -250,7 +250,7 @@ def write_modules(
         model_index,
         SCHEDULER,
         dtype=dtype,
-        tokenizers=tokenizers(),
+        processors=tokenizers(),
         components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()},
     )
 
