@@ -53,7 +53,7 @@ class LoRAConfig:
 class ModelConfig:
     """The model to train."""
 
-    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v"])
+    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
@@ -80,7 +80,10 @@ class PromptsConfig:
     )
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
-        512, "tokens of the sequence text encoder: FLUX's T5 pads and cuts to them, HunyuanVideo's Llama only cuts", minimum=1
+        512,
+        "tokens of the sequence text encoder: FLUX's T5 and stable_diffusion's CLIP (77 if left out) pad and cut to them, "
+        "HunyuanVideo's Llama only cuts",
+        minimum=1,
     )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
 
@@ -89,19 +92,31 @@ class PromptsConfig:
 class SampleConfig:
     """How a sample is drawn."""
 
-    height: int = _key(720, "pixels", minimum=1)
-    width: int = _key(720, "pixels", minimum=1)
+    height: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
+    width: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
     frames: int = _key(1, "frames of a video, 4k + 1; 1: an image (one latent frame)", minimum=1)
     fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
     vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
-    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
+    steps: int = _key(16, "sampling steps, the paper's T (stable_diffusion: 50 if left out)", minimum=2)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
-    transition: str = _key("flow_sde", "sampler of the rollout", choices=transitions.names)
-    noise_level: float = _key(0.3, "epsilon_t of the SDE; 0 would leave nothing to learn from", above=0)
+    transition: str = _key(
+        "flow_sde",
+        "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8), of those that predict noise ddim or "
+        "diffusion_sde (eq. 7) (stable_diffusion: ddim if left out)",
+        choices=transitions.names,
+    )
+    noise_level: float = _key(
+        0.3,
+        "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from (stable_diffusion: 1.0 if left out)",
+        above=0,
+    )
+    noise_decay: float = _key(
+        0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
+    )
     guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
     cfg_scale: float = _key(
         1.0,
-        "classifier-free guidance w: u + w (c - u), trained through both passes; 1: none (skyreels_i2v: 5.0 if left out)",
+        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion: 5.0 if left out)",
         minimum=1,
     )
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
@@ -138,7 +153,12 @@ class GRPOConfig:
     clip_range: float = _key(1e-4, "clip range of the ratio", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this", above=0)
     updates_per_iteration: int = _key(
-        4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v: 1 if left out)", minimum=1
+        4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion: 1 if left out)", minimum=1
+    )
+    cfg_gradients: str = _key(
+        "both",
+        "passes of classifier-free guidance that are trained: both (the paper) or conditional",
+        choices=["both", "conditional"],
     )
     kl_weight: float = _key(0.0, "weight of the KL to the starting weights; 0: none, and no second copy kept", minimum=0)
     objective: str = _key("grpo", "what an update minimises", choices=objectives.names)
@@ -258,6 +278,11 @@ class Config:
 # What a model has instead of a key's own default. With classifier-free guidance the paper makes one update per iteration.
 _MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "skyreels_i2v": {"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
+    "stable_diffusion": {
+        "prompts": {"text_length": 77},
+        "sample": {"height": 512, "width": 512, "steps": 50, "transition": "ddim", "noise_level": 1.0, "cfg_scale": 5.0},
+        "grpo": {"updates_per_iteration": 1},
+    },
 }
 
 # Keys that may differ when a run is resumed: they change where things lie, what is kept and shown and how the work is
@@ -453,17 +478,20 @@ def _check_combinations(config: Config) -> Iterator[str]:
     if sample.negative_prompt and sample.cfg_scale <= 1:
         yield (
             f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
-            "set it above 1 (SkyReels-I2V takes 5), or remove the negative prompt"
+            "set it above 1 (SkyReels-I2V and Stable Diffusion take 5), or remove the negative prompt"
         )
     if config.model.cfg_batched and sample.cfg_scale <= 1:
         yield (
             f"model.cfg_batched is true, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it above 1, or "
             "model.cfg_batched=false"
         )
+    if grpo.cfg_gradients != "both" and sample.cfg_scale <= 1:
+        yield (
+            f"grpo.cfg_gradients is {grpo.cfg_gradients}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it "
+            "above 1, or grpo.cfg_gradients=both"
+        )
     if sample.transition == "ode":
-        yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde"
-    if sample.transition == "ddim":
-        yield f"sample.transition is 'ddim', but {config.model.kind} predicts a velocity; use flow_sde"
+        yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde (of noise predictors: ddim)"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
     if config.optim.ema_decay == 1.0:
@@ -493,8 +521,6 @@ def _check_combinations(config: Config) -> Iterator[str]:
         checkpointed_blocks(config.engine.activation_checkpointing)
     except ValueError as error:
         yield f"engine.activation_checkpointing {error}"
-    if config.model.kind == "flux" and sample.frames != 1:
-        yield f"sample.frames is {sample.frames}, but flux makes images; use 1"
     if sample.frames % 4 != 1:
         below = max(1, sample.frames - (sample.frames - 1) % 4)
         yield f"sample.frames is {sample.frames}; it must be 4k + 1: {below} or {below + 4}"

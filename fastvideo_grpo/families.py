@@ -7,37 +7,34 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastvideo_grpo import published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
+from fastvideo_grpo.sampling import schedules, transitions
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the checkpoint's ``config.json`` files say; ``source`` names where they were read."""
+    """What the checkpoint's configuration files say.
+
+    Attributes:
+        source: where they were read, for a person.
+        components: component -> its ``config.json`` (of the scheduler: ``scheduler_config.json``).
+    """
 
     source: str
     components: dict[str, dict[str, Any]]
 
     @property
-    def transformer(self) -> dict[str, Any]:
-        return self.components["transformer"]
+    def denoiser(self) -> dict[str, Any]:
+        """The configuration of the network that is trained."""
+        return next(self.components[name] for name in ("transformer", "unet") if name in self.components)
 
     @property
     def vae(self) -> dict[str, Any]:
         return self.components["vae"]
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return int(self.transformer["num_attention_heads"])
-
-    @property
-    def hidden_width(self) -> int:
-        """Width of the transformer's hidden states."""
-        return self.heads * int(self.transformer["attention_head_dim"])
 
     @property
     def spatial_compression(self) -> int:
@@ -72,13 +69,16 @@ class Family:
         name: the published model.
         pipeline: ``_class_name`` in model_index.json.
         folders: components a checkpoint must have.
-        configs: the published ``config.json`` of those components whose sizes matter here.
+        configs: the published configuration files of those components whose sizes matter here.
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
-        lora_targets: the attention projections, as FastVideo names them.
-        activations: dtype -> what the blocks hold.
+        lora_targets: the attention projections, as the loaded network names them.
+        activations: dtype -> what the blocks hold; None: counted on the network itself (``unet_memory.py``).
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
             ``block_out_channels`` x bytes of the dtype).
         parameters: of the published VAE and text encoders.
+        denoiser: the component that is trained.
+        prediction: what its output means to a transition, "velocity" or "noise".
+        in_fastvideo: its trainer is a FastVideo pipeline.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
     """
@@ -90,9 +90,12 @@ class Family:
     configs: dict[str, dict[str, Any]]
     sequence_encoder: tuple[str, str]
     lora_targets: tuple[str, ...]
-    activations: dict[str, Activations]
+    activations: dict[str, Activations] | None
     decode: float
     parameters: dict[str, float]
+    denoiser: str = "transformer"
+    prediction: Literal["velocity", "noise"] = "velocity"
+    in_fastvideo: bool = True
     reads_images: bool = False
     decodes_singly: bool = False
 
@@ -108,8 +111,19 @@ class Family:
         """Tokens of one sample, text not counted."""
         raise NotImplementedError
 
+    def heads(self, facts: ModelFacts) -> int:
+        """Attention heads, which sequence parallelism deals to processes; 1 where a sample's tokens cannot be shared."""
+        return int(facts.denoiser["num_attention_heads"])
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         """What this model rules out in a configuration, each with a way out."""
+        found = transitions.prediction(config.sample.transition)
+        if found != self.prediction:
+            fitting = [name for name in transitions.names() if transitions.prediction(name) == self.prediction]
+            yield (
+                f"sample.transition is {config.sample.transition!r}, which is for predictions of {found}, but {self.kind} "
+                f"predicts {self.prediction}; use {' or '.join(name for name in fitting if name != 'ode')}"
+            )
         multiple = self.size_multiple(facts)
         for key in ("height", "width"):
             value = getattr(config.sample, key)
@@ -141,9 +155,10 @@ class Family:
             raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
         parts = {}
         for component in self.configs:
-            file = path / component / "config.json"
+            name = "scheduler_config.json" if component == "scheduler" else "config.json"
+            file = path / component / name
             if not file.is_file():
-                raise ConfigError(f"model.path={path} lacks {component}/config.json; download the whole repository")
+                raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
             parts[component] = json.loads(file.read_text())
         return ModelFacts(str(path), parts)
 
@@ -162,7 +177,7 @@ class _Flux(Family):
 
     def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
         ratio = facts.spatial_compression
-        return int(facts.transformer["in_channels"]) // 4, sample.height // ratio, sample.width // ratio
+        return int(facts.denoiser["in_channels"]) // 4, sample.height // ratio, sample.width // ratio
 
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
         _, height, width = self.latent_shape(facts, sample)
@@ -180,17 +195,17 @@ class _Flux(Family):
 
 class _HunyuanVideo(Family):
     def size_multiple(self, facts: ModelFacts) -> int:
-        return facts.spatial_compression * int(facts.transformer["patch_size"])
+        return facts.spatial_compression * int(facts.denoiser["patch_size"])
 
     def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
         ratio = facts.spatial_compression
         frames = (sample.frames - 1) // int(facts.vae["temporal_compression_ratio"]) + 1
-        return int(facts.transformer["in_channels"]), frames, sample.height // ratio, sample.width // ratio
+        return int(facts.denoiser["in_channels"]), frames, sample.height // ratio, sample.width // ratio
 
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
         _, frames, height, width = self.latent_shape(facts, sample)
-        patch = int(facts.transformer["patch_size"])
-        return frames // int(facts.transformer["patch_size_t"]) * (height // patch) * (width // patch)
+        patch = int(facts.denoiser["patch_size"])
+        return frames // int(facts.denoiser["patch_size_t"]) * (height // patch) * (width // patch)
 
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
@@ -207,7 +222,7 @@ class _SkyReelsI2V(_HunyuanVideo):
 
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
-        found, latents = int(facts.transformer["in_channels"]), int(facts.vae["latent_channels"])
+        found, latents = int(facts.denoiser["in_channels"]), int(facts.vae["latent_channels"])
         if found != 2 * latents:
             yield (
                 f"model.path={config.model.path}: the transformer reads {found} channels, but image to video needs "
@@ -215,6 +230,47 @@ class _SkyReelsI2V(_HunyuanVideo):
             )
         if config.sample.frames == 1:
             yield "sample.frames is 1, but skyreels_i2v makes clips from an image; use 4k + 1 of them, for example 53"
+
+
+class _StableDiffusion(Family):
+    def size_multiple(self, facts: ModelFacts) -> int:
+        # Every level of the UNet but the last halves its latents, and the way up has to meet them again.
+        return facts.spatial_compression * 2 ** (len(facts.denoiser["block_out_channels"]) - 1)
+
+    def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
+        ratio = facts.spatial_compression
+        return int(facts.denoiser["in_channels"]), sample.height // ratio, sample.width // ratio
+
+    def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
+        _, height, width = self.latent_shape(facts, sample)
+        return height * width
+
+    def heads(self, facts: ModelFacts) -> int:
+        return 1  # a UNet's convolutions need all of a sample's latents in one process
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        sample, defaults = config.sample, SampleConfig()
+        if sample.frames != 1:
+            yield f"sample.frames is {sample.frames}, but {self.kind} makes images; use 1"
+        if sample.vae_tiling:
+            yield f"sample.vae_tiling is true, but {self.kind} decodes images whole; use false"
+        if sample.shift != defaults.shift:
+            yield f"sample.shift is {sample.shift}, which is of flow schedules; {self.kind} has none: leave it out"
+        if sample.guidance_scale != defaults.guidance_scale:
+            yield (
+                f"sample.guidance_scale is {sample.guidance_scale}, the embedded guidance that {self.kind} does not have; set "
+                "sample.cfg_scale, and leave it out"
+            )
+        if config.model.attention != "sdpa":
+            yield f"model.attention is {config.model.attention}, but {self.kind} runs diffusers' attention, which is sdpa"
+        longest = int(facts.components["text_encoder"]["max_position_embeddings"])
+        if config.prompts.text_length > longest:
+            yield f"prompts.text_length is {config.prompts.text_length}; {self.kind}'s CLIP reads at most {longest} tokens"
+        try:
+            schedules.ddim_of(sample.steps, facts.components["scheduler"])
+        except ValueError as error:
+            yield f"model.path={config.model.path}: {error}"
 
 
 # What is HunyuanVideo's, whatever its transformer reads.
@@ -256,6 +312,21 @@ FAMILIES: dict[str, Family] = {
         configs=published.SKYREELS_V1_I2V,
         reads_images=True,
         **_HUNYUAN,
+    ),
+    "stable_diffusion": _StableDiffusion(
+        kind="stable_diffusion",
+        name="Stable Diffusion v1.4",
+        pipeline="StableDiffusionPipeline",
+        folders=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        configs=published.STABLE_DIFFUSION_V1_4,
+        sequence_encoder=("text_encoder", "hidden_size"),
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        activations=None,
+        decode=9.4,
+        parameters={"vae": 83.7e6, "text_encoder": 123e6},
+        denoiser="unet",
+        prediction="noise",
+        in_fastvideo=False,
     ),
 }
 

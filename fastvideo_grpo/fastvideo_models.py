@@ -10,13 +10,13 @@ from torch import nn
 from fastvideo_grpo.patching import require_patched
 
 
-def diffusers_transformer(transformer_config: dict[str, Any]) -> Any:
-    """diffusers' transformer of a ``transformer/config.json``, on the meta device."""
+def diffusers_denoiser(config: dict[str, Any]) -> Any:
+    """diffusers' network of a ``transformer/config.json`` or ``unet/config.json``, on the meta device."""
     import diffusers
 
-    cls = getattr(diffusers, transformer_config["_class_name"])
+    cls = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
-        return cls.from_config({key: value for key, value in transformer_config.items() if key != "_name_or_path"})
+        return cls.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
 
 
 def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:

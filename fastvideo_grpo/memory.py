@@ -2,7 +2,8 @@
 
 Sizes of weights, optimiser state and trajectories are exact; activations follow from how much each block keeps per token
 (:class:`~fastvideo_grpo.families.Activations`), decoding from how much the VAE holds per pixel. What the allocator, the
-kernels' workspaces and the communication library add (some 1 to 3 GB on a GPU) is not counted.
+kernels' workspaces and the communication library add (some 1 to 3 GB on a GPU) is not counted. A UNet's activations are
+counted on the network itself (:mod:`fastvideo_grpo.unet_memory`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from fastvideo_grpo.config import Config, checkpointed_blocks
-from fastvideo_grpo.families import FAMILIES, ModelFacts
+from fastvideo_grpo.families import FAMILIES, Activations, ModelFacts
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.unet_memory import UNetBytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PHASES = ("encode", "rollout", "decode", "reward", "update")
@@ -89,7 +96,7 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     # With a cache prompts are encoded before there is an optimiser, and the encoders are gone afterwards.
     encode = max(0.0, encoders - resident.get("optimiser", 0.0)) if cached else encoders if engine.offload_idle else 0.0
 
-    block = _largest_block(facts) * size if stage == 3 else 0.0  # gathered while it runs
+    block = _largest_block(config, facts) * size if stage == 3 else 0.0  # gathered while it runs
     beside = rewards if engine.offload_idle and config.rewards.async_ else 0.0  # scoring while the next samples are drawn
     phases = {
         "encode": encode,
@@ -192,22 +199,54 @@ def _tokens(config: Config, facts: ModelFacts) -> tuple[float, int]:
     return math.ceil(image / config.engine.sequence_parallel), config.prompts.text_length
 
 
+def _hidden_width(facts: ModelFacts) -> int:
+    """Width of a transformer's hidden states."""
+    return int(facts.denoiser["num_attention_heads"]) * int(facts.denoiser["attention_head_dim"])
+
+
 def _unit(config: Config, facts: ModelFacts) -> float:
     """Bytes of one hidden vector of a micro-batch."""
-    return facts.hidden_width * BYTES[config.model.precision] * config.engine.micro_batch_size
+    return _hidden_width(facts) * BYTES[config.model.precision] * config.engine.micro_batch_size
+
+
+def _activations(config: Config) -> Activations | None:
+    known = FAMILIES[config.model.kind].activations
+    return None if known is None else known[config.model.precision]
+
+
+def _unet(config: Config, facts: ModelFacts) -> UNetBytes:
+    """Of one pass; both texts of guidance in one are not two passes of the same batch, but in bytes they are."""
+    from fastvideo_grpo.unet_memory import unet_bytes
+
+    shape = (config.engine.micro_batch_size, *FAMILIES[config.model.kind].latent_shape(facts, config.sample))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.precision]
+    every = checkpointed_blocks(config.engine.activation_checkpointing)
+    return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
+
+
+def _passes_at_once(config: Config) -> int:
+    return 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
+
+
+def _passes_kept(config: Config) -> int:
+    """Passes of a prediction whose activations wait for the backward pass."""
+    return 2 if config.sample.cfg_scale > 1 and (config.grpo.cfg_gradients == "both" or config.model.cfg_batched) else 1
 
 
 def _forward_bytes(config: Config, facts: ModelFacts) -> float:
-    kept = FAMILIES[config.model.kind].activations[config.model.precision]
-    at_once = 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
-    return at_once * kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
+    kept = _activations(config)
+    if kept is None:
+        return _passes_at_once(config) * _unet(config, facts).forward
+    return _passes_at_once(config) * kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
 
 
 def _kept_bytes(config: Config, facts: ModelFacts) -> float:
     """What a forward of a micro-batch keeps for its backward pass; with classifier-free guidance there are two."""
-    kept = FAMILIES[config.model.kind].activations[config.model.precision]
+    kept = _activations(config)
+    if kept is None:
+        return _passes_kept(config) * _unet(config, facts).kept
     image, text = _tokens(config, facts)
-    doubles, singles = int(facts.transformer["num_layers"]), int(facts.transformer["num_single_layers"])
+    doubles, singles = int(facts.denoiser["num_layers"]), int(facts.denoiser["num_single_layers"])
     every = checkpointed_blocks(config.engine.activation_checkpointing)
 
     def blocks(count: int, factor: float) -> float:
@@ -216,17 +255,18 @@ def _kept_bytes(config: Config, facts: ModelFacts) -> float:
 
     per_token = blocks(doubles, kept.double) + blocks(singles, kept.single)
     units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text
-    return (2 if config.sample.cfg_scale > 1 else 1) * units * _unit(config, facts)
+    return _passes_kept(config) * units * _unit(config, facts)
 
 
 def _update_bytes(config: Config, facts: ModelFacts) -> float:
     """What is kept, and what the backward of one block holds besides: all that it would have kept, where it was checkpointed,
     else the gradients on their way (about a third of that)."""
-    kept = FAMILIES[config.model.kind].activations[config.model.precision]
+    kept = _activations(config)
+    if kept is None:
+        return _kept_bytes(config, facts) + _passes_at_once(config) * _unet(config, facts).working
     share = 1.0 if config.engine.activation_checkpointing != "none" else 0.3
-    at_once = 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
-    working = at_once * share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
-    return _kept_bytes(config, facts) + working
+    block = share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
+    return _kept_bytes(config, facts) + _passes_at_once(config) * block
 
 
 def _decode_bytes(config: Config, facts: ModelFacts) -> float:
@@ -239,9 +279,12 @@ def _decode_bytes(config: Config, facts: ModelFacts) -> float:
     return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
 
 
-def _largest_block(facts: ModelFacts) -> float:
-    """Parameters of a double block, the largest: two streams of attention (4 D^2), MLP (8 D^2) and modulation (6 D^2)."""
-    return 36.0 * facts.hidden_width**2
+def _largest_block(config: Config, facts: ModelFacts) -> float:
+    """Parameters of the largest block. A transformer's is a double block: two streams of attention (4 D^2), MLP (8 D^2) and
+    modulation (6 D^2)."""
+    if _activations(config) is None:
+        return _unet(config, facts).largest_block
+    return 36.0 * _hidden_width(facts) ** 2
 
 
 def _folder_bytes(config: Config, component: str, size: int) -> float:

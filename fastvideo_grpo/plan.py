@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from fastvideo_grpo.checkpoints.diffusers_names import has_diffusers_names
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions
 from fastvideo_grpo.engines.parallel import World
@@ -46,10 +47,16 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
     """
     problems = list(FAMILIES[config.model.kind].problems(config, facts))
     shared = config.engine.sequence_parallel
-    if ranks % shared or facts.heads % shared:
-        ways = [n for n in range(1, facts.heads + 1) if ranks % n == 0 and facts.heads % n == 0]
+    heads = FAMILIES[config.model.kind].heads(facts)
+    if heads == 1 and shared > 1:
         problems.append(
-            f"engine.sequence_parallel is {shared}; it must divide the {ranks} processes and the model's {facts.heads} "
+            f"engine.sequence_parallel is {shared}, but the tokens of one sample of {config.model.kind} cannot be shared by "
+            "processes; use 1 (each process then has samples of its own)"
+        )
+    elif ranks % shared or heads % shared:
+        ways = [n for n in range(1, heads + 1) if ranks % n == 0 and heads % n == 0]
+        problems.append(
+            f"engine.sequence_parallel is {shared}; it must divide the {ranks} processes and the model's {heads} "
             f"attention heads: {', '.join(map(str, ways))}"
         )
     if training:
@@ -107,7 +114,7 @@ def check_folder(config: Config) -> None:
             state,
             config,
             prompts_of(config, config.prompts.path),
-            encoder_identity(Path(config.model.path), ["transformer"], {}),
+            encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
 
 
@@ -202,8 +209,11 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
         f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
-        f"(noise level {sample.noise_level}, shift {sample.shift})"
-        + (f", guidance {sample.cfg_scale:g} in {'one pass' if config.model.cfg_batched else 'two passes'}" * (passes - 1)),
+        f"(noise level {sample.noise_level}"
+        + (f", falling as t ** {sample.noise_decay:g}" if sample.noise_decay else "")
+        + (f", shift {sample.shift})" if family.prediction == "velocity" else ")")
+        + (f", guidance {sample.cfg_scale:g} in {'one pass' if config.model.cfg_batched else 'two passes'}" * (passes - 1))
+        + (", the conditional one trained" if grpo.cfg_gradients == "conditional" else ""),
         f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
         f"{len(prompts) / grpo.prompts_per_iteration:.1f} iterations"
         + (
@@ -233,23 +243,23 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
 
 
 def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
-    """(trained, all) parameters of the transformer, built at its real size on the meta device."""
+    """(trained, all) parameters of the network, built at its real size on the meta device."""
     lora = None if config.model.lora is None else tuple(sorted(vars(lora_settings(config)).items(), key=lambda item: item[0]))
-    return _count_parameters(config.model.kind, json.dumps(facts.transformer), json.dumps(lora))
+    return _count_parameters(config.model.kind, json.dumps(facts.denoiser), json.dumps(lora))
 
 
 @cache
-def _count_parameters(kind: str, transformer: str, lora: str) -> tuple[int, int]:
+def _count_parameters(kind: str, denoiser: str, lora: str) -> tuple[int, int]:
     from fastvideo_grpo.engines.lora import add_lora
-    from fastvideo_grpo.fastvideo_models import diffusers_transformer, fastvideo_transformer
+    from fastvideo_grpo.fastvideo_models import diffusers_denoiser, fastvideo_transformer
 
-    settings = json.loads(lora)
+    settings, facts = json.loads(lora), json.loads(denoiser)
     # diffusers' class has the same parameters (fused otherwise) and is imported in a fraction of the time; adapters sit on
-    # FastVideo's layers, which only FLUX shares.
-    if settings is None or kind == "flux":
-        module = diffusers_transformer(json.loads(transformer))
+    # FastVideo's layers.
+    if settings is None or has_diffusers_names(facts["_class_name"]):
+        module = diffusers_denoiser(facts)
     else:
-        module = fastvideo_transformer(kind, json.loads(transformer))
+        module = fastvideo_transformer(kind, facts)
     total = sum(p.numel() for p in module.parameters())
     if settings is not None:
         add_lora(module, LoRAConfig(**dict(settings)), seed=0)

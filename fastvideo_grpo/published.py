@@ -68,6 +68,48 @@ SKYREELS_V1_I2V: dict[str, dict[str, Any]] = {
 }
 """Skywork/SkyReels-V1-Hunyuan-I2V (a transformer) with HunyuanVideo's other parts: the keys this project reads."""
 
+STABLE_DIFFUSION_V1_4: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 4,
+    },
+    "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
+    "scheduler": {
+        "_class_name": "PNDMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+    },
+}
+"""CompVis/stable-diffusion-v1-4: the keys this project reads."""
+
 QWEN2_VL_2B: dict[str, Any] = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvideo_grpo.checkpoints import diffusers_names, export
-from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, tensor_shapes, transformer_names
+from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, denoiser_names, tensor_shapes
 from fastvideo_grpo.config import LoRAConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointError, CheckpointReader, FusedWeights
 from fastvideo_grpo.errors import UserError
@@ -73,7 +73,7 @@ def test_sharded_loading_takes_the_parts(names, tmp_path):
 
 def test_flux_has_diffusers_names_and_does_not_ask_fastvideo(monkeypatch):
     monkeypatch.setattr(diffusers_names, "fastvideo_mapping", lambda name: pytest.fail(f"asked for {name}"))
-    names = transformer_names("FluxTransformer2DModel", SHAPES)
+    names = denoiser_names("FluxTransformer2DModel", SHAPES)
     theirs = _random(SHAPES)
     assert names.parts == {name: [name] for name in SHAPES}
     assert _equal(names.to_fastvideo(theirs), theirs) and _equal(names.to_diffusers(theirs), theirs)
@@ -184,7 +184,7 @@ def checkpoint(tmp_path):
 def test_components_are_copied_or_their_weight_files_hard_linked(checkpoint, tmp_path, link):
     out = tmp_path / "out"
     out.mkdir()
-    export.copy_components(checkpoint, out, link=link)
+    export.copy_components(checkpoint, out, "transformer", link=link)
     assert sorted(entry.name for entry in out.iterdir()) == ["model_index.json", "text_encoder", "vae"]
     for name in ("vae/model.safetensors", "text_encoder/model.safetensors"):
         assert os.path.samefile(out / name, checkpoint / name) == link
@@ -204,7 +204,7 @@ def test_a_link_that_cannot_be_made_is_an_error_and_no_copy(checkpoint, tmp_path
         pytest.raises(UserError, match=r"hard-linked into .* \(Invalid cross-device link\); put --out on"),
         export.appearing(out) as folder,
     ):
-        export.copy_components(checkpoint, folder, link=True)
+        export.copy_components(checkpoint, folder, "transformer", link=True)
     assert not out.exists()
 
 
@@ -214,9 +214,9 @@ def test_files_are_cut_at_the_given_size_and_hold_every_tensor_once(tmp_path):
     config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8}
     config |= {"num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 4}
     config |= {"axes_dims_rope": [2, 2, 4]}
-    shapes = tensor_shapes(export.diffusers_transformer(config).state_dict())
+    shapes = tensor_shapes(export.diffusers_denoiser(config).state_dict())
     weights = _random(shapes)
-    export.write_transformer(weights, config, tmp_path / "small", torch.bfloat16, "6KB")
+    export.write_denoiser(weights, config, tmp_path / "small", torch.bfloat16, "6KB")
     files = sorted((tmp_path / "small").glob("*.safetensors"))
     assert len(files) > 2 and all(file.stat().st_size < 20_000 for file in files)
     found = [load_file(file) for file in files]
@@ -224,7 +224,7 @@ def test_files_are_cut_at_the_given_size_and_hold_every_tensor_once(tmp_path):
     assert all(tensor.dtype == torch.bfloat16 for tensors in found for tensor in tensors.values())
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "small", torch_dtype=torch.bfloat16).state_dict()
     assert _equal(dict(sorted(loaded.items())), {name: weights[name].bfloat16() for name in sorted(weights)})
-    export.write_transformer(weights, config, tmp_path / "one", torch.float32)
+    export.write_denoiser(weights, config, tmp_path / "one", torch.float32)
     assert [file.name for file in (tmp_path / "one").iterdir() if file.suffix != ".json"] == [
         "diffusion_pytorch_model.safetensors"
     ]
@@ -236,16 +236,16 @@ def test_files_are_cut_at_the_given_size_and_hold_every_tensor_once(tmp_path):
         ({key: weight for key, weight in weights.items() if key != name}, "10GB", f"first {name}: it is missing"),
     ]:
         with pytest.raises(UserError, match=message):
-            export.write_transformer(wrong, config, tmp_path / "wrong", torch.float32, size)
+            export.write_denoiser(wrong, config, tmp_path / "wrong", torch.float32, size)
 
 
 def test_hunyuan_videos_names_are_those_of_fastvideos_loader():
-    from fastvideo_grpo.fastvideo_models import diffusers_transformer
+    from fastvideo_grpo.fastvideo_models import diffusers_denoiser
     from fastvideo_grpo.tiny.hunyuan_video import configs
 
     config = configs("random")["transformer"] | {"num_attention_heads": 3, "attention_head_dim": 8, "rope_axes_dim": [2, 2, 4]}
-    shapes = tensor_shapes(diffusers_transformer(config).state_dict())
-    names = transformer_names("HunyuanVideoTransformer3DModel", shapes)
+    shapes = tensor_shapes(diffusers_denoiser(config).state_dict())
+    names = denoiser_names("HunyuanVideoTransformer3DModel", shapes)
     taken = [source for sources in names.parts.values() for source in sources]
     assert sorted(taken) == sorted(shapes) and len(taken) > len(names.parts)
     assert names.rows("single_blocks.1.linear1.weight") == [24, 24, 24, 96]

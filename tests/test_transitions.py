@@ -134,17 +134,18 @@ def test_flow_sde_keeps_the_marginals_of_a_gaussian_target(noise_level):
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
 
-def test_ddim_keeps_the_marginals_of_a_gaussian_target():
+@pytest.mark.parametrize("name,steps", [("ddim", 200), ("diffusion_sde", 500)])
+def test_diffusion_keeps_the_marginals_of_a_gaussian_target(name, steps):
     def epsilon(z, level):
         alpha, sigma = level.alpha.view(-1, 1), level.sigma.view(-1, 1)
         return sigma / (alpha**2 * 0.25 + sigma**2) * z
 
     torch.manual_seed(0)
-    schedule = schedules.ddim(200)
+    schedule = schedules.ddim(steps)
     latents, _ = rollout(
         epsilon,
         torch.randn(4000, 2),
-        Walk(schedule, transitions.get("ddim", noise_level=1.0), lambda i: torch.randn(4000, 2), record=False),
+        Walk(schedule, transitions.get(name, noise_level=1.0), lambda i: torch.randn(4000, 2), record=False),
     )
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
@@ -161,10 +162,11 @@ def test_without_noise_the_flow_step_is_euler(name):
     assert step.log_prob is None
 
 
-@pytest.mark.parametrize("name,make", [("flow_sde", lambda: schedules.flow(6, 3.0)), ("ddim", lambda: schedules.ddim(6))])
-def test_replay_gives_the_log_prob_of_the_draw_bitwise_at_mixed_levels(name, make):
-    schedule = make()
-    transition = transitions.get(name, noise_level=0.4)
+@pytest.mark.parametrize("noise_decay", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["flow_sde", "ddim", "diffusion_sde"])
+def test_replay_gives_the_log_prob_of_the_draw_bitwise_at_mixed_levels(name, noise_decay):
+    schedule = schedules.flow(6, 3.0) if name == "flow_sde" else schedules.ddim(6)
+    transition = transitions.get(name, noise_level=0.4, noise_decay=noise_decay)
     torch.manual_seed(0)
     z, output, noise = torch.randn(4, 7, 3), torch.randn(4, 7, 3), torch.randn(4, 7, 3)
     index = torch.tensor([0, 4, 2, 1])
@@ -230,11 +232,43 @@ def test_gradient_of_log_prob_against_finite_differences():
             assert numeric.item() == pytest.approx(gradient[i, j].item(), rel=2e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["flow_sde", "ddim", "diffusion_sde"])
+def test_a_noise_level_that_decays_is_its_value_at_each_level(name):
+    """``noise_level * t ** noise_decay``, by samples of one batch that stand at different levels."""
+    schedule = schedules.flow(6, 3.0) if name == "flow_sde" else schedules.ddim(6)
+    torch.manual_seed(0)
+    z, output, noise = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 3)
+    index = torch.arange(4)
+    step = transitions.get(name, noise_level=0.8, noise_decay=1.5).step(
+        output, z, schedule.at(index), schedule.at(index + 1), noise=noise
+    )
+    for row in range(4):
+        one = index[row : row + 1]
+        at = 0.8 * (schedule.timestep[row].item() / 1000) ** 1.5
+        constant = transitions.get(name, noise_level=at).step(
+            output[row : row + 1], z[row : row + 1], schedule.at(one), schedule.at(one + 1), noise=noise[row : row + 1]
+        )
+        torch.testing.assert_close(step.mean[row], constant.mean[0])
+        torch.testing.assert_close(step.std[row], constant.std[0])
+
+
+def test_ddim_of_a_scheduler_file():
+    """The keys that set the levels are read; what would change the step otherwise is refused with its name."""
+    sd = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0}
+    ours, expected = schedules.ddim_of(5, {"_class_name": "PNDMScheduler", **sd}), schedules.ddim(5, **sd)
+    assert torch.equal(ours.alpha, expected.alpha) and torch.equal(ours.timestep, expected.timestep)
+    for wrong in ({"prediction_type": "sample"}, {"timestep_spacing": "trailing"}, {"clip_sample": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed"):
+            schedules.ddim_of(5, {**sd, **wrong})
+
+
 def test_bad_input_names_what_is_wrong():
-    with pytest.raises(ValueError, match="known: ddim, flow_sde, ode"):
+    with pytest.raises(ValueError, match="known: ddim, diffusion_sde, flow_sde, ode"):
         transitions.get("euler")
     with pytest.raises(ValueError, match="noise_level"):
         transitions.get("flow_sde", noise_level=-1)
+    with pytest.raises(ValueError, match="noise_decay"):
+        transitions.get("ddim", noise_level=1, noise_decay=-1)
     with pytest.raises(ValueError, match="takes no noise"):
         transitions.get("ode", noise_level=0.3)
     with pytest.raises(ValueError, match="steps"):

@@ -1,4 +1,4 @@
-"""A transformer's weights under FastVideo's names and under diffusers'.
+"""A network's weights under FastVideo's names and under diffusers'.
 
 FastVideo fuses projections that read the same input: one of its parameters may be several of diffusers' tensors, stacked
 along the first axis. How it does so is written in its models as regular expressions (``param_names_mapping``), which say
@@ -19,8 +19,9 @@ from fastvideo_grpo.patching import require_patched
 # diffusers name -> FastVideo name, position among the parts that are stacked to it (None: it is one tensor), their number.
 NamesMapping = Callable[[str], tuple[str, int | None, int | None]]
 
-# Transformers whose FastVideo version has diffusers' own names: importing FastVideo, half a minute, is not needed for them.
-_SAME_NAMES = ("FluxTransformer2DModel",)
+# Networks that are diffusers' own, or whose FastVideo version has diffusers' names: importing FastVideo, half a minute, is not
+# needed for them.
+_SAME_NAMES = ("FluxTransformer2DModel", "UNet2DConditionModel")
 
 
 class DiffusersNames:
@@ -59,7 +60,7 @@ class DiffusersNames:
         """
         if name not in self.parts:
             known = ", ".join(list(self.parts)[:3])
-            raise UserError(f"the transformer has no parameter {name}; it has, for example, {known}")
+            raise UserError(f"the network has no parameter {name}; it has, for example, {known}")
         return list(self.parts[name])
 
     def rows(self, name: str) -> list[int]:
@@ -123,8 +124,13 @@ class DiffusersNames:
         return out
 
 
-def transformer_names(class_name: str, shapes: Mapping[str, tuple[int, ...]]) -> DiffusersNames:
-    """The names of a transformer by its diffusers class, ``_class_name`` in ``transformer/config.json``.
+def has_diffusers_names(class_name: str) -> bool:
+    """Whether the network that is trained has diffusers' names, by its diffusers class."""
+    return class_name in _SAME_NAMES
+
+
+def denoiser_names(class_name: str, shapes: Mapping[str, tuple[int, ...]]) -> DiffusersNames:
+    """The names of a network by its diffusers class, ``_class_name`` in its ``config.json``.
 
     Args:
         shapes: see :class:`DiffusersNames`.
@@ -133,7 +139,7 @@ def transformer_names(class_name: str, shapes: Mapping[str, tuple[int, ...]]) ->
         CheckpointError: these tensors do not make up a model of that class.
         UserError: FastVideo has to be imported for it, and its patches are missing.
     """
-    if class_name in _SAME_NAMES:
+    if has_diffusers_names(class_name):
         return DiffusersNames(shapes, lambda name: (name, None, None))
     return DiffusersNames(shapes, fastvideo_mapping(class_name))
 
@@ -176,6 +182,6 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     else:
         what = f"has shape {found[first]} instead of {expected[first]}"
     raise UserError(
-        f"these weights are not those of the transformer: {len(wrong)} names or shapes differ, first {first}: it {what}; "
+        f"these weights are not those of the network: {len(wrong)} names or shapes differ, first {first}: it {what}; "
         "use the checkpoint that training started from"
     )

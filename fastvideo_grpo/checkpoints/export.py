@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, tensor_shapes, transformer_names
+from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
 from fastvideo_grpo.config import LoRAConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.fastvideo_models import diffusers_transformer
+from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
@@ -26,10 +26,10 @@ _MAKES_WHOLE = ("config.json", "model_index.json")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def model_names(transformer_config: dict[str, Any]) -> DiffusersNames:
-    """FastVideo's names against diffusers' for the model of a ``transformer/config.json``."""
-    module = diffusers_transformer(transformer_config)
-    return transformer_names(transformer_config["_class_name"], tensor_shapes(module.state_dict()))
+def model_names(config: dict[str, Any]) -> DiffusersNames:
+    """The trained network's names against diffusers', for a ``transformer/config.json`` or ``unet/config.json``."""
+    module = diffusers_denoiser(config)
+    return denoiser_names(config["_class_name"], tensor_shapes(module.state_dict()))
 
 
 @contextmanager
@@ -60,9 +60,9 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_transformer(
+def write_denoiser(
     weights: Mapping[str, Tensor],
-    transformer_config: dict[str, Any],
+    config: dict[str, Any],
     out: Path,
     dtype: torch.dtype,
     shard_size: str = "10GB",
@@ -73,7 +73,7 @@ def write_transformer(
 
     Args:
         weights: complete, under diffusers' names; each is asked for once.
-        transformer_config: ``transformer/config.json`` of the checkpoint that training started from.
+        config: the network's ``config.json`` in the checkpoint that training started from.
         dtype: of the files.
         shard_size: of the largest file, such as "10GB" or "500MB".
 
@@ -83,7 +83,7 @@ def write_transformer(
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    module = diffusers_transformer(transformer_config)
+    module = diffusers_denoiser(config)
     shapes = tensor_shapes(module.state_dict())
     check_shapes({name: shapes.get(name, ()) for name in weights}, shapes)  # the shapes themselves are checked below
     planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
@@ -106,7 +106,9 @@ def write_transformer(
         (out / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_lora(adapters: Mapping[str, Tensor], lora: LoRAConfig, pipeline: str, out: Path, dtype: torch.dtype) -> None:
+def write_lora(
+    adapters: Mapping[str, Tensor], lora: LoRAConfig, pipeline: str, denoiser: str, out: Path, dtype: torch.dtype
+) -> None:
     """Write adapters as ``out/pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
 
     Rank and alpha go into the file's metadata, so that diffusers scales the adapters as training did.
@@ -114,6 +116,7 @@ def write_lora(adapters: Mapping[str, Tensor], lora: LoRAConfig, pipeline: str, 
     Args:
         adapters: under diffusers' names, see :meth:`DiffusersNames.lora_to_diffusers`.
         pipeline: diffusers' pipeline class, such as "FluxPipeline".
+        denoiser: the component that they are for, "transformer" or "unet".
         dtype: of the file.
     """
     import diffusers
@@ -123,9 +126,7 @@ def write_lora(adapters: Mapping[str, Tensor], lora: LoRAConfig, pipeline: str, 
     targets = sorted({name.rpartition(".lora_")[0] for name in adapters})
     metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
     getattr(diffusers, pipeline).save_lora_weights(
-        str(out),
-        transformer_lora_layers=layers,
-        transformer_lora_adapter_metadata=metadata,
+        str(out), **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
 
 
@@ -164,8 +165,8 @@ class MergedLoRA(Mapping[str, Tensor]):
         return len(self.base.shapes)
 
 
-def copy_components(checkpoint: Path, out: Path, *, link: bool = False) -> None:
-    """Copy everything but the transformer, so that the folder loads with one ``from_pretrained``.
+def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = False) -> None:
+    """Copy everything but the component ``denoiser``, so that the folder loads with one ``from_pretrained``.
 
     Args:
         link: hard links instead of copies of weight files; what symbolic links point at is linked.
@@ -187,7 +188,7 @@ def copy_components(checkpoint: Path, out: Path, *, link: bool = False) -> None:
         return target
 
     for entry in sorted(checkpoint.iterdir()):
-        if entry.name == "transformer" or entry.name.startswith("."):
+        if entry.name == denoiser or entry.name.startswith("."):
             continue
         if entry.is_dir():
             shutil.copytree(entry, out / entry.name, copy_function=place)

@@ -12,12 +12,12 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
 
 
-def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Prompt], transformer: str) -> None:
+def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Prompt], denoiser: str) -> None:
     """Refuse to go on with another run's checkpoint.
 
     Args:
         state: the checkpoint's trainer.json.
-        transformer: identity of the weights training starts from.
+        denoiser: identity of the weights training starts from.
 
     Raises:
         ConfigError: settings that change what is computed, the prompts, or the model to start from differ; names them.
@@ -41,9 +41,9 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
         )
-    if state["transformer"] != transformer:
+    if state["denoiser"] != denoiser:
         raise ConfigError(
-            f"model.path={config.model.path} holds another transformer than the one {config.run.dir} was started from; set "
+            f"model.path={config.model.path} holds another network than the one {config.run.dir} was started from; set "
             "it back, or choose another run.dir"
         )
 

@@ -10,7 +10,7 @@ from fastvideo_grpo.errors import UserError
 EPILOG = """\
 examples:
   fastvideo-grpo export runs/flux --out exported --pipeline      # a folder for FluxPipeline.from_pretrained
-  fastvideo-grpo export runs/flux --out exported --weights ema   # the transformer alone, EMA weights
+  fastvideo-grpo export runs/flux --out exported --weights ema   # the network alone, EMA weights
   fastvideo-grpo export runs/lora --out exported                 # LoRA run: a file for load_lora_weights
   fastvideo-grpo export runs/lora --out exported --merge-lora    # ... or folded into full weights
   fastvideo-grpo export runs/hunyuan --out exported --pipeline --link   # HunyuanVideoPipeline, without 16 GB of copies
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=["model", "ema"], default="model", help="trained weights, or their EMA")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of the files (default: that of model.precision)")
     parser.add_argument("--merge-lora", action="store_true", help="fold the adapters of a LoRA run into full weights")
-    parser.add_argument("--pipeline", action="store_true", help="copy VAE, text encoders, ... beside the transformer")
+    parser.add_argument("--pipeline", action="store_true", help="copy VAE, text encoders, ... beside the network")
     parser.add_argument("--link", action="store_true", help="with --pipeline: hard links instead of copies of weight files")
     parser.add_argument("--max-shard-size", default="10GB", metavar="SIZE", help="largest weight file (default: 10GB)")
     parser.epilog = EPILOG
@@ -52,27 +52,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pipeline and lora is not None and not arguments.merge_lora:
         raise UserError("--pipeline needs full weights: add --merge-lora, or leave it out and load the adapters by themselves")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype or config.model.precision]
-    pipeline, transformer = families.FAMILIES[config.model.kind].pipeline, families.model_facts(config).transformer
+    family, denoiser = families.FAMILIES[config.model.kind], families.model_facts(config).denoiser
+    pipeline, component = family.pipeline, family.denoiser
     with export.appearing(out) as folder:
         if arguments.pipeline:
-            export.copy_components(start, folder, link=arguments.link)
+            export.copy_components(start, folder, component, link=arguments.link)
         weights = run.weights(arguments.weights)
-        names = export.model_names(transformer)
+        names = export.model_names(denoiser)
         if lora is None:
             full = names.to_diffusers(weights)
-            export.write_transformer(full, transformer, folder / "transformer", dtype, arguments.max_shard_size)
+            export.write_denoiser(full, denoiser, folder / component, dtype, arguments.max_shard_size)
         else:
             adapters = names.lora_to_diffusers(weights)
             if arguments.merge_lora:
-                merged = export.MergedLoRA(CheckpointReader(start / "transformer"), adapters, lora)
-                export.write_transformer(merged, transformer, folder / "transformer", dtype, arguments.max_shard_size)
+                merged = export.MergedLoRA(CheckpointReader(start / component), adapters, lora)
+                export.write_denoiser(merged, denoiser, folder / component, dtype, arguments.max_shard_size)
             else:
-                export.write_lora(adapters, lora, pipeline, folder, dtype)
+                export.write_lora(adapters, lora, pipeline, component, folder, dtype)
     if arguments.pipeline:
         cls, load = pipeline, [f'pipeline = {pipeline}.from_pretrained("{out}")']
     elif lora is None or arguments.merge_lora:
-        cls = transformer["_class_name"]
-        load = [f'transformer = {cls}.from_pretrained("{out}", subfolder="transformer")']
+        cls = denoiser["_class_name"]
+        load = [f'{component} = {cls}.from_pretrained("{out}", subfolder="{component}")']
     else:
         cls = pipeline
         load = [f'pipeline = {pipeline}.from_pretrained("{start}")', f'pipeline.load_lora_weights("{out}")']

@@ -7,7 +7,9 @@ Both paradigms of the paper are paths ``z = alpha x + sigma eps`` (SPEC section 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,3 +116,31 @@ def ddim(
     levels = torch.cat([alpha_cumprod[timestep], last]).double()
     timesteps = torch.cat([timestep, torch.zeros(1, dtype=torch.int64)]).float()
     return Schedule(levels.sqrt().float(), (1 - levels).sqrt().float(), timesteps)
+
+
+# Keys of a scheduler_config.json that would change the levels or the step, and the value with which they do not.
+_UNCHANGED: dict[str, Any] = {
+    "clip_sample": False,
+    "prediction_type": ("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": False,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+def ddim_of(steps: int, scheduler: Mapping[str, Any]) -> Schedule:
+    """The levels that diffusers' ``DDIMScheduler`` makes of a checkpoint's ``scheduler_config.json``.
+
+    Raises:
+        ValueError: the file asks for what changes the levels or the step in a way that is not here; names the key.
+    """
+    for key, allowed in _UNCHANGED.items():
+        values = allowed if isinstance(allowed, tuple) else (allowed,)
+        if scheduler.get(key, values[0]) not in values:
+            raise ValueError(
+                f"scheduler_config.json has {key}={scheduler[key]!r}; allowed: {', '.join(map(str, values))} (a checkpoint "
+                "trained so needs a schedule of its own)"
+            )
+    names = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
+    return ddim(steps, **{name: scheduler[name] for name in names if name in scheduler})

@@ -3,7 +3,8 @@
 A transition takes the network's ``output`` at ``sample`` and the levels it goes between, and returns the Gaussian
 ``N(mean, std^2)`` of the next sample together with a draw from it, or the density of a given next sample (replay).
 Everything is float32, whatever the network ran in: a trajectory kept in bf16 changes log-probs by 3e-3 (the clip range is
-1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta.
+1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta; with ``noise_decay`` it falls on the way to the data, see
+:class:`NoiseLevel`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +37,10 @@ class Step:
 
 
 class Transition(Protocol):
-    """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean."""
+    """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean.
+
+    ``noise_level``: 0 where the step draws nothing.
+    """
 
     noise_level: float
 
@@ -56,6 +60,29 @@ class Transition(Protocol):
     def deterministic(self) -> Transition:
         """The ODE sampler of the same model: what evaluation and pictures use."""
         ...
+
+
+class NoiseLevel:
+    """How much noise a sampler adds: ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1 noise, 0 data).
+
+    ``noise_decay`` 0 leaves it constant (the paper); 1 lets it fall linearly.
+
+    Raises:
+        ValueError: one of them is negative.
+    """
+
+    def __init__(self, noise_level: float, noise_decay: float = 0.0) -> None:
+        for name, value in (("noise_level", noise_level), ("noise_decay", noise_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative; got {value}")
+        self.noise_level = float(noise_level)
+        self.noise_decay = float(noise_decay)
+
+    def noise_at(self, level: Level) -> float | Tensor:
+        """The noise level of each sample of a batch that stands at ``level``: float32 ``[B]`` on the CPU, or one for all."""
+        if self.noise_decay == 0:
+            return self.noise_level
+        return self.noise_level * (level.timestep / 1000) ** self.noise_decay
 
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -85,18 +112,13 @@ def _finish(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, n
     return Step(next_sample, mean, std.to(mean.device), denoised, log_prob)
 
 
-class FlowSDE:
+class FlowSDE(NoiseLevel):
     """The reverse SDE of rectified flow, equation (8), in one Euler-Maruyama step.
 
     With ``D = sigma - sigma_next``, ``u`` the velocity, ``e`` the noise level:
     ``denoised = z - sigma u``, ``score = -(z + alpha u) / sigma``, ``mean = z - D u + e^2/2 D score``,
     ``std = e sqrt(D)``. The step to sigma 0 adds no noise and returns ``denoised``.
     """
-
-    def __init__(self, noise_level: float) -> None:
-        if noise_level < 0:
-            raise ValueError(f"noise_level must not be negative; got {noise_level}")
-        self.noise_level = float(noise_level)
 
     def deterministic(self) -> FlowSDE:
         """The Euler step of the same flow."""
@@ -119,26 +141,22 @@ class FlowSDE:
         denoised = sample - sigma * velocity
         mean = sample - _per_sample(distance, sample) * velocity
         last = next_level.sigma == 0
-        std = torch.where(last, 0.0, self.noise_level * distance.sqrt())
+        noise_level = self.noise_at(level)
+        std = torch.where(last, 0.0, noise_level * distance.sqrt())
         if self.noise_level > 0:
             score = -(sample + _per_sample(level.alpha, sample) * velocity) / sigma
-            mean = mean + _per_sample(0.5 * self.noise_level**2 * distance, sample) * score
+            mean = mean + _per_sample(0.5 * noise_level**2 * distance, sample) * score
             mean = torch.where(_per_sample(last, sample), denoised, mean)
         return _finish(mean, std, denoised, noise, next_sample)
 
 
-class DDIM:
+class DDIM(NoiseLevel):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
     ``denoised = (z - sigma eps) / alpha``;
     ``std = eta sqrt(sigma_next^2 / sigma^2 (1 - alpha^2 / alpha_next^2))``;
     ``mean = alpha_next denoised + sqrt(sigma_next^2 - std^2) eps``.
     """
-
-    def __init__(self, noise_level: float) -> None:
-        if noise_level < 0:
-            raise ValueError(f"noise_level must not be negative; got {noise_level}")
-        self.noise_level = float(noise_level)
 
     def deterministic(self) -> DDIM:
         """Deterministic DDIM."""
@@ -159,21 +177,73 @@ class DDIM:
         # Variances in float64: 1 - alpha^2 / alpha_next^2 cancels towards the end of the path.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
-        variance = self.noise_level**2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
+        variance = self.noise_at(level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
         direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
         denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
         mean = _per_sample(next_level.alpha, sample) * denoised + _per_sample(direction, sample) * epsilon
         return _finish(mean, variance.sqrt().float(), denoised, noise, next_sample)
 
 
-_TRANSITIONS: dict[str, Callable[[float], Transition]] = {}
+class DiffusionSDE(NoiseLevel):
+    """The reverse SDE of diffusion, equation (7), in one step.
+
+    With ``f dt = d log alpha`` and ``g^2 dt = 2 alpha sigma d(sigma / alpha)`` (the paper's section 7.2), the score
+    ``-eps / sigma`` and ``eta = sigma / alpha`` it reads, in ``z / alpha``,
+
+        ``d(z / alpha) = (1 + e^2) eps d eta + e sqrt(2 eta d eta) dw``,
+
+    where no time is left: ``d eta < 0`` from noise to data. Deterministic (e = 0) it is equation (5), DDIM's step. One
+    Euler-Maruyama step of it, so ``std = e alpha_next sqrt(2 eta (eta - eta_next))``. The step to sigma 0 adds no noise and
+    returns ``denoised``.
+    """
+
+    def deterministic(self) -> DiffusionSDE:
+        """Equation (5)."""
+        return DiffusionSDE(0.0)
+
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        noise: Tensor | None = None,
+        next_sample: Tensor | None = None,
+    ) -> Step:
+        """See :class:`Transition`; ``output`` is the predicted noise."""
+        epsilon, sample = output.float(), sample.float()
+        noise_level = self.noise_at(level)
+        # In float64: both etas are large near noise, and their difference is what counts.
+        alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
+        eta, eta_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
+        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
+        drift = (1 + noise_level**2) * (eta - eta_next) * alpha_next
+        scale = (alpha_next / alpha).float()
+        mean = _per_sample(scale, sample) * sample - _per_sample(drift.float(), sample) * epsilon
+        last = next_level.sigma == 0
+        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * eta * (eta - eta_next)).sqrt()).float())
+        mean = torch.where(_per_sample(last, sample), denoised, mean)
+        return _finish(mean, std, denoised, noise, next_sample)
 
 
-def register(name: str, make: Callable[[float], Transition]) -> None:
-    """Make ``get(name, noise_level=...)`` return ``make(noise_level)``; a taken name raises ValueError."""
+Make = Callable[[float, float], Transition]
+Prediction = Literal["velocity", "noise"]
+_TRANSITIONS: dict[str, tuple[Make, Prediction]] = {}
+
+
+def register(name: str, make: Make, prediction: Prediction) -> None:
+    """Make ``get(name, ...)`` return ``make(noise_level, noise_decay)``.
+
+    Args:
+        prediction: what ``step`` takes the network's output for: the velocity of a flow, or the noise.
+
+    Raises:
+        ValueError: the name is taken.
+    """
     if name in _TRANSITIONS:
         raise ValueError(f"transition {name!r} is registered already")
-    _TRANSITIONS[name] = make
+    _TRANSITIONS[name] = make, prediction
 
 
 def names() -> list[str]:
@@ -181,23 +251,33 @@ def names() -> list[str]:
     return sorted(_TRANSITIONS)
 
 
-def get(name: str, *, noise_level: float = 0.0) -> Transition:
-    """The transition called ``name`` at ``noise_level``.
+def prediction(name: str) -> Prediction:
+    """What the transition called ``name`` takes the network's output for; an unknown name raises ValueError."""
+    return _registered(name)[1]
+
+
+def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Transition:
+    """The transition called ``name`` at ``noise_level``, which decays as :class:`NoiseLevel` says.
 
     Raises:
-        ValueError: an unknown name, a negative noise level, or a noise level with the deterministic ``ode``.
+        ValueError: an unknown name, a negative noise level or decay, or a noise level with the deterministic ``ode``.
     """
+    return _registered(name)[0](noise_level, noise_decay)
+
+
+def _registered(name: str) -> tuple[Make, Prediction]:
     if name not in _TRANSITIONS:
         raise ValueError(f"unknown transition {name!r}; known: {', '.join(names())}")
-    return _TRANSITIONS[name](noise_level)
+    return _TRANSITIONS[name]
 
 
-def _ode(noise_level: float) -> Transition:
+def _ode(noise_level: float, noise_decay: float) -> Transition:
     if noise_level != 0:
         raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise_level}")
     return FlowSDE(0.0)
 
 
-register("flow_sde", FlowSDE)
-register("ddim", DDIM)
-register("ode", _ode)
+register("flow_sde", FlowSDE, "velocity")
+register("ddim", DDIM, "noise")
+register("diffusion_sde", DiffusionSDE, "noise")
+register("ode", _ode, "velocity")

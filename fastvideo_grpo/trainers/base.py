@@ -13,7 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -28,6 +28,7 @@ from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import FAMILIES, lora_settings, prompts_of
@@ -139,22 +140,19 @@ class GRPOTrainer:
         """
         raise NotImplementedError
 
-    @property
-    def transformer(self) -> nn.Module:
-        """The network as loaded."""
+    def get_module(self, name: str) -> Any:
+        """A loaded component by its name in model_index.json; None where it was left on disk."""
         raise NotImplementedError
-
-    @property
-    def checkpoint(self) -> Path:
-        """The folder the model was loaded from."""
-        raise NotImplementedError
-
-    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
-        """Entered around every use of the text encoders; with ``engine.offload_idle`` they are in host memory outside."""
-        return nullcontext()
 
     def release_text_encoders(self) -> None:
         """Let the text encoders leave memory: every embedding that will be asked for is cached."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self, every: int) -> nn.Module:
+        """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``)."""
+        raise NotImplementedError
+
+    # --- what a model may say besides -----------------------------------------------------------------------------------
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
@@ -169,6 +167,37 @@ class GRPOTrainer:
         """The sampling schedule; a model of another paradigm overrides it."""
         return schedules.flow(self.config.sample.steps, self.config.sample.shift)
 
+    # --- the loaded components --------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained, as loaded."""
+        return self.get_module(FAMILIES[self.config.model.kind].denoiser)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder the model was loaded from."""
+        return Path(self.config.model.path)
+
+    def vae_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the VAE; with ``engine.offload_idle`` it is in host memory outside."""
+        return self._on_device("vae")
+
+    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the text encoders; with ``engine.offload_idle`` they are in host memory outside."""
+        return self._on_device(*self.text_encoders)
+
+    def _on_device(self, *names: str) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for name in names if self.config.engine.offload_idle else ():
+            stack.enter_context(resident(self.get_module(name), self.world.device))
+        return stack
+
+    @staticmethod
+    def to_media(pixels: Tensor) -> Tensor:
+        """Float ``[B, 3, F, H, W]`` in [0, 1] -> uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers."""
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, config: Config, world: World) -> None:
@@ -176,14 +205,16 @@ class GRPOTrainer:
         self.config, self.world = config, world
         self.dtype = DTYPES[config.model.precision]
         self.schedule = self.make_schedule()
-        self.transition = transitions.get(config.sample.transition, noise_level=config.sample.noise_level)
+        self.transition = transitions.get(
+            config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
+        )
         self._conditioning: dict[str, Conditioning] = {}
         self._cache: EmbeddingCache | None = None
         if config.model.lora is not None:
-            add_lora(self.transformer, lora_settings(config), config.run.seed)
+            add_lora(self.denoiser, lora_settings(config), config.run.seed)
         else:
-            self.transformer.requires_grad_(True)
-        self.transformer.eval()
+            self.denoiser.requires_grad_(True)
+        self.denoiser.eval()
 
     def setup_rewards(self) -> None:
         """Make the configured rewards on the ranks that score; the others learn their names. An error is every rank's."""
@@ -255,7 +286,7 @@ class GRPOTrainer:
         self.engine = make_engine(self)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self._transformer_identity = encoder_identity(self.checkpoint, ["transformer"], {})
+        self._denoiser_identity = encoder_identity(self.checkpoint, [FAMILIES[config.model.kind].denoiser], {})
         try:
             self.first_iteration = self._resume()
         except BaseException:
@@ -293,7 +324,7 @@ class GRPOTrainer:
                 self.log.cut_back(0)
             return 0
         state = self.store.load_trainer_json(newest)
-        check_resumable(state, self.config, self.prompts, self._transformer_identity)
+        check_resumable(state, self.config, self.prompts, self._denoiser_identity)
         assert self.engine is not None
         self.engine.load(newest / "state")
         iteration = int(state["iteration"])
@@ -309,7 +340,7 @@ class GRPOTrainer:
         """What ``predict`` calls: the engine's module, or the reference while :meth:`reference_weights` is entered."""
         if self._inside_reference and self._reference is not None:
             return self._reference
-        return self.transformer if self.engine is None else self.engine.module
+        return self.denoiser if self.engine is None else self.engine.module
 
     _reference: nn.Module | None = None
     _inside_reference = False
@@ -319,31 +350,35 @@ class GRPOTrainer:
         """Within, the network is the starting one: LoRA switched off, or the frozen copy."""
         self._inside_reference = True
         try:
-            with lora_disabled(self.transformer) if self.config.model.lora is not None else nullcontext():
+            with lora_disabled(self.denoiser) if self.config.model.lora is not None else nullcontext():
                 yield
         finally:
             self._inside_reference = False
 
     def make_reference(self) -> nn.Module:
         """A frozen copy of the starting weights, before the engine takes the network."""
-        return copy.deepcopy(self.transformer).requires_grad_(False)
+        return copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included.
 
         With classifier-free guidance of scale w (``sample.cfg_scale``) it is u + w (c - u), where c is the output for the
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
-        2022, arXiv:2207.12598; SPEC section 2).
+        2022, arXiv:2207.12598; SPEC section 2). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
         positive, negative = split_guidance(conditioning)
         if negative is None:
             return self.network_output(sample, level, positive)
+        constant = self.config.grpo.cfg_gradients == "conditional"
         if self.config.model.cfg_batched:
             twice = Level(*(torch.cat([part, part]) for part in (level.alpha, level.sigma, level.timestep)))
             output = self.network_output(torch.cat([sample, sample]), twice, self.join(negative, positive))
             unconditional, conditional = output.float().chunk(2)
+            if constant:
+                unconditional = unconditional.detach()
         else:
-            unconditional = self.network_output(sample, level, negative).float()
+            with torch.no_grad() if constant else nullcontext():
+                unconditional = self.network_output(sample, level, negative).float()
             conditional = self.network_output(sample, level, positive).float()
         return unconditional + self.config.sample.cfg_scale * (conditional - unconditional)
 
@@ -353,14 +388,14 @@ class GRPOTrainer:
         Raises:
             UserError: they are those of another model, or LoRA on one side only.
         """
-        trained = {name for name, p in self.transformer.named_parameters() if p.requires_grad}
+        trained = {name for name, p in self.denoiser.named_parameters() if p.requires_grad}
         if set(weights) != trained:
             wrong = sorted(trained.symmetric_difference(weights))
             raise UserError(
                 f"the checkpoint's weights do not fit {self.checkpoint}: {len(wrong)} names are on one side "
                 f"only, first {wrong[0]}"
             )
-        self.transformer.load_state_dict(weights, strict=False)
+        self.denoiser.load_state_dict(weights, strict=False)
 
     def conditioning(self, prompt: Prompt, count: int) -> Conditioning:
         """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous.
@@ -747,7 +782,7 @@ class GRPOTrainer:
                 "config": configuration.to_dict(self.config),
                 "prompts": prompts_digest(self.prompts, self.config),
                 "images": image_digests(self.prompts),
-                "transformer": self._transformer_identity,
+                "denoiser": self._denoiser_identity,
                 "git_commit": git_commit(),
             }
 
@@ -798,15 +833,16 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[GRPOTrainer], 
     return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)
 
 
+def is_partitioned(config: Config) -> bool:
+    """Whether the network's weights live in ZeRO-3 partitions."""
+    return config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+
+
 def make_engine(trainer: GRPOTrainer) -> Engine:
     """The configured engine around the trainer's network."""
     config, world = trainer.config, trainer.world
-    module = trainer.transformer
     every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
-    if every:
-        from fastvideo.training.activation_checkpoint import CheckpointType, apply_activation_checkpointing
-
-        module = apply_activation_checkpointing(module, CheckpointType.BLOCK_SKIP, n_layer=every)
+    module = trainer.checkpoint_activations(every) if every else trainer.denoiser
     if config.engine.kind == "deepspeed":
         from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine
 

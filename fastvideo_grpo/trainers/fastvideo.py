@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,26 +26,21 @@ from fastvideo.forward_context import set_forward_context  # noqa: E402
 from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
+from fastvideo.training.activation_checkpoint import CheckpointType, apply_activation_checkpointing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from fastvideo_grpo.checkpoints.diffusers_names import transformer_names  # noqa: E402
+from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
-from fastvideo_grpo.engines.residency import resident  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
 
 ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
-
-
-def is_partitioned(config: Config) -> bool:
-    """Whether the transformer's weights live in ZeRO-3 partitions."""
-    return config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
 
 class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
@@ -65,7 +60,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         Args:
             with_text_encoders: False leaves them on disk (all embeddings are cached).
         """
-        self.offload_idle = config.engine.offload_idle
+        self.config, self.world = config, world  # the stages are made while FastVideo loads
         if not dist.is_initialized():
             # FastVideo wants process groups even for one process; this one needs no port.
             dist.init_process_group(
@@ -107,7 +102,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.get_module("vae").requires_grad_(False)
         for name in self.text_encoders if with_text_encoders else ():
             self.get_module(name).requires_grad_(False)
-        if self.offload_idle:
+        if config.engine.offload_idle:
             for name in ("vae", *(self.text_encoders if with_text_encoders else ())):
                 self.get_module(name).to("cpu")
         self.setup(config, world)
@@ -125,7 +120,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
         def weights() -> WeightSource:
             reader = CheckpointReader(folder)
-            return FusedWeights(reader, transformer_names(facts["_class_name"], reader.shapes).parts)
+            return FusedWeights(reader, denoiser_names(facts["_class_name"], reader.shapes).parts)
 
         module.requires_grad_(False)  # as FastVideo's loader leaves it
         return load_partitioned(module, weights, config.optim, config.engine, precision=config.model.precision, world=world)
@@ -152,7 +147,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
     def _check_attention(self, wanted: str) -> None:
         """FastVideo falls back to another kernel in silence, for instance where the head size is not supported."""
-        found = {m.backend.name for m in self.transformer.modules() if isinstance(m, DistributedAttention)}
+        found = {m.backend.name for m in self.denoiser.modules() if isinstance(m, DistributedAttention)}
         if found != {ATTENTION_BACKENDS[wanted]}:
             raise ConfigError(
                 f"model.attention is {wanted}, but FastVideo chose {', '.join(sorted(found))} here; set the other"
@@ -181,31 +176,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self._stage_name_mapping[name] = stage
         setattr(self, name, stage)
 
-    def vae_on_device(self) -> AbstractContextManager[Any]:
-        """Entered around every use of the VAE; with ``engine.offload_idle`` it is in host memory outside."""
-        return self._on_device("vae")
-
-    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
-        return self._on_device(*self.text_encoders)
-
-    def _on_device(self, *names: str) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        for name in names if self.offload_idle else ():
-            stack.enter_context(resident(self.get_module(name), self.world.device))
-        return stack
-
     @property
     def text_stage(self) -> TextEncodingStage:
         """FastVideo's stage that runs the text encoders."""
         return next(stage for stage in self._stages if isinstance(stage, TextEncodingStage))
-
-    @property
-    def transformer(self) -> nn.Module:
-        return self.get_module("transformer")
-
-    @property
-    def checkpoint(self) -> Path:
-        return Path(self.model_path)
 
     def release_text_encoders(self) -> None:
         for name in self.text_encoders:
@@ -213,6 +187,9 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.text_stage.text_encoders = [None] * len(self.text_encoders)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def checkpoint_activations(self, every: int) -> nn.Module:
+        return apply_activation_checkpointing(self.denoiser, CheckpointType.BLOCK_SKIP, n_layer=every)
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.
@@ -227,8 +204,3 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
         return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
-
-    @staticmethod
-    def to_media(pixels: Tensor) -> Tensor:
-        """FastVideo's float ``[B, 3, F, H, W]`` in [0, 1] -> uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers."""
-        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()

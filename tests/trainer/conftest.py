@@ -36,6 +36,14 @@ def tiny_skyreels_i2v(tmp_path_factory) -> Path:
     return write_skyreels_i2v(tmp_path_factory.mktemp("checkpoints") / "tiny-skyreels-i2v")
 
 
+@pytest.fixture(scope="session")
+def tiny_stable_diffusion(tmp_path_factory) -> Path:
+    """A random Stable Diffusion in the published on-disk form."""
+    from fastvideo_grpo.tiny.stable_diffusion import write_stable_diffusion
+
+    return write_stable_diffusion(tmp_path_factory.mktemp("checkpoints") / "tiny-stable-diffusion")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Thread counts change sums; the forked runs use one thread too."""

@@ -66,7 +66,7 @@ def test_full_weights_come_back_equal_and_draw_the_same_pictures(make_trainer, t
     assert (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     loaded = pipeline.transformer.state_dict()
     with trainer.engine.ema_weights() if which == "ema" else torch.no_grad():
-        ours = dict(trainer.transformer.named_parameters())
+        ours = dict(trainer.denoiser.named_parameters())
         assert loaded.keys() == ours.keys() and all(torch.equal(loaded[name], ours[name]) for name in ours)
         prompt = trainer.prompts[0]
         initial = initial_noise([SampleKey(0, 0, 0, prompt.id, 0)], trainer.latent_shape(), shared=False)
@@ -85,7 +85,7 @@ def test_lora_weights_load_in_diffusers_and_draw_the_same_pictures(make_trainer,
     printed = capsys.readouterr().out
     assert _export_without_fastvideo(trainer.folder, "--out", merged, "--merge-lora", "--pipeline") == 0
     saved = load_file(out / "pytorch_lora_weights.safetensors")
-    ours = {f"transformer.{n}.weight": p for n, p in trainer.transformer.named_parameters() if p.requires_grad}
+    ours = {f"transformer.{n}.weight": p for n, p in trainer.denoiser.named_parameters() if p.requires_grad}
     assert saved.keys() == ours.keys() and all(torch.equal(saved[name], ours[name]) for name in ours)
 
     prompt = trainer.prompts[0]
@@ -162,11 +162,11 @@ VIDEO = {
 
 
 def _names(trainer):
-    return model_names(model_facts(trainer.config).transformer)
+    return model_names(model_facts(trainer.config).denoiser)
 
 
 def _parameters(trainer):
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in trainer.transformer.named_parameters()}
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in trainer.denoiser.named_parameters()}
 
 
 def _initial(trainer):
@@ -208,7 +208,7 @@ def test_hunyuan_video_comes_back_equal_and_draws_the_same_clip(make_trainer, ti
     trainer = make_trainer(
         **VIDEO, model__path=tiny_hunyuan_video, optim__lr=1e-2, optim__ema_decay=0.8, engine__activation_checkpointing="full"
     )
-    assert any("_checkpoint_wrapped_module" in name for name, _ in trainer.transformer.named_parameters())
+    assert any("_checkpoint_wrapped_module" in name for name, _ in trainer.denoiser.named_parameters())
     names, reader = _names(trainer), CheckpointReader(tiny_hunyuan_video / "transformer")
     start = names.to_fastvideo({name: reader.read(name) for name in reader.shapes})
     loaded = _parameters(trainer)
@@ -246,7 +246,7 @@ def test_hunyuan_video_adapters_are_split_for_diffusers(make_trainer, tiny_hunyu
     assert cli.main(["export", str(trainer.folder), "--out", str(merged), "--merge-lora"]) == 0
     whole = _printed_load(capsys.readouterr().out)["transformer"]
 
-    names, trained = _names(trainer), {n: p.detach() for n, p in trainer.transformer.named_parameters() if p.requires_grad}
+    names, trained = _names(trainer), {n: p.detach() for n, p in trainer.denoiser.named_parameters() if p.requires_grad}
     assert all(weight.abs().max() > 0 for weight in trained.values())
     base = names.to_fastvideo(HunyuanVideoPipeline.from_pretrained(tiny_hunyuan_video).transformer.state_dict())
     for layer in {name.rpartition(".")[0] for name in trained}:

@@ -60,7 +60,7 @@ def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_train
     trainer = make_trainer(model__lora__rank=4, run__iterations=1)
     trainer.train()
     other = write_flux(tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match="holds another transformer"):
+    with pytest.raises(ConfigError, match="holds another network"):
         make_trainer(model__lora__rank=4, run__iterations=2, model__path=other)
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_flux)

@@ -218,21 +218,21 @@ def test_ratio_is_one_in_bf16(make_trainer):
     )
     trainer.train()
     assert max(line["train/ratio_first_update_max_dev"] for line in trainer.log.read()) <= 1e-6
-    assert next(trainer.transformer.parameters()).dtype == next(trainer.get_module("vae").parameters()).dtype == torch.bfloat16
+    assert next(trainer.denoiser.parameters()).dtype == next(trainer.get_module("vae").parameters()).dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 for w in trainer.engine.state_dict().values())
 
 
 def test_training_moves_every_weight(make_trainer):
     trainer = make_trainer(**runs.HUNYUAN_T2V, optim__lr=1e-3, run__iterations=1)
-    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters()}
     trainer.train()
-    assert not [name for name, p in trainer.transformer.named_parameters() if torch.equal(p, before[name])]
+    assert not [name for name, p in trainer.denoiser.named_parameters() if torch.equal(p, before[name])]
 
 
 def test_every_kth_block_is_checkpointed(make_trainer):
     trainer = make_trainer(**runs.HUNYUAN_T2V, engine__activation_checkpointing="every:2")
     wrapped = {
-        name.split("._checkpoint")[0] for name, _ in trainer.transformer.named_parameters() if "_checkpoint_wrapped" in name
+        name.split("._checkpoint")[0] for name, _ in trainer.denoiser.named_parameters() if "_checkpoint_wrapped" in name
     }
     assert wrapped == {"double_blocks.0", "single_blocks.0"}  # of two each
 

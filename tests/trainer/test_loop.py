@@ -51,7 +51,7 @@ def test_ratio_is_one_in_bf16(make_trainer):
     trainer = make_trainer(model__precision="bf16", optim__lr=1e-3)
     trainer.train()
     assert max(line["train/ratio_first_update_max_dev"] for line in _lines(trainer)) <= 1e-6
-    assert next(trainer.transformer.parameters()).dtype == torch.bfloat16
+    assert next(trainer.denoiser.parameters()).dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 for w in trainer.engine.state_dict().values())
 
 
@@ -98,9 +98,9 @@ def test_the_same_samples_at_every_micro_batch_size(make_trainer, initial):
 
 def test_training_moves_every_weight_that_the_output_depends_on(make_trainer):
     trainer = make_trainer(optim__lr=1e-3, run__iterations=1)
-    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters()}
     trainer.train()
-    still = [name for name, p in trainer.transformer.named_parameters() if torch.equal(p, before[name])]
+    still = [name for name, p in trainer.denoiser.named_parameters() if torch.equal(p, before[name])]
     assert not still
 
 
@@ -108,16 +108,16 @@ def test_lora_trains_adapters_only_and_starts_as_the_model(make_trainer):
     from fastvideo_grpo.engines.lora import LoRALinear, lora_disabled
 
     trainer = make_trainer(**FLAVOURS["lora"], run__iterations=1)
-    layers = {name: m for name, m in trainer.transformer.named_modules() if isinstance(m, LoRALinear)}
+    layers = {name: m for name, m in trainer.denoiser.named_modules() if isinstance(m, LoRALinear)}
     # 2 double blocks of 8 projections, 2 single blocks of 3
     assert len(layers) == 2 * 8 + 2 * 3
-    frozen = {n: p.detach().clone() for n, p in trainer.transformer.named_parameters() if "lora_" not in n}
+    frozen = {n: p.detach().clone() for n, p in trainer.denoiser.named_parameters() if "lora_" not in n}
     keys, prompt = _keys(trainer)
     before = trainer.draw(prompt, keys, deterministic=True).media
     trainer.train()
-    assert all(torch.equal(p, frozen[n]) for n, p in trainer.transformer.named_parameters() if n in frozen)
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.denoiser.named_parameters() if n in frozen)
     assert all(layer.lora_B.abs().max() > 0 for layer in layers.values())
-    with lora_disabled(trainer.transformer):
+    with lora_disabled(trainer.denoiser):
         assert torch.equal(trainer.draw(prompt, keys, deterministic=True).media, before)
     assert not torch.equal(trainer.draw(prompt, keys, deterministic=True).media, before)
 

@@ -19,7 +19,7 @@ MODELS = {
 
 def _kept_for_backward(trainer, conditioning, sample, level):
     """Bytes that a forward with gradients keeps, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in trainer.transformer.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in trainer.denoiser.parameters()}
     kept = {}
 
     def pack(tensor):

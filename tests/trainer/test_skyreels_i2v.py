@@ -121,7 +121,7 @@ def test_the_image_matters_in_the_first_frame_and_has_no_part_in_the_state(make_
     sample = torch.randn(1, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
     level = trainer.schedule.at(torch.tensor([1]))
     seen = []
-    trainer.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trainer.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad(), trainer.forward_context(conditioning):
         output = trainer.predict(sample, level, conditioning)
         changed = trainer.predict(sample, level, {**conditioning, "image_latents": -conditioning["image_latents"]})
@@ -135,7 +135,7 @@ def test_the_image_matters_in_the_first_frame_and_has_no_part_in_the_state(make_
 def test_guidance_has_gradients_through_both_passes(make_trainer, prompt, batched):
     """Against u + w (c - u) written out, each output from a pass of its own: its gradient is (1 - w) du + w dc."""
     trainer = make_trainer(train=False, **{**runs.SKYREELS_I2V, "model__cfg_batched": batched})
-    network, scale = trainer.transformer, trainer.config.sample.cfg_scale
+    network, scale = trainer.denoiser, trainer.config.sample.cfg_scale
     conditioning = trainer.conditioning(prompt, 2)
     sample = torch.randn(2, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
     towards = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,155 @@
+"""Stable Diffusion 1 and 2, text to image: diffusers' UNet, VAE and CLIP, which FastVideo does not have.
+
+No FastVideo pipeline stands behind it: what this file says is all that :class:`GRPOTrainer` asks of a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.prompts.embeddings import Conditioning
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.sampling import schedules
+from fastvideo_grpo.sampling.rollout import Walk, rollout
+from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned
+from fastvideo_grpo.unet_memory import checkpoint_unet
+
+disable_progress_bar()  # a few small files are no long work
+
+
+class StableDiffusionGRPOTrainer(GRPOTrainer):
+    """GRPO on Stable Diffusion: latents ``[B, 4, height / 8, width / 8]``, classifier-free guidance.
+
+    (The compression and the channels are read from the checkpoint, as are the noise schedule and what the network predicts,
+    noise or v.)
+    """
+
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
+        """Load the checkpoint's components on this process's device; CLIP always runs in float32.
+
+        Args:
+            with_text_encoders: False leaves them on disk (all embeddings are cached).
+        """
+        self.config, self.world = config, world
+        self.facts = model_facts(config)
+        waits = torch.device("cpu") if config.engine.offload_idle else world.device
+        self.components: dict[str, Any] = {
+            "unet": self._load_unet(),
+            "vae": _load(AutoencoderKL, self.checkpoint / "vae", DTYPES[config.model.vae_precision]).to(waits),
+        }
+        if with_text_encoders:
+            encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
+            self.components["text_encoder"] = encoder.to(waits)
+            self.components["tokenizer"] = CLIPTokenizer.from_pretrained(self.checkpoint / "tokenizer", local_files_only=True)
+        self.setup(config, world)
+
+    def _load_unet(self) -> nn.Module:
+        """The UNet; with ZeRO-3 in partitions, read tensor by tensor, so that no process holds all of it."""
+        config, world = self.config, self.world
+        if not is_partitioned(config):
+            unet = _load(UNet2DConditionModel, self.checkpoint / "unet", DTYPES[config.model.precision])
+            return unet.to(world.device)
+        from fastvideo_grpo.engines.sharded_loading import CheckpointReader, load_partitioned
+        from fastvideo_grpo.fastvideo_models import diffusers_denoiser
+
+        module = diffusers_denoiser(self.facts.denoiser).requires_grad_(False)
+        folder = self.checkpoint / "unet"
+        return load_partitioned(
+            module, lambda: CheckpointReader(folder), config.optim, config.engine, precision=config.model.precision, world=world
+        )
+
+    def make_reference(self) -> nn.Module:
+        if not is_partitioned(self.config):
+            return super().make_reference()
+        from fastvideo_grpo.engines.deepspeed import partitioned_reference
+
+        config = self.config
+        return partitioned_reference(
+            self._load_unet().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
+        )
+
+    def get_module(self, name: str) -> Any:
+        return self.components.get(name)
+
+    def release_text_encoders(self) -> None:
+        for name in self.text_encoders:
+            self.components.pop(name, None)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def checkpoint_activations(self, every: int) -> nn.Module:
+        return checkpoint_unet(self.denoiser, every)
+
+    def make_schedule(self) -> Schedule:
+        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
+        return schedules.ddim_of(self.config.sample.steps, self.facts.components["scheduler"])
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """CLIP's sequence ``[1, text_length, width]`` of each prompt, its padding included."""
+        encoder = self.get_module("text_encoder")
+        encoded = []
+        for prompt in prompts:
+            # One prompt at a time: a prompt's embedding must not depend on what it was batched with.
+            tokens = self.get_module("tokenizer")(
+                prompt.text,
+                padding="max_length",
+                max_length=self.config.prompts.text_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            encoded.append({"encoder_hidden_states": encoder(tokens.input_ids.to(encoder.device))[0]})
+        return encoded
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """``(channels, height, width)`` of the latents."""
+        ratio = self.facts.spatial_compression
+        channels = int(self.facts.denoiser["in_channels"])
+        return channels, self.config.sample.height // ratio, self.config.sample.width // ratio
+
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """The predicted noise at ``sample`` ``[B, C, H, W]``, float32.
+
+        Of a network that predicts ``v = alpha eps - sigma x`` (Salimans and Ho 2022, arXiv:2202.00512):
+        ``eps = alpha v + sigma z``.
+        """
+        device = sample.device
+        text = conditioning["encoder_hidden_states"].to(device, self.dtype)
+        output = self.network(sample.to(self.dtype), level.timestep.to(device), text, return_dict=False)[0].float()
+        if self.facts.components["scheduler"].get("prediction_type", "epsilon") == "epsilon":
+            return output
+        alpha, sigma = (part.to(device).view(-1, 1, 1, 1) for part in (level.alpha, level.sigma))
+        return alpha * output + sigma * sample.float()
+
+    def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
+        latents, trajectory = rollout(
+            lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
+        )
+        finite = latents.isfinite().flatten(1).all(1).cpu()
+        return Drawn(self.decode(latents), finite, trajectory)
+
+    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
+        """Latents ``[B, C, H, W]`` -> uint8 ``[B, 1, H, W, 3]``, or with gradients float in [0, 1]."""
+        vae = self.get_module("vae")
+        with torch.set_grad_enabled(differentiable), self.vae_on_device():
+            scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
+            pixels = (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
+        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+
+
+def _load(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A frozen component of the checkpoint, on the CPU, in evaluation mode."""
+    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).requires_grad_(False).eval()

@@ -1,0 +1,127 @@
+"""What a UNet holds while it runs, counted on diffusers' own network at its real size, without weights or data.
+
+A UNet's blocks differ in resolution and width, so no number per token would describe them; instead the network runs on tensors
+without storage (torch's FakeTensorMode), and every tensor that comes into being and goes is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class UNetBytes(NamedTuple):
+    """Bytes of one pass over a micro-batch, weights not counted.
+
+    ``forward``: held at once without gradients; ``kept``: for the backward pass; ``working``: at once in the backward pass
+    besides; ``largest_block``: parameters of the largest block.
+    """
+
+    forward: int
+    kept: int
+    working: int
+    largest_block: int
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Within, the storages that operations make: ``now``, and the ``peak`` of it; those of ``weights`` do not count."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {weight.untyped_storage()._cdata for weight in weights}  # views of them are made, too
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def checkpointed_parts(unet: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of the blocks that activation checkpointing recomputes: residual blocks and transformers, in order."""
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return [
+        (parent, name)
+        for parent in unet.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, (ResnetBlock2D, Transformer2DModel))
+    ]
+
+
+def checkpoint_unet(unet: nn.Module, every: int) -> nn.Module:
+    """Let every ``every``-th block (see :func:`checkpointed_parts`) be recomputed in the backward pass; returns ``unet``."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for parent, name in checkpointed_parts(unet)[::every]:
+        parent.register_module(name, checkpoint_wrapper(parent.get_submodule(name), preserve_rng_state=False))
+    return unet
+
+
+def unet_bytes(
+    config: dict[str, Any], shape: tuple[int, ...], text_tokens: int, dtype: torch.dtype, checkpoint_every: int
+) -> UNetBytes:
+    """Count a pass of diffusers' ``UNet2DConditionModel``.
+
+    Args:
+        config: ``unet/config.json``.
+        shape: of the latents, ``(B, C, H, W)``.
+        dtype: of weights and activations.
+        checkpoint_every: every such block is checkpointed; 0: none.
+    """
+    return _unet_bytes(json.dumps(config), shape, text_tokens, dtype, checkpoint_every)
+
+
+@cache
+def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.dtype, every: int) -> UNetBytes:
+    from diffusers import UNet2DConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    facts = json.loads(config)
+    before = torch.get_default_dtype()
+    # On the "cpu", whose attention keeps what GPUs' kernels keep, too: no matrix of all tokens with all.
+    with FakeTensorMode(), torch.device("cpu"):
+        torch.set_default_dtype(dtype)
+        try:
+            unet: nn.Module = UNet2DConditionModel.from_config(facts)
+        finally:
+            torch.set_default_dtype(before)
+        largest = max(
+            sum(p.numel() for p in parent.get_submodule(name).parameters()) for parent, name in checkpointed_parts(unet)
+        )
+        if every:
+            checkpoint_unet(unet, every)
+        sample = torch.randn(shape, dtype=dtype)
+        inputs = torch.full((shape[0],), 981.0), torch.randn(shape[0], tokens, facts["cross_attention_dim"], dtype=dtype)
+        with torch.no_grad(), _LiveBytes(unet.parameters()) as forward:
+            unet(sample, *inputs)
+        sample.requires_grad_(True)
+        with _LiveBytes(unet.parameters()) as backward:
+            output = unet(sample, *inputs).sample
+            kept = backward.now
+            # Of the input alone: the weights' gradients are counted elsewhere.
+            torch.autograd.grad(output.float().square().mean(), sample)
+    return UNetBytes(forward.peak, kept, max(0, backward.peak - kept), largest)
