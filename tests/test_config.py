@@ -314,12 +314,19 @@ PROCESSES = {
     "skyreels_i2v_released_8gpu": 8,
     "skyreels_i2v_tiny": 1,
     "skyreels_i2v_tiny_lora": 1,
+    "stable_diffusion_t2i_paper": 8,
+    "stable_diffusion_t2i_paper_hps_clip": 8,
+    "stable_diffusion_t2i_released": 8,
+    "stable_diffusion_t2i_released_lora": 8,
+    "stable_diffusion_t2i_tiny": 1,
+    "stable_diffusion_t2i_tiny_lora": 1,
 }
 SIZES = {
     "flux_t2i": ("11.901 B parameters", "latents 16x90x90, 2025 tokens, 512 text tokens"),
     "hunyuan_t2i": ("12.821 B parameters", "latents 16x1x90x90, 2025 tokens, 256 text tokens"),
     "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
     "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
+    "stable_diffusion": ("0.860 B parameters", "latents 4x64x64, 4096 tokens, 77 text tokens"),
 }
 
 
@@ -367,6 +374,17 @@ def test_the_image_to_video_recipes_train_on_motion_with_guidance(name):
     assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == (32, 8, 1)
 
 
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("stable_diffusion") and "tiny" not in name])
+def test_the_stable_diffusion_recipes_have_the_numbers_they_name(name):
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    paper, sample, grpo = "paper" in name, config.sample, config.grpo
+    assert (sample.height, sample.width, sample.steps, sample.transition) == (512, 512, 50, "ddim")
+    assert (sample.noise_level, sample.cfg_scale, grpo.cfg_gradients, grpo.clip_range) == (1.0, 5.0, "both", 1e-4)
+    assert (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration) == ((32, 12, 1) if paper else (32, 16, 2))
+    times = ("random", 0.6) if paper else ("all", 1.0)
+    assert (grpo.timesteps.strategy, grpo.timesteps.fraction) == times
+
+
 def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
     def load(*overrides):
         (tmp_path / "c.yaml").write_text(
@@ -378,6 +396,7 @@ def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
     assert load() == (1.0, 3.5, 4)
     assert load("model.kind=skyreels_i2v") == (5.0, 1.0, 1)
     assert load("model.kind=skyreels_i2v", "sample.cfg_scale=3", "grpo.updates_per_iteration=2") == (3.0, 1.0, 2)
+    assert load("model.kind=stable_diffusion") == (5.0, 3.5, 1)
 
 
 def test_many_updates_with_guidance_are_cautioned(capsys, monkeypatch):
@@ -396,7 +415,7 @@ def test_a_negative_prompt_without_guidance_is_refused(tmp_path):
         configuration.load(ROOT / "train_scripts/configs/flux_t2i_tiny.yaml", ["sample.negative_prompt=blur"])
 
 
-@pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released"])
+@pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released", "stable_diffusion_t2i_paper"])
 def test_the_hps_and_clip_recipes_differ_from_hps_alone_in_the_rewards_only(name):
     alone, both = (
         configuration.to_dict(configuration.load(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml"))

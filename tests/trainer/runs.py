@@ -30,7 +30,13 @@ from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (regist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastvideo_grpo.trainers.flux", "fastvideo_grpo.trainers.skyreels_i2v", "deepspeed", "tests.trainer.exact_rewards"]
+    [
+        "fastvideo_grpo.trainers.flux",
+        "fastvideo_grpo.trainers.skyreels_i2v",
+        "fastvideo_grpo.trainers.stable_diffusion",
+        "deepspeed",
+        "tests.trainer.exact_rewards",
+    ]
 )
 TIMEOUT = 300  # seconds a run may take
 
@@ -53,6 +59,14 @@ SKYREELS_I2V: dict[str, Any] = {
     "sample__guidance_scale": 1.0,
     "sample__shift": 7.0,
     "sample__cfg_scale": 5.0,
+    "grpo__updates_per_iteration": 1,
+}
+
+# Of the random tiny Stable Diffusion, with guidance.
+STABLE_DIFFUSION: dict[str, Any] = {
+    "model__kind": "stable_diffusion",
+    "prompts__text_length": 77,
+    "sample__noise_level": 1.0,
     "grpo__updates_per_iteration": 1,
 }
 

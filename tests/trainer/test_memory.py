@@ -7,6 +7,7 @@ from fastvideo_grpo import families, memory, plan
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.tracking.statistics import Clock
 from tests.trainer import runs
+from tests.trainer.memory import kept_for_backward
 
 LARGE = {"sample__height": 96, "sample__width": 96}
 MODELS = {
@@ -15,22 +16,6 @@ MODELS = {
     "guidance": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0},
     "guidance in one pass": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0, "model__cfg_batched": True},
 }
-
-
-def _kept_for_backward(trainer, conditioning, sample, level):
-    """Bytes that a forward with gradients keeps, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in trainer.denoiser.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor too: or another may get its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.forward_context(conditioning):
-        trainer.predict(sample, level, conditioning)
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -44,7 +29,7 @@ def test_activations_are_those_that_blocks_keep(make_trainer, model):
     conditioning = trainer.conditioning(Prompt("0", runs.PROMPTS[0]), batch)
     # The estimate counts all of prompts.text_length; HunyuanVideo is shown the prompt's own tokens.
     config.prompts.text_length = max(t.shape[1] for n, t in conditioning.items() if n.endswith("encoder_hidden_states"))
-    counted = _kept_for_backward(trainer, conditioning, initial, trainer.schedule.at(torch.zeros(batch, dtype=torch.long)))
+    counted = kept_for_backward(trainer, conditioning, initial, trainer.schedule.at(torch.zeros(batch, dtype=torch.long)))
     assert memory._kept_bytes(config, facts) == pytest.approx(counted, rel=0.1)
 
 
