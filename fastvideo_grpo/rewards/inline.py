@@ -76,7 +76,8 @@ class InlineReward:
                 scores = _with_known_gradients(reward, here, prompts, metadata)
             else:
                 scores = reward.score_differentiably(here, prompts, metadata)
-        return {name: score.to(pixels.device) for name, score in scores.items()}
+        # What is no tensor is told of by who asked.
+        return {name: score.to(pixels.device) if isinstance(score, torch.Tensor) else score for name, score in scores.items()}
 
     def to(self, device: torch.device | str) -> InlineReward:
         self.reward.to(device)
@@ -98,7 +99,9 @@ def _with_known_gradients(
         known[name] = score.detach()
         if score.requires_grad:
             # All d score[b] / d pixels[b] at once, since a score depends on its own sample alone. Outputs may share a graph.
-            (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+            # A backward pass that runs within an autocast, here the caller's, rounds its matrices.
+            with torch.autocast(leaf.device.type, enabled=False):
+                (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
             known[name] = _KnownGradient.apply(pixels, known[name], gradient)
     return known
 

@@ -180,7 +180,7 @@ class RewardSet:
         metadata = metadata or [{} for _ in prompts]
         if not len(prompts) == len(metadata) == len(pixels):
             raise ValueError(
-                f"{len(prompts)} prompts and {len(metadata)} metadata entries for {len(pixels)} samples; give one of each a sample"
+                f"{len(prompts)} prompts and {len(metadata)} metadata entries for {len(pixels)} samples; give each sample one"
             )
         counted: dict[str, list[str]] = {}
         for name, weight in self.weights.items():
@@ -347,11 +347,10 @@ def _column(result: RewardResult, output: str, size: int) -> torch.Tensor:
     return scores.detach().to("cpu", torch.float32)
 
 
-def _differentiable_column(name: str, answer: Any, pixels: torch.Tensor) -> torch.Tensor:
+def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.Tensor) -> torch.Tensor:
     output = name.rpartition("/")[2]
-    if not isinstance(answer, Mapping) or output not in answer:
-        found = (", ".join(answer) or "none") if isinstance(answer, Mapping) else type(answer).__name__
-        raise ValueError(f"reward {name}: score_differentiably lacks the output; it has {found}")
+    if output not in answer:
+        raise ValueError(f"reward {name}: score_differentiably lacks the output; it has {', '.join(answer) or 'none'}")
     scores = answer[output]
     if not isinstance(scores, torch.Tensor) or scores.shape != pixels.shape[:1] or not scores.is_floating_point():
         raise ValueError(
