@@ -78,9 +78,21 @@ class Aesthetic(ClipReward):
     @torch.no_grad()
     def score(self, request: RewardRequest) -> RewardResult:
         media = self.frames.of(request.media)
-        with torch.autocast(self.clip.device.type, enabled=False):
-            ratings = self.head(self.clip.pictures(media.flatten(0, 1))).view(media.shape[:2])
+        ratings = self._ratings(self.clip.pictures(media.flatten(0, 1))).view(media.shape[:2])
         return RewardResult({"aesthetic": ratings.mean(dim=1).cpu()}, torch.ones(len(request), dtype=torch.bool))
+
+    def score_differentiably(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """See `DifferentiableReward`."""
+        chosen = self.frames.of(pixels)
+        ratings = self._ratings(self.clip.differentiable_pictures(chosen.flatten(0, 1))).view(chosen.shape[:2])
+        return {"aesthetic": ratings.mean(dim=1)}
+
+    def _ratings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """float32 [N, E] -> float32 [N, 1]."""
+        with torch.autocast(self.clip.device.type, enabled=False):
+            return self.head(embeddings)
 
     def to(self, device: torch.device | str) -> Aesthetic:
         super().to(device)

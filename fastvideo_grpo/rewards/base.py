@@ -86,3 +86,24 @@ class Reward(Protocol):
     def close(self) -> None:
         """Let go of weights, processes and connections."""
         ...
+
+
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """What a reward has beside `Reward` if an objective may follow its gradient back to the pixels (ReFL, Xu et al.,
+    arXiv 2304.05977)."""
+
+    def score_differentiably(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """Score media that are no bytes yet; on media rounded to bytes, what `score` gives, to about the rounding.
+
+        pixels: float [B, F, H, W, 3], RGB in 0..1, with gradients; on the device that the reward was moved to.
+        prompts, metadata: B each, as in `RewardRequest`.
+        Returns for each of the reward's outputs floating [B], differentiable in `pixels`; NaN where a sample cannot be
+        judged, as a constant, since a gradient of NaN would spoil the whole batch.
+
+        A sample's score depends on its own pixels alone. The reward's weights take no gradients. An autocast, no_grad or
+        inference_mode of its `score` may not be around this.
+        """
+        ...

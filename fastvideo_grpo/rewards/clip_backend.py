@@ -14,14 +14,13 @@ from torch.nn import functional
 
 from fastvideo_grpo.rewards.base import MediaKind, Reward
 from fastvideo_grpo.rewards.frames import Frames
+from fastvideo_grpo.rewards.preprocessing import Preparation
 from fastvideo_grpo.rewards.weight_files import checked, some
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 Precision = Literal["fp32", "bf16"]
-# uint8 [B, H, W, 3] and a device -> float32 [B, 3, S, S] on that device
-Prepare = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 GET_TOKENIZER = (
     "set it to a folder with CLIP's vocab.json and merges.txt, such as the folder 'tokenizer' of a FLUX.1 or "
@@ -49,14 +48,15 @@ class ClipBackend:
     clean: what the published code does to a prompt before its tokenizer. batch_size: pictures, or prompts, that go through
     the network together.
 
-    Embeddings are float32 and of length 1. Matrices in bfloat16 are applied under autocast; in float32, an autocast of the
+    Embeddings are float32 and of length 1. Those of pictures have gradients where their method says so; the weights never
+    take any. Matrices in bfloat16 are applied under autocast; in float32, an autocast of the
     caller's is off.
     """
 
     def __init__(
         self,
         model: CLIPModel,
-        prepare: Prepare,
+        prepare: Preparation,
         *,
         tokenizer: CLIPTokenizer | None = None,
         clean: Callable[[str], str] = str,
@@ -76,21 +76,34 @@ class ClipBackend:
     @torch.no_grad()
     def cosines(self, prompts: list[str], media: torch.Tensor) -> torch.Tensor:
         """B prompts, uint8 [B, F, H, W, 3] -> float32 [B, F] on the CPU, of each frame and its sample's prompt."""
+        return self._cosines(prompts, media, self._pictures).cpu()
+
+    def differentiable_cosines(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
+        """B prompts, float [B, F, H, W, 3] in 0..1 -> float32 [B, F] on the device, with gradients."""
+        return self._cosines(prompts, pixels, self._differentiable_pictures)
+
+    def _cosines(
+        self, prompts: list[str], media: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         # All samples of a group have one prompt.
         position = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.texts(list(position))
         own = [position[prompt] for prompt in prompts for _ in range(media.shape[1])]
         frames = media.flatten(0, 1)
-        cosines = torch.empty(len(own))
+        cosines = [torch.empty(0, device=self.device)]
         for start in range(0, len(own), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            cosines[batch] = (self._pictures(frames[batch]) * texts[own[batch]]).sum(dim=-1).cpu()
-        return cosines.view(media.shape[:2])
+            cosines.append((embed(frames[batch]) * texts[own[batch]]).sum(dim=-1))
+        return torch.cat(cosines).view(media.shape[:2])
 
     @torch.no_grad()
     def pictures(self, media: torch.Tensor) -> torch.Tensor:
         """uint8 [N, H, W, 3], N at least 1 -> float32 [N, E]."""
         return torch.cat([self._pictures(batch) for batch in media.split(self.batch_size)])
+
+    def differentiable_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float [N, H, W, 3] in 0..1, N at least 1 -> float32 [N, E], with gradients."""
+        return torch.cat([self._differentiable_pictures(batch) for batch in pixels.split(self.batch_size)])
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> torch.Tensor:
@@ -104,7 +117,13 @@ class ClipBackend:
         return torch.cat(embeddings) if embeddings else torch.empty(0)
 
     def _pictures(self, media: torch.Tensor) -> torch.Tensor:
-        pixels = self.prepare(media, self.device)
+        return self._embedded(self.prepare(media, self.device))
+
+    def _differentiable_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._embedded(self.prepare.differentiable(pixels))
+
+    def _embedded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Prepared pictures, float32 [N, 3, S, S] -> float32 [N, E]."""
         with self._precision():
             return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
@@ -122,11 +141,21 @@ class ClipBackend:
 
 
 class ClipReward:
-    """What rewards on a CLIP have in common: a backend, a choice of frames, and no more weights than the backend's."""
+    """What rewards on a CLIP have in common: a backend, a choice of frames, and no more weights than the backend's. The
+    gradient is that of the one output, `factor` times the cosine."""
 
     media_kind: MediaKind = "any"
+    outputs: tuple[str, ...]
     clip: ClipBackend
     frames: Frames
+    factor: float = 1.0
+
+    def score_differentiably(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """See `DifferentiableReward`."""
+        cosines = self.clip.differentiable_cosines(prompts, self.frames.of(pixels))
+        return {self.outputs[0]: self.factor * cosines.mean(dim=1)}
 
     def to(self, device: torch.device | str) -> Reward:
         self.clip.to(device)

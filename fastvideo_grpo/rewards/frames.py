@@ -43,5 +43,5 @@ class Frames:
         return [(2 * part + 1) * frames // (2 * self.count) for part in range(self.count)]
 
     def of(self, media: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, F, H, W, 3] -> [B, n, H, W, 3], on the same device."""
+        """[B, F, H, W, 3] of any dtype -> [B, n, H, W, 3], on the same device."""
         return media[:, self.positions(media.shape[1])]

@@ -26,7 +26,7 @@ from fastvideo_grpo.rewards.clip_backend import (
     read_tokenizer,
 )
 from fastvideo_grpo.rewards.open_clip_weights import clip_model
-from fastvideo_grpo.rewards.preprocessing import prepare_for_hps
+from fastvideo_grpo.rewards.preprocessing import HPSPreprocessing
 from fastvideo_grpo.rewards.registry import register
 from fastvideo_grpo.rewards.weight_files import describe, holds_tensors, naming, read_torch
 
@@ -74,7 +74,7 @@ class HPS(ClipReward):
         size: int = model.config.vision_config.image_size
         self.clip = ClipBackend(
             model,
-            lambda pictures, device: prepare_for_hps(pictures.to(device), size),
+            HPSPreprocessing(size),
             tokenizer=reads,
             clean=clean_prompt,
             batch_size=batch_size,

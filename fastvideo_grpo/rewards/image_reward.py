@@ -116,12 +116,25 @@ class ImageReward:
         scores = torch.empty(len(prompts))
         for start in range(0, len(prompts), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            scores[batch] = self._scores(prompts[batch], pictures[batch]).cpu()
+            scores[batch] = self._scores(prompts[batch], self.prepare(pictures[batch], self.device)).cpu()
         mean = scores.view(media.shape[:2]).mean(dim=1)
         return RewardResult({"image_reward": mean}, torch.ones(len(request), dtype=torch.bool))
 
-    def _scores(self, prompts: list[str], pictures: torch.Tensor) -> torch.Tensor:
-        """B prompts, uint8 [B, H, W, 3] -> float32 [B]."""
+    def score_differentiably(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """See `DifferentiableReward`."""
+        chosen = self.frames.of(pixels)
+        repeated = [prompt for prompt in prompts for _ in range(chosen.shape[1])]
+        pictures = chosen.flatten(0, 1)
+        scores = [torch.empty(0, device=self.device)]
+        for start in range(0, len(repeated), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            scores.append(self._scores(repeated[batch], self.prepare.differentiable(pictures[batch])))
+        return {"image_reward": torch.cat(scores).view(chosen.shape[:2]).mean(dim=1)}
+
+    def _scores(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
+        """B prompts, prepared pictures float32 [B, 3, S, S] -> float32 [B]."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
@@ -131,7 +144,7 @@ class ImageReward:
             split_special_tokens=True,  # a prompt that spells out a special token cannot end itself
         ).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            seen = self.vision(pixel_values=self.prepare(pictures, self.device)).last_hidden_state
+            seen = self.vision(pixel_values=pixels).last_hidden_state
             read = self.text(
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],

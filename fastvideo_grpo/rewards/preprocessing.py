@@ -8,13 +8,17 @@ transformers' models, PickScore among them: `transformers_preprocessing`, from p
 LAION's aesthetic predictor and ImageReward: `openai_preprocessing`, the transform of OpenAI's CLIP package.
 
 PIL and torch differ: PIL's resampling rounds to uint8, so what overshoots 0..255 at sharp edges is cut off.
+
+Each is there twice, for uint8 pictures, as published, and as a differentiable function of pictures in floating point, for
+gradients of a reward. For PIL's the second is the same resampling and the same cutting off, but does not round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +28,18 @@ from torch.nn import functional
 # Of CLIP's training pictures, RGB in 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Preparation(Protocol):
+    """Pictures as a network takes them."""
+
+    def __call__(self, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """uint8 [B, H, W, 3], RGB -> float32 [B, 3, size, size] on `device`."""
+        ...
+
+    def differentiable(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float [B, H, W, 3], RGB in 0..1 -> float32 [B, 3, size, size] on the same device, with gradients."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,24 +67,63 @@ class Preprocessing:
         pixels = torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
         return normalised(pixels, self.mean, self.std)
 
-    def _square(self, picture: Image.Image) -> Image.Image:
+    def differentiable(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float [B, H, W, 3], RGB in 0..1 -> float32 [B, 3, size, size] on the same device, with gradients.
+
+        On what bytes / 255 give, it differs from the published preparation by PIL's rounding alone: 1.1 levels of 255 at
+        most, 0.4 in the mean (root mean square), before the normalisation. What PIL cuts off has gradient 0.
+        """
+        pictures = pixels.to(torch.float32).permute(0, 3, 1, 2)
+        across, down = pictures.shape[-1], pictures.shape[-2]
+        width, height = self._resized(across, down)
+        with torch.autocast(pixels.device.type, enabled=False):
+            # PIL's order; it rounds, and so cuts off, after each.
+            pictures = (pictures @ _resampling(across, width, self.filter).to(pixels.device).T).clamp(0, 1)
+            pictures = (_resampling(down, height, self.filter).to(pixels.device) @ pictures).clamp(0, 1)
+        left, top = self._corner(width, height)
         if self.resize == "longest":
-            return self._padded(picture)
-        target, short = self.resize_to or self.size, min(picture.size)
-        sides = [target if self.resize == "squash" else int(target * side / short) for side in picture.size]
-        picture = picture.resize((sides[0], sides[1]), self.filter)
-        left, top = (self._margin(side - self.size) for side in sides)
+            right, bottom = self.size - width + left, self.size - height + top
+            pictures = functional.pad(pictures, (-left, right, -top, bottom), value=self.fill / 255)
+        else:
+            pictures = pictures[..., top : top + self.size, left : left + self.size]
+        return normalised(pictures, self.mean, self.std)
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        sides = self._resized(*picture.size)
+        left, top = self._corner(*sides)
+        picture = picture.resize(sides, self.filter)
+        if self.resize == "longest":
+            square = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
+            square.paste(picture, (-left, -top))
+            return square
         return picture.crop((left, top, left + self.size, top + self.size))
 
-    def _padded(self, picture: Image.Image) -> Image.Image:
-        ratio = max(picture.size) / self.size
-        width, height = (max(1, round(side / ratio)) for side in picture.size)
-        square = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
-        square.paste(picture.resize((width, height), self.filter), ((self.size - width) // 2, (self.size - height) // 2))
-        return square
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing, before the crop or the bars."""
+        if self.resize == "longest":
+            ratio = max(width, height) / self.size
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        target, short = self.resize_to or self.size, min(width, height)
+        if self.resize == "squash":
+            return target, target
+        return int(target * width / short), int(target * height / short)
+
+    def _corner(self, width: int, height: int) -> tuple[int, int]:
+        """Where the square begins in the resized picture, (left, top); not above 0 where bars are added."""
+        if self.resize == "longest":
+            return -((self.size - width) // 2), -((self.size - height) // 2)
+        return self._margin(width - self.size), self._margin(height - self.size)
 
     def _margin(self, both: int) -> int:
         return both // 2 if self.crop == "transformers" else round(both / 2)
+
+
+@lru_cache(maxsize=32)
+def _resampling(before: int, after: int, chosen: Image.Resampling) -> torch.Tensor:
+    """float32 [after, before]: PIL's resampling of a line of `before` pixels, which is linear, as a matrix: what PIL makes of
+    the identity. torch's antialiased interpolation knows two of PIL's filters, and cuts nothing off between the axes."""
+    identity = Image.fromarray(np.eye(before, dtype=np.float32))
+    return torch.from_numpy(np.array(identity.resize((after, before), chosen))).T.contiguous()
 
 
 def openai_preprocessing(size: int) -> Preprocessing:
@@ -132,15 +187,33 @@ def transformers_preprocessing(config: Mapping[str, Any], size: int) -> Preproce
     )
 
 
+@dataclass(frozen=True)
+class HPSPreprocessing:
+    """HPS's preparation for a network that takes `size` pixels: see `prepare_for_hps`."""
+
+    size: int
+
+    def __call__(self, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """uint8 [B, H, W, 3], RGB -> float32 [B, 3, size, size] on `device`."""
+        return prepare_for_hps(pictures.to(device), self.size)
+
+    def differentiable(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float [B, H, W, 3], RGB in 0..1 -> float32 [B, 3, size, size] on the same device, with gradients: the same."""
+        return prepare_for_hps(pixels, self.size)
+
+
 def prepare_for_hps(media: torch.Tensor, size: int) -> torch.Tensor:
     """Pictures as HPS sees them: the longer side brought to `size`, then black bars to a square, then normalised.
 
-    media: uint8 [B, H, W, 3], RGB. Returns float32 [B, 3, size, size] on the same device.
+    media: [B, H, W, 3], RGB, uint8 or in floating point in 0..1. Returns float32 [B, 3, size, size] on the same device, with
+    gradients of floating-point pictures.
 
     The published code resizes floating-point pictures by antialiased bicubic interpolation, so what overshoots 0..1 at
     sharp edges stays, unlike in PIL's.
     """
-    pictures = media.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+    pictures = media.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+    if not media.is_floating_point():
+        pictures = pictures / 255
     height, width = pictures.shape[-2:]
     scale = size / max(height, width)
     resized = max(1, round(height * scale)), max(1, round(width * scale))

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fastvideo_grpo.rewards.base import Reward
+from fastvideo_grpo.rewards.base import DifferentiableReward, Reward
 
 ENTRY_POINT_GROUP = "fastvideo_grpo.rewards"
 
@@ -74,6 +74,25 @@ def check(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any]
         if name != "checkpoint" and name not in params:
             raise ValueError(f"reward '{kind}' needs the parameter '{name}'; set rewards.models.NAME.params.{name}")
     return factory
+
+
+def differentiable(kind: str) -> bool:
+    """Whether rewards of `kind` are `DifferentiableReward`s, without making one: what is registered must be the class
+    itself, not a function that returns a reward. Raises ValueError for an unknown kind."""
+    factory = _find(kind)
+    return isinstance(factory, type) and issubclass(factory, DifferentiableReward)
+
+
+def differentiable_kinds() -> list[str]:
+    """All kinds that have gradients, in alphabetical order, without those of other packages that cannot be imported."""
+
+    def usable(kind: str) -> bool:
+        try:
+            return differentiable(kind)
+        except ValueError:  # told when that kind is asked for
+            return False
+
+    return [kind for kind in kinds() if usable(kind)]
 
 
 def create(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any] | None = None) -> Reward:

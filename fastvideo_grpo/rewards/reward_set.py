@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvideo_grpo.rewards import registry
-from fastvideo_grpo.rewards.base import Reward, RewardRequest, RewardResult
+from fastvideo_grpo.rewards.base import DifferentiableReward, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
 from fastvideo_grpo.rewards.placement import check_placement, get, place
 from fastvideo_grpo.rewards.process import ProcessReward
@@ -76,6 +76,7 @@ class RewardSet:
             raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
         for model, entry in models.items():
             check_entry(model, entry)
+        self._entries = dict(models)
         self.attempts, self.backoff_s = retries + 1, backoff_s
         self.rewards: dict[str, Reward] = {}
         self.weights: dict[str, float] = {}
@@ -152,6 +153,55 @@ class RewardSet:
                 self._threads[model] = SerialThread(f"reward {model}")
             asked[model] = self._threads[model].submit(partial(self._ask, model, request))
         return PendingScores(self, asked)
+
+    def differentiable(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """What the rewards say of media that are no bytes yet, with gradients.
+
+        pixels: float [B, F, H, W, 3], RGB in 0..1; what is not float32 is converted. prompts, metadata: B each, as in
+        `RewardRequest`; no metadata is as good as empty dicts.
+
+        Returns, for each "MODEL/OUTPUT" of nonzero weight, in the order of `names`, float32 [B] on the device of `pixels`:
+        the score after the output's transform, without the weight, differentiable in `pixels`. Where the reward gave no
+        finite number it is NaN, and constant. No other reward is asked.
+
+        It is computed in the calling thread, once, with no time limit, while the rewards' threads must be idle: collect
+        every `submit` before. The loop does, since an update begins when all samples are scored.
+
+        Raises ValueError for media of another form, what `check_differentiable` raises, and, naming the reward, for an
+        answer that lacks an output, has another shape or carries no gradient; RuntimeError where the rewards are with
+        another process. What a reward raises passes through, with a note that names it.
+        """
+        if not self.rewards:
+            raise RuntimeError("the rewards are with another process, where no gradient comes from")
+        if not pixels.is_floating_point() or pixels.ndim != 5 or pixels.shape[-1] != 3:
+            raise ValueError(f"pixels are {_describe(pixels)}; they must be floating [batch, frames, height, width, 3] in 0..1")
+        metadata = metadata or [{} for _ in prompts]
+        if not len(prompts) == len(metadata) == len(pixels):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(metadata)} metadata entries for {len(pixels)} samples; give each sample one"
+            )
+        counted: dict[str, list[str]] = {}
+        for name, weight in self.weights.items():
+            if weight != 0:
+                counted.setdefault(name.rpartition("/")[0], []).append(name)
+        for model in counted:
+            check_differentiable(model, self._entries[model])
+        pixels = pixels.to(torch.float32)
+        scores = {}
+        for model, names in counted.items():
+            reward = self.rewards[model]
+            assert isinstance(reward, DifferentiableReward)
+            try:
+                answer = reward.score_differentiably(pixels, prompts, metadata)
+            except Exception as error:
+                error.add_note(f"raised by the reward {model} in score_differentiably")
+                raise
+            for name in names:
+                raw = _differentiable_column(name, answer, pixels)
+                scores[name] = self.transforms[name](torch.where(raw.isfinite(), raw, torch.nan))
+        return scores
 
     def _ask(self, model: str, request: RewardRequest) -> _Answer:
         """All attempts of one reward at one request."""
@@ -297,6 +347,24 @@ def _column(result: RewardResult, output: str, size: int) -> torch.Tensor:
     return scores.detach().to("cpu", torch.float32)
 
 
+def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.Tensor) -> torch.Tensor:
+    output = name.rpartition("/")[2]
+    if output not in answer:
+        raise ValueError(f"reward {name}: score_differentiably lacks the output; it has {', '.join(answer) or 'none'}")
+    scores = answer[output]
+    if not isinstance(scores, torch.Tensor) or scores.shape != pixels.shape[:1] or not scores.is_floating_point():
+        raise ValueError(
+            f"reward {name}: score_differentiably gave {_describe(scores)}; it must be floating [{len(pixels)}], one a sample"
+        )
+    wanted = torch.is_grad_enabled() and pixels.requires_grad
+    if wanted and not scores.requires_grad and scores.isfinite().any():
+        raise ValueError(
+            f"reward {name}: the scores of score_differentiably carry no gradient; it may not detach, round or compare the "
+            "pixels on the way, nor run under no_grad or inference_mode"
+        )
+    return scores.to(torch.float32)
+
+
 def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
@@ -310,6 +378,39 @@ def check_entry(model: str, entry: Any) -> None:
         _transform(model, output, settings)
     if known is not None:
         _outputs(model, entry, known)
+
+
+def check_differentiable(model: str, entry: Any) -> None:
+    """Raise ValueError, with the key, where an entry that `check_entry` accepts cannot give the gradient of its scores; one
+    whose outputs all have weight 0 is only watched and needs none. Loads nothing and opens no file."""
+    outputs = get(entry, "outputs") or {}
+    counting = [output for output, settings in outputs.items() if get(settings, "weight") != 0]
+    if outputs and not counting:
+        return
+    key, watch = f"rewards.models.{model}", "give all its outputs weight=0 to only watch it"
+    placement = get(entry, "placement") or "inline"
+    if placement != "inline":
+        raise ValueError(
+            f"{key}.placement is {placement!r}, but the objective needs the reward's gradient, which comes from the training "
+            f"process only; set it to inline, or {watch}"
+        )
+    try:
+        has_gradient = registry.differentiable(get(entry, "kind"))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if not has_gradient:
+        raise ValueError(
+            f"{key}.kind is {get(entry, 'kind')!r}, which has no gradient (score_differentiably), but the objective needs it; "
+            f"kinds that have one: {', '.join(registry.differentiable_kinds())}; use one of them, or {watch}"
+        )
+    for output in counting:
+        threshold = get(outputs[output], "threshold")
+        if threshold is not None:
+            raise ValueError(
+                f"{key}.outputs.{output}.threshold is {threshold!r}, but the objective needs the reward's gradient, which is 0 "
+                "on both sides of a threshold; remove it (affine, clamp and invert keep the gradient), or give the output "
+                "weight=0"
+            )
 
 
 def _transform(model: str, output: str, settings: Any) -> OutputTransform:
