@@ -13,7 +13,8 @@ STRATEGIES = ("random", "first", "last", "all", "late")
 
 
 def count(steps: int, strategy: str, fraction: float) -> int:
-    """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density. ``late``: 1.
+    """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density.
+    With ``late`` it is 1.
 
     Raises:
         ValueError: an unknown strategy, a fraction outside (0, 1], or fewer than two steps.

@@ -1,4 +1,4 @@
-"""Objectives: what an update minimises, per sample and trained timestep. One file a method; docs/objectives.md compares them."""
+"""Objectives: what an update minimises, per sample and trained timestep. One file a method; see docs/objectives.md."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def get(
     """
     arguments = _arguments(name)
     settings = dict(zip(SETTINGS, (clip_range, advantage_clip, kl_weight), strict=True))
-    own = [argument for argument in arguments if argument not in SETTINGS]
+    own = [key for key in arguments if key not in SETTINGS]
     params = dict(params or {})
     for key in params:
         if key not in own:
@@ -74,7 +74,7 @@ def get(
             raise ValueError(
                 f"grpo.objective_params.{key}: objective {name} has no such parameter; it has {', '.join(own) or 'none'}{where}"
             )
-    missing = [argument for argument in own if arguments[argument].default is inspect.Parameter.empty and argument not in params]
+    missing = [key for key in own if arguments[key].default is inspect.Parameter.empty and key not in params]
     if missing:
         raise ValueError(f"objective {name} needs grpo.objective_params.{missing[0]}")
     asked = {key: value for key, value in settings.items() if key in arguments}

@@ -40,7 +40,7 @@ class Replay(Protocol):
         ...
 
     def reward(self, pixels: Tensor) -> Tensor:
-        """The weighted sum of the rewards of such pixels, ``[B]``, with gradients; NaN where one could not judge a row."""
+        """The weighted sum of the rewards of such pixels, ``[B]``, with gradients; not finite where one could not judge."""
         ...
 
 

@@ -13,8 +13,8 @@ from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
 
 
 class DPO:
-    """``-log sigmoid(beta ((l_w - l_w_ref) - (l_l - l_l_ref)))`` for winner w and loser l at one timestep; ``l`` is the log-prob
-    of the stored transition.
+    """``-log sigmoid(beta ((l_w - l_w_ref) - (l_l - l_l_ref)))`` for winner w and loser l at one timestep; ``l`` is the
+    log-prob of the stored transition.
 
     The loss is DPO's (Rafailov et al. 2023, arXiv:2305.18290); on the single steps of a diffusion sampler it is D3PO's (Yang et
     al. 2023, arXiv:2311.13231), which takes pairs that the policy has drawn, and Diffusion-DPO's (Wallace et al. 2023,

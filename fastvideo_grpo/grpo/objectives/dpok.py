@@ -31,8 +31,8 @@ class DPOK:
     def __init__(self, *, clip_range: float, advantage_clip: float | None, kl_weight: float) -> None:
         if kl_weight <= 0:
             raise ValueError(
-                f"grpo.kl_weight is {kl_weight:g}, but objective dpok is regularised by it: set it above 0, for example 0.01, or "
-                "take grpo.objective=ddpo"
+                f"grpo.kl_weight is {kl_weight:g}, but objective dpok is regularised by it: set it above 0, for example 0.01, "
+                "or take grpo.objective=ddpo"
             )
         self.clip_range = clip_range
         self.advantage_clip = advantage_clip
