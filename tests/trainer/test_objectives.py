@@ -104,8 +104,8 @@ def test_a_resumed_run_remembers_the_rewards_of_each_prompt(make_trainer, tmp_pa
         }
 
 
-def test_gradients_of_refl_reach_every_weight_through_one_late_state(make_trainer):
-    """A late timestep of each sample, other samples other ones."""
+def test_refl_trains_on_one_late_timestep_of_each_sample(make_trainer):
+    """Of ten steps nine are trainable, and the last quarter of those are three."""
     trainer = make_trainer(grpo__objective="refl", sample__steps=10, run__iterations=1, **SMOOTH)
     seen = []
     loss = trainer.objective.loss
