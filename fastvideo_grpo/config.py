@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.grpo.advantages import NORMALISATIONS
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 from fastvideo_grpo.rewards.placement import PLACEMENTS
 from fastvideo_grpo.sampling import transitions
@@ -121,7 +122,9 @@ class SampleConfig:
     )
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
-        "shared", "initial noise: shared by a prompt's group (the paper) or per_sample", choices=["shared", "per_sample"]
+        "shared",
+        "initial noise: shared by a prompt's group (the paper) or per_sample (objectives ddpo, dpok, refl: this if left out)",
+        choices=["shared", "per_sample"],
     )
 
 
@@ -137,9 +140,31 @@ class BestOfConfig:
 class TimestepsConfig:
     """Which timesteps an update trains on."""
 
-    strategy: str = _key("random", "random, first (noisiest), last, or all", choices=list(timesteps.STRATEGIES))
-    fraction: float = _key(0.6, "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all", above=0, maximum=1)
-    per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
+    strategy: str = _key(
+        "random",
+        "random, first (noisiest), last, all, or late: one drawn from the last ones (objective refl: late if left out)",
+        choices=list(timesteps.STRATEGIES),
+    )
+    fraction: float = _key(
+        0.6,
+        "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
+        "draw from (objective refl: 0.25 if left out)",
+        above=0,
+        maximum=1,
+    )
+    per: str = _key(
+        "sample", "one random draw per sample, or per group (objective dpo: group if left out)", choices=["sample", "group"]
+    )
+
+
+@dataclass
+class HistoryConfig:
+    """What normalisation prompt_history remembers of each prompt."""
+
+    size: int = _key(32, "last rewards of a prompt that are remembered", minimum=2)
+    minimum: int = _key(
+        16, "a prompt with fewer of them is normalised with the statistics of the iteration (1: never)", minimum=1
+    )
 
 
 @dataclass
@@ -148,10 +173,19 @@ class GRPOConfig:
 
     prompts_per_iteration: int = _key(32, "prompts drawn per iteration", minimum=1)
     group_size: int = _key(12, "samples of each prompt, the paper's G", minimum=2)
-    best_of: BestOfConfig | None = _key(None, "train only on top and bottom samples of each group")
+    best_of: BestOfConfig | None = _key(
+        None, "train only on top and bottom samples of each group (objective dpo: {top: 1, bottom: 1} if left out)"
+    )
     timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
-    clip_range: float = _key(1e-4, "clip range of the ratio", above=0)
-    advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this", above=0)
+    normalisation: str = _key(
+        "group",
+        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards "
+        "(objective ddpo: prompt_history, dpok: global if left out)",
+        choices=list(NORMALISATIONS),
+    )
+    history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
+    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
+    advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
     updates_per_iteration: int = _key(
         4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion: 1 if left out)", minimum=1
     )
@@ -160,8 +194,14 @@ class GRPOConfig:
         "passes of classifier-free guidance that are trained: both (the paper) or conditional",
         choices=["both", "conditional"],
     )
-    kl_weight: float = _key(0.0, "weight of the KL to the starting weights; 0: none, and no second copy kept", minimum=0)
-    objective: str = _key("grpo", "what an update minimises", choices=objectives.names)
+    kl_weight: float = _key(
+        0.0,
+        "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept (objective dpok: 0.01 if left "
+        "out)",
+        minimum=0,
+    )
+    objective: str = _key("grpo", "what an update minimises (docs/objectives.md)", choices=objectives.names)
+    objective_params: dict[str, Any] = _key({}, "settings of the objective's own (dpo: beta)")
 
 
 @dataclass
@@ -285,6 +325,14 @@ _MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What an objective has instead of a key's own default: what its paper does around the loss. A model's come before these.
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddpo": {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "prompt_history"}},
+    "dpok": {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "global", "kl_weight": 0.01}},
+    "refl": {"sample": {"init_noise": "per_sample"}, "grpo": {"timesteps": {"strategy": "late", "fraction": 0.25}}},
+    "dpo": {"grpo": {"best_of": {"top": 1, "bottom": 1}, "timesteps": {"per": "group"}}},
+}
+
 # Keys that may differ when a run is resumed: they change where things lie, what is kept and shown and how the work is
 # spread, not what is computed. (The checkpoint, the prompts and the embeddings' dtype are compared by content.)
 FREE_ON_RESUME = [
@@ -345,7 +393,9 @@ def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = Non
         ConfigError: as :func:`load` does.
     """
     given = OmegaConf.merge(values, _parse_overrides(overrides or []))
-    config = _to_dataclasses(OmegaConf.merge(_MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {}), given))
+    of_objective = _OBJECTIVE_DEFAULTS.get(str(OmegaConf.select(given, "grpo.objective")), {})
+    of_model = _MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {})
+    config = _to_dataclasses(OmegaConf.merge(of_objective, of_model, given))
     check(config)
     return config
 
@@ -473,6 +523,17 @@ def _check_combinations(config: Config) -> Iterator[str]:
             f"grpo.best_of takes {grpo.best_of.top} + {grpo.best_of.bottom} samples of a group of {grpo.group_size}: "
             f"set grpo.group_size to at least {grpo.best_of.top + grpo.best_of.bottom}"
         )
+    if grpo.history.minimum > grpo.history.size:
+        yield (
+            f"grpo.history.minimum is {grpo.history.minimum}, but no more than grpo.history.size={grpo.history.size} rewards "
+            f"of a prompt are remembered: set the size to at least {grpo.history.minimum}"
+        )
+    try:
+        objective = make_objective(config)
+    except ValueError as error:
+        yield str(error)
+    else:
+        yield from _check_objective(config, objective)
     if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
         yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
     if sample.negative_prompt and sample.cfg_scale <= 1:
@@ -528,6 +589,62 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield "engine.offload is 'optimizer', which needs engine.zero_stage of 1, 2 or 3"
 
 
+def make_objective(config: Config) -> objectives.Objective:
+    """The configured objective.
+
+    Raises:
+        ValueError: what :func:`fastvideo_grpo.grpo.objectives.get` refuses.
+    """
+    grpo = config.grpo
+    return objectives.get(
+        grpo.objective,
+        clip_range=grpo.clip_range,
+        advantage_clip=grpo.advantage_clip,
+        kl_weight=grpo.kl_weight,
+        params=grpo.objective_params,
+    )
+
+
+def _check_objective(config: Config, objective: objectives.Objective) -> Iterator[str]:
+    """What the objective's needs rule out (whether the rewards have gradients: :mod:`fastvideo_grpo.plan`)."""
+    grpo, engine = config.grpo, config.engine
+    name, size, best, when = grpo.objective, engine.micro_batch_size, grpo.best_of, grpo.timesteps
+    if grpo.kl_weight > 0 and not objectives.takes(name, "kl_weight"):
+        with_kl = [other for other in objectives.names() if objectives.takes(other, "kl_weight")]
+        yield (
+            f"grpo.kl_weight is {grpo.kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
+            f"{', '.join(with_kl)} have)"
+        )
+    if objective.pairs:
+        if best is None or best.top != best.bottom:
+            now = "null" if best is None else f"{{top: {best.top}, bottom: {best.bottom}}}"
+            yield (
+                f"grpo.best_of is {now}, but objective {name} takes pairs of a best and a worst sample: set as many top as "
+                "bottom, for example grpo.best_of={top: 1, bottom: 1}"
+            )
+        if size % 2:
+            yield (
+                f"engine.micro_batch_size is {size}, but objective {name} takes pairs: set it to "
+                f"{f'{size - 1} or ' if size > 1 else ''}{size + 1}"
+            )
+        if when.per == "sample" and when.strategy in ("random", "late"):
+            yield (
+                f"grpo.timesteps.per is 'sample', but the two samples of a pair of objective {name} are compared at the same "
+                f"timesteps: set grpo.timesteps.per=group, or strategy first, last or all (not {when.strategy})"
+            )
+    if objective.needs_reward_gradients:
+        if engine.sequence_parallel > 1:
+            yield (
+                f"engine.sequence_parallel is {engine.sequence_parallel}, but objective {name} needs the gradient of the "
+                "rewards, which only the first process of a group has: use 1"
+            )
+        if engine.offload_idle:
+            yield (
+                f"engine.offload_idle is true, but objective {name} goes backwards through the VAE, which would have left the "
+                "device: use false"
+            )
+
+
 def checkpointed_blocks(value: str) -> int:
     """``engine.activation_checkpointing`` as a number: 0 none, 1 every block, K every K-th.
 
@@ -551,6 +668,12 @@ def cautions(config: Config) -> list[str]:
             f"grpo.updates_per_iteration is {config.grpo.updates_per_iteration} with sample.cfg_scale="
             f"{config.sample.cfg_scale:g}: guidance multiplies what an update changes, and the paper makes one update per "
             "iteration with it; watch train/clip_fraction, or set 1"
+        )
+    when = config.grpo.timesteps
+    if make_objective(config).needs_reward_gradients and when.strategy != "late":
+        lines.append(
+            f"grpo.timesteps.strategy is {when.strategy}, but objective {config.grpo.objective} is meant for one late step: "
+            "the clean sample predicted at a noisy one is a blur that no reward was made for; set late, with fraction 0.25"
         )
     return lines
 

@@ -75,6 +75,8 @@ class Family:
         activations: dtype -> what the blocks hold; None: counted on the network itself (``unet_memory.py``).
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
             ``block_out_channels`` x bytes of the dtype).
+        decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
+            diffusers' decoders of the published sizes).
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
@@ -92,6 +94,7 @@ class Family:
     lora_targets: tuple[str, ...]
     activations: dict[str, Activations] | None
     decode: float
+    decode_kept: float
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
@@ -281,6 +284,7 @@ _HUNYUAN: dict[str, Any] = {
     "lora_targets": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
     "activations": {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
     "decode": 9.4,
+    "decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
     "decodes_singly": True,
 }
@@ -296,6 +300,7 @@ FAMILIES: dict[str, Family] = {
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
         decode=9.4,
+        decode_kept=45,
         parameters={"vae": 83.8e6, "text_encoder": 123e6, "text_encoder_2": 4.762e9},
     ),
     "hunyuan_video": _HunyuanVideo(
@@ -323,6 +328,7 @@ FAMILIES: dict[str, Family] = {
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         activations=None,
         decode=9.4,
+        decode_kept=45,
         parameters={"vae": 83.7e6, "text_encoder": 123e6},
         denoiser="unet",
         prediction="noise",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastvideo_grpo.config import Config, checkpointed_blocks
+from fastvideo_grpo.config import Config, checkpointed_blocks, make_objective
 from fastvideo_grpo.families import FAMILIES, Activations, ModelFacts
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     gradients, offloaded = _gradient_bytes(config, trained, ranks, stage)
     if offloaded:
         host["gradients"] = offloaded
-    if config.grpo.kl_weight and config.model.lora is None:
+    objective = make_objective(config)
+    if objective.needs_reference and config.model.lora is None:
         resident["reference"] = weights if stage == 3 else total * size
     if config.optim.ema_decay is not None:
         host["EMA"] = 4 * trained / (ranks if stage >= 1 else 1)
@@ -105,6 +106,8 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
         "reward": rewards if engine.offload_idle else 0,
         "update": _update_bytes(config, facts) + 2 * block + gradients,
     }
+    if objective.needs_reward_gradients:
+        phases["update"] += _kept_by_decoding(config, facts)
     samples = config.grpo.prompts_per_iteration * config.grpo.group_size * shared / ranks
     state = math.prod(family.latent_shape(facts, config.sample)) * 4
     host["trajectories"] = samples * (config.sample.steps + 1) * state
@@ -277,6 +280,14 @@ def _decode_bytes(config: Config, facts: ModelFacts) -> float:
     at_once = 1 if FAMILIES[config.model.kind].decodes_singly else config.engine.micro_batch_size
     held = FAMILIES[config.model.kind].decode * height * width * frames * channels * BYTES[config.model.vae_precision]
     return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
+
+
+def _kept_by_decoding(config: Config, facts: ModelFacts) -> float:
+    """What the decoder keeps of a micro-batch for its backward pass, tiles or not (what the rewards keep is not counted)."""
+    sample, channels = config.sample, int(facts.vae["block_out_channels"][0])
+    pixels = config.engine.micro_batch_size * sample.height * sample.width * sample.frames
+    kept = FAMILIES[config.model.kind].decode_kept * channels * BYTES[config.model.vae_precision]
+    return pixels * (kept + 3 * 4)
 
 
 def _largest_block(config: Config, facts: ModelFacts) -> float:

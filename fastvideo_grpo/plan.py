@@ -12,15 +12,15 @@ from pathlib import Path
 
 from fastvideo_grpo.checkpoints.diffusers_names import has_diffusers_names
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions, make_objective
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here
-from fastvideo_grpo.rewards.reward_set import check_entry
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
     checks += [partial(_check_reward, name, entry, here) for name, entry in config.rewards.models.items()]
+    if training and make_objective(config).needs_reward_gradients:
+        checks += [partial(reward_set.check_differentiable, name, entry) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
     if config.engine.kind == "deepspeed" and json_file is not None and Path(json_file).is_file():
         from fastvideo_grpo.engines.deepspeed import deepspeed_config
@@ -168,7 +170,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
 
 
 def _check_reward(name: str, reward: RewardConfig, here: bool) -> None:
-    check_entry(name, reward)
+    reward_set.check_entry(name, reward)
     if here:
         check_here(name, reward)
 
@@ -230,7 +232,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
         f"{rollouts * sample.steps * passes} forwards a process",
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
-        f"  update     {grpo.updates_per_iteration} optimiser steps of {len(dealt.groups_of(0))} prompts"
+        f"  update     {grpo.objective}, rewards normalised over the {_normalised_over(config)}: {grpo.updates_per_iteration} "
+        f"optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
         + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample * passes} forwards and backwards "
         "a process",
@@ -240,6 +243,11 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)
+
+
+def _normalised_over(config: Config) -> str:
+    last = f"prompt's last {config.grpo.history.size} rewards"
+    return {"group": "group", "global": "iteration", "prompt_history": last}[config.grpo.normalisation]
 
 
 def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which timesteps an update trains on, step 5 of Algorithm 1."""
+"""Which timesteps an update trains on, step 5 of Algorithm 1 (``late`` is ReFL's, objectives/refl.py)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastvideo_grpo.sampling.noise import SampleKey
 
-STRATEGIES = ("random", "first", "last", "all")
+STRATEGIES = ("random", "first", "last", "all", "late")
 
 
 def count(steps: int, strategy: str, fraction: float) -> int:
     """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density.
+    With ``late`` it is 1.
 
     Raises:
         ValueError: an unknown strategy, a fraction outside (0, 1], or fewer than two steps.
@@ -26,16 +27,22 @@ def count(steps: int, strategy: str, fraction: float) -> int:
         raise ValueError(f"training needs at least 2 steps, since the last transition is never trained; got {steps}")
     if strategy == "all":
         return steps - 1
+    if strategy == "late":
+        return 1
+    return min(_ceil(fraction * steps), steps - 1)
+
+
+def _ceil(number: float) -> int:
     # 0.6 * 15 is 9.000000000000002 in some roundings: the tolerance keeps it 9.
-    return min(math.ceil(fraction * steps - 1e-9), steps - 1)
+    return math.ceil(number - 1e-9)
 
 
 def choose(keys: list[SampleKey], steps: int, strategy: str, fraction: float, per: str) -> Tensor:
     """The trained transitions of each sample, int64 ``[B, n]`` on the CPU.
 
     ``random`` draws without replacement from the ``steps - 1`` trainable ones, ``first`` are the noisiest, ``last`` the
-    ones nearest data. ``per``: "sample" (each its own draw, as the released code) or "group" (one draw for the group,
-    as Algorithm 1 is written).
+    ones nearest data, ``late`` is one drawn from the last ``fraction`` of the trainable ones. ``per``: "sample" (each its own
+    draw, as the released code) or "group" (one draw for the group, as Algorithm 1 is written).
     """
     n = count(steps, strategy, fraction)
     trainable = steps - 1
@@ -43,5 +50,9 @@ def choose(keys: list[SampleKey], steps: int, strategy: str, fraction: float, pe
         return torch.arange(n).repeat(len(keys), 1)
     if strategy == "last":
         return torch.arange(trainable - n, trainable).repeat(len(keys), 1)
+    if strategy == "late":
+        earliest = trainable - _ceil(fraction * trainable)
+        drawn = [key.generator("timesteps", shared=per == "group") for key in keys]
+        return torch.stack([torch.randint(earliest, trainable, (1,), generator=generator) for generator in drawn])
     rows = [torch.randperm(trainable, generator=key.generator("timesteps", shared=per == "group"))[:n] for key in keys]
     return torch.stack(rows)

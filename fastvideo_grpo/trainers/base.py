@@ -33,8 +33,8 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import FAMILIES, lora_settings, prompts_of
 from fastvideo_grpo.grpo import objectives, timesteps
-from fastvideo_grpo.grpo.advantages import Advantages, group_advantages
-from fastvideo_grpo.grpo.selection import Row, best_of, regroup
+from fastvideo_grpo.grpo.advantages import Advantages, normalisation
+from fastvideo_grpo.grpo.selection import Row, best_of, pairs, regroup
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id
@@ -273,14 +273,14 @@ class GRPOTrainer:
         self.order = PromptOrder(len(self.prompts), config.prompts.seed)
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
-        self.objective = objectives.get(
-            config.grpo.objective,
-            clip_range=config.grpo.clip_range,
-            advantage_clip=config.grpo.advantage_clip,
-            kl_weight=config.grpo.kl_weight,
+        self.objective = configuration.make_objective(config)
+        self.normalisation = normalisation(
+            config.grpo.normalisation,
+            history_size=config.grpo.history.size,
+            history_minimum=config.grpo.history.minimum,
         )
         self.cache_embeddings([*self.prompts, *self.eval_prompts])
-        if config.grpo.kl_weight > 0 and config.model.lora is None:
+        if self.objective.needs_reference and config.model.lora is None:
             self._reference = self.make_reference()
         self._lock = self.world.on_rank_0(lambda: lock_folder(self.folder))
         self.engine = make_engine(self)
@@ -327,6 +327,7 @@ class GRPOTrainer:
         check_resumable(state, self.config, self.prompts, self._denoiser_identity)
         assert self.engine is not None
         self.engine.load(newest / "state")
+        self.normalisation.restore(state.get("normalisation", {}))  # runs from before there was another one have none
         iteration = int(state["iteration"])
         if self.world.rank == 0:
             self.log.cut_back(iteration)
@@ -485,7 +486,9 @@ class GRPOTrainer:
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
             metrics = self._reward_metrics(iteration, rollout)
-            advantages = group_advantages(rollout.scores, rollout.valid, self.rewards.weights)
+            advantages = self.normalisation(
+                rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in groups]
+            )
             metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
             chosen = self.select(advantages)
             metrics.update(self.update(iteration, rollout, advantages, chosen, clock))
@@ -638,8 +641,11 @@ class GRPOTrainer:
         size, best = self.config.engine.micro_batch_size, self.config.grpo.best_of
         chosen = []
         for values, valid in zip(advantages.values, advantages.valid, strict=True):
-            members = [i for i, ok in enumerate(valid.tolist()) if ok]
-            if best is not None:
+            if best is None:
+                members = [i for i, ok in enumerate(valid.tolist()) if ok]
+            elif self.objective.pairs:
+                members = pairs(values, valid, best.top)
+            else:
                 members = best_of(values, valid, best.top, best.bottom)
             chosen.append(regroup(members, self.dealing.slots, size))
         return chosen
@@ -656,9 +662,9 @@ class GRPOTrainer:
         skipped_before = engine.skipped_updates
         lr = engine.lr
         for update in range(grpo.updates_per_iteration):
-            pairs = self._valid_pairs(update, chosen)
-            if pairs == 0:
-                continue  # every sample of these prompts was masked, on all ranks alike
+            counted = self._counted_draws(update, chosen)
+            if counted == 0:
+                continue  # no sample of these prompts counts, on all ranks alike
             batches = self.dealing.update(update, self.world.data_rank)
             with clock.phase("exchange"):
                 rows = self._fetch_rows(update, rollout, chosen)
@@ -680,12 +686,12 @@ class GRPOTrainer:
                     weights=torch.tensor([r.weight for r in members], device=self.world.device),
                 )
                 conditioning = self.conditioning(rollout.prompts[group], len(members))
-                replay = TrajectoryReplay(self, latents, when, conditioning)
+                replay = TrajectoryReplay(self, latents, when, conditioning, rollout.prompts[group])
                 for i in range(per_sample):
                     with clock.phase("update"), self.forward_context(conditioning):
                         loss, info = self.objective.loss(replay, samples, i)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
-                        loss = (loss * samples.weights).sum() / pairs / self.world.sequence_parallel
+                        loss = (loss * samples.weights).sum() / counted / self.world.sequence_parallel
                         engine.backward(loss)
                     stats.add(loss, info, samples.weights, first=not norms)
                 show(done, len(batches))
@@ -693,7 +699,7 @@ class GRPOTrainer:
                 norms.append(engine.step())
         finite = [norm for norm in norms if math.isfinite(norm)]
         if not norms:
-            logger.warning("iteration %d made no update: every sample was masked", iteration + 1)
+            logger.warning("iteration %d made no update: no sample counts (all masked, or no pair differs)", iteration + 1)
         return {
             **stats.summary(self.world),
             "train/grad_norm": sum(finite) / len(finite) if finite else math.nan,
@@ -702,7 +708,7 @@ class GRPOTrainer:
             "train/skipped_updates": grpo.updates_per_iteration - len(norms) + engine.skipped_updates - skipped_before,
         }
 
-    def _valid_pairs(self, update: int, chosen: list[list[list[Row]]]) -> int:
+    def _counted_draws(self, update: int, chosen: list[list[list[Row]]]) -> int:
         """(sample, timestep) pairs that count in an update, over all ranks."""
         rows = sum(row.weight > 0 for group in self.dealing.groups_of(update) for batch in chosen[group] for row in batch)
         grpo = self.config.grpo
@@ -780,6 +786,7 @@ class GRPOTrainer:
             engine.save(folder / "state")
             return {
                 "config": configuration.to_dict(self.config),
+                "normalisation": self.normalisation.state(),
                 "prompts": prompts_digest(self.prompts, self.config),
                 "images": image_digests(self.prompts),
                 "denoiser": self._denoiser_identity,

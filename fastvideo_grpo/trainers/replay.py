@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.prompts.embeddings import Conditioning
+from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.transitions import Step
 
 if TYPE_CHECKING:
@@ -21,13 +22,17 @@ class TrajectoryReplay:
         latents: float32 ``[B, T + 1, ...]`` on the CPU; only the states of one timestep at a time go to the device.
         timesteps: int64 ``[B, n]`` on the CPU.
         conditioning: the network's, ``[B, ...]``.
+        prompt: what the rewards are told.
     """
 
-    def __init__(self, trainer: GRPOTrainer, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> None:
+    def __init__(
+        self, trainer: GRPOTrainer, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, prompt: Prompt
+    ) -> None:
         self.trainer = trainer
         self.latents = latents
         self.timesteps = timesteps
         self.conditioning = conditioning
+        self.prompt = prompt
 
     def step(self, i: int) -> Step:
         """The stored transition of each row at its ``i``-th timestep under the current weights, with gradients."""
@@ -48,3 +53,19 @@ class TrajectoryReplay:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels in [0, 1], with gradients."""
         return self.trainer.decode(latents, differentiable=True)
+
+    def reward(self, pixels: Tensor) -> Tensor:
+        """The weighted sum of the rewards of ``pixels`` ``[B, F, H, W, 3]``, ``[B]`` with gradients; not finite where one of
+        them could not judge a row, which is counted and named as a failure of the rollout's scoring is."""
+        rewards, count = self.trainer.rewards, len(pixels)
+        scores = rewards.differentiable(pixels, [self.prompt.text] * count, [self.prompt.metadata] * count)
+        total = torch.zeros(count, device=pixels.device)
+        for name, weight in rewards.weights.items():
+            if weight == 0:
+                continue
+            score = scores[name].to(total)
+            unjudged = int((~score.isfinite()).sum())
+            if unjudged:
+                rewards.note([], f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
+            total = total + weight * score
+        return total

@@ -58,3 +58,15 @@ class Hangs(Brightness):
         if self.answers < 0:
             time.sleep(3600)
         return super().score(request)
+
+
+@register("test_smooth_brightness")
+class SmoothBrightness(Brightness):
+    """Like ``test_brightness``, with a gradient; what has the word ``unknown`` in its prompt cannot be judged."""
+
+    def score_differentiably(
+        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]
+    ) -> dict[str, torch.Tensor]:
+        mean = 255 * pixels.mean((1, 2, 3))
+        known = torch.tensor(["unknown" not in prompt for prompt in prompts], device=pixels.device)
+        return {"brightness": torch.where(known, mean[:, 0] - mean[:, 2], torch.nan)}

@@ -1,0 +1,67 @@
+"""What an objective is given, and what it must say of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fastvideo_grpo.sampling.transitions import Step
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """The rows of an update micro-batch, on the device.
+
+    ``advantages`` float32 ``[B]``, ``log_probs`` float32 ``[B, n]`` of the rollout at the chosen timesteps, ``timesteps``
+    int64 ``[B, n]`` (CPU), ``weights`` float32 ``[B]`` (0 for rows that only fill the micro-batch).
+    """
+
+    advantages: Tensor
+    log_probs: Tensor
+    timesteps: Tensor
+    weights: Tensor
+
+
+class Replay(Protocol):
+    """Recomputes, for a micro-batch, what the current weights say of the stored trajectory."""
+
+    def step(self, i: int) -> Step:
+        """The transition of each row at its ``i``-th chosen timestep, with gradients."""
+        ...
+
+    def reference(self, i: int) -> Step:
+        """The same under the reference weights, without gradients."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels ``[B, F, H, W, 3]`` in [0, 1], with gradients."""
+        ...
+
+    def reward(self, pixels: Tensor) -> Tensor:
+        """The weighted sum of the rewards of such pixels, ``[B]``, with gradients; not finite where one could not judge."""
+        ...
+
+
+class Objective(Protocol):
+    """What an update minimises.
+
+    Attributes:
+        needs_reference: ``replay.reference`` is called: the starting weights must stay there.
+        needs_reward_gradients: ``replay.decode`` and ``replay.reward`` are called: VAE and rewards must be differentiable, in
+            this process and on the device.
+        pairs: rows come in twos, the better (even) before the worse (odd) sample of a prompt, at the same timesteps.
+    """
+
+    needs_reference: bool
+    needs_reward_gradients: bool
+    pairs: bool
+
+    def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row ``[B]`` for draw ``i``, and per-row statistics ``{name: [B]}``.
+
+        One draw at a time, so that only one forward's activations are alive. The caller multiplies by the rows' weights and
+        divides by the number of valid (sample, timestep) pairs of the whole update, over all ranks.
+        """
+        ...

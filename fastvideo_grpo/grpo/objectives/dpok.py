@@ -1,0 +1,48 @@
+"""DPOK, the policy gradient regularised by the KL to the pretrained model (Fan et al. 2023, arXiv:2305.16381)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastvideo_grpo.grpo.objectives import terms
+from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
+
+
+class DPOK:
+    """``max(-A rho, -A clip(rho)) + kl_weight KL(policy || pretrained)``, the KL of each transition in closed form.
+
+    The paper subtracts a baseline from the reward, a value network that learns the mean reward of a state. Here rewards are
+    normalised over the iteration (``grpo.normalisation=global``): a baseline that is the same for all states, and no
+    network to learn. Several updates of one rollout take importance weights, clipped as DDPO's.
+
+    Args:
+        clip_range: eps.
+        advantage_clip: advantages are clamped to +- this before use; None leaves them.
+        kl_weight: above 0.
+
+    Raises:
+        ValueError: without a KL it is DDPO.
+    """
+
+    needs_reference = True
+    needs_reward_gradients = False
+    pairs = False
+
+    def __init__(self, *, clip_range: float, advantage_clip: float | None, kl_weight: float) -> None:
+        if kl_weight <= 0:
+            raise ValueError(
+                f"grpo.kl_weight is {kl_weight:g}, but objective dpok is regularised by it: set it above 0, for example 0.01, "
+                "or take grpo.objective=ddpo"
+            )
+        self.clip_range = clip_range
+        self.advantage_clip = advantage_clip
+        self.kl_weight = kl_weight
+
+    def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`Objective`; statistics: ``ratio``, ``clipped``, ``kl``."""
+        step = replay.step(i)
+        surrogate, statistics = terms.clipped_surrogate(
+            step, samples, i, clip_range=self.clip_range, advantage_clip=self.advantage_clip
+        )
+        kl = terms.kl(step, replay.reference(i))
+        return surrogate + self.kl_weight * kl, {**statistics, "kl": kl.detach()}
