@@ -14,7 +14,7 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies import budget, report, results, statistics
 from fastvideo_grpo.studies.definitions import BEFORE, BUDGET, MEASURES, SEEDS, STUDIES
 from fastvideo_grpo.studies.jobs import arm_config, plan_study, what_runs
-from fastvideo_grpo.studies.pool import log_file, run_jobs
+from fastvideo_grpo.studies.pool import run_jobs
 from tests.workers import studies as work
 
 COMPARED = {
@@ -55,10 +55,10 @@ def test_the_arms_of_a_study_take_equal_budgets_of_ten_or_more_steps(name, tmp_p
     for by_seed in plan.arms.values():
         assert len({job.folder for job in by_seed.values()}) == 3
         for seed, job in by_seed.items():
-            config = job.config
-            assert config.sample.steps >= 10 and config.run.iterations >= 10
-            assert config.run.seed == config.prompts.seed == seed
-            spent = config.run.iterations * job.cost
+            run = job.values["run"]
+            assert job.values["sample"]["steps"] >= 10 and job.iterations == run["iterations"] >= 10
+            assert job.seed == run["seed"] == job.values["prompts"]["seed"] == seed
+            spent = job.iterations * job.cost
             assert study.budget * BUDGET - job.cost < spent <= study.budget * BUDGET
 
 
@@ -252,7 +252,7 @@ def test_failing_runs_are_told_with_their_log_and_leave_the_others_alone(tmp_pat
     printed = capsys.readouterr().out
     assert "FAILED: ArithmeticError: no luck; see" in printed and "SIGKILL" in printed
     plan = plan_study(study, 2, 1792, tmp_path)
-    log = log_file(plan.arms["per sample"][0]).read_text()
+    log = plan.arms["per sample"][0].log_file.read_text()
     assert "about to fail" in log and "Traceback" in log and "no luck" in log
     (found,) = results.read_all(tmp_path)
     assert len(found.finished("shared")) == 2 and set(found.failed("per sample")) == {0, 1}
@@ -275,7 +275,7 @@ def test_counts_that_are_not_as_planned_are_told(tmp_path):
     for job in plan.jobs():
         job.folder.mkdir(parents=True)
         result = work.fake_measure(job)
-        if job.config.sample.init_noise == "per_sample":
+        if job.values["sample"]["init_noise"] == "per_sample":
             job.result_file.write_text(json.dumps({**result, "counted": 900.0}))
     found = results.collect(plan, {}, {})
     assert found.miscounted() == ["per sample: 900 network evaluations an iteration, planned 896"]

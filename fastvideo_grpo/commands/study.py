@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
+from fastvideo_grpo.studies.pool import Job, run_jobs
 
 EPILOG = """\
 examples:
@@ -74,10 +75,10 @@ def chosen(names: list[str]) -> list[Study]:
 
 def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, work: Any = None) -> int:
     """Make the runs that are missing, and write each study's results; returns how many runs failed."""
+    from fastvideo_grpo import config as configuration
     from fastvideo_grpo import families, plan
     from fastvideo_grpo.studies import results
-    from fastvideo_grpo.studies.jobs import Job, plan_study
-    from fastvideo_grpo.studies.pool import run_jobs
+    from fastvideo_grpo.studies.jobs import plan_study
 
     if work is None:
         from fastvideo_grpo.studies.measurement import measure as work
@@ -89,9 +90,10 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
         for job in study_plan.jobs():
             wanted.setdefault(job.folder.name, job)
     for job in wanted.values():
-        plan.check_run(job.config, families.model_facts(job.config), ranks=1)
+        config = configuration.build(job.values)
+        plan.check_run(config, families.model_facts(config), ranks=1)
     # The longest first, so that the last ones to end are short.
-    missing = sorted((job for job in wanted.values() if job.result() is None), key=lambda j: -j.config.run.iterations * j.cost)
+    missing = sorted((job for job in wanted.values() if job.result() is None), key=lambda job: -_weight(job))
     workers = min(arguments.workers or len(os.sched_getaffinity(0)), max(1, len(missing)))
     print(
         f"{len(studies)} studies, {len(wanted)} runs ({len(wanted) - len(missing)} made already), {workers} at a time",
@@ -118,9 +120,9 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
     return len(errors)
 
 
-def _weight(job: Any) -> float:
+def _weight(job: Job) -> float:
     """Network evaluations of a run, roughly, for the time that is left."""
-    return job.config.run.iterations * job.cost if job.trained else job.cost
+    return job.iterations * job.cost if job.trained else job.cost
 
 
 def provenance(seconds: float) -> dict[str, Any]:

@@ -280,7 +280,8 @@ STUDIES: dict[str, Study] = {
             "0.357, DPO 0.241, untrained 0.239).",
             source="Table 4 (Stable Diffusion), section 3.2, Appendix 9",
             miniature=f"{_TINY_SD} All are trained on colour_distance, which ReFL can differentiate, at one learning rate: "
-            "none was tuned. DPOK is not in the paper's table.",
+            "none was tuned. ReFL's way back through the decoder and the reward is not counted. DPOK is not in the paper's "
+            "table.",
             overrides=(_DISTANCE,),
             arms=(
                 Arm("GRPO"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import hashlib
 import json
@@ -10,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import Config
@@ -18,6 +18,7 @@ from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.studies import budget
 from fastvideo_grpo.studies.definitions import BEFORE, Arm, Study
+from fastvideo_grpo.studies.pool import Job
 
 CURVE_POINTS = 4
 """Evaluations during a run, besides the one before it."""
@@ -38,35 +39,6 @@ _CODE = (
     "studies/measurement.py",
     "studies/pixels.py",
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to make, or to find made.
-
-    Attributes:
-        name: for a person: study, arm and seed of who asked first.
-        config: with ``run.dir``, the job's folder.
-        trained: False measures the untrained model.
-        cost: network evaluations of an iteration.
-    """
-
-    name: str
-    config: Config
-    trained: bool
-    cost: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.dir)
-
-    @property
-    def result_file(self) -> Path:
-        return self.folder / "result.json"
-
-    def result(self) -> dict[str, Any] | None:
-        """What was measured, if the run is complete."""
-        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +72,7 @@ def plan_study(study: Study, seeds: int, evaluations: int, out: Path) -> StudyPl
         every = max(1, min(counts.values()) // 2) if study.equal_iterations else math.ceil(count / CURVE_POINTS)
         arms[label] = {}
         for seed in range(seeds):
-            config = arm_config(study, next(arm for arm in study.arms if arm.label == label))
+            config = copy.deepcopy(configs[label])
             config.run.seed = config.prompts.seed = seed
             config.run.iterations = config.run.save_every = count
             config.run.eval_every = every
@@ -127,8 +99,10 @@ def _load(settings: str, overrides: Sequence[str]) -> Config:
 
 
 def _job(name: str, config: Config, trained: bool, out: Path) -> Job:
-    config.run.dir = str(out / "runs" / _identity(config, trained))
-    return Job(name, config, trained, budget.evaluations_per_iteration(config))
+    folder = out / "runs" / _identity(config, trained)
+    config.run.dir = str(folder)
+    values = configuration.to_dict(config)
+    return Job(name, folder, config.run.seed, values, trained, config.run.iterations, budget.evaluations_per_iteration(config))
 
 
 def _identity(config: Config, trained: bool) -> str:

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvideo_grpo.studies.pool import Job
+
 if TYPE_CHECKING:
-    from fastvideo_grpo.studies.jobs import Job
     from fastvideo_grpo.trainers.base import GRPOTrainer
 
 SAMPLES = 8
@@ -36,6 +37,7 @@ def measure(job: Job) -> dict[str, Any]:
     """
     import torch
 
+    from fastvideo_grpo import config as configuration
     from fastvideo_grpo.checkpoints.store import write_atomic
     from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
@@ -45,7 +47,7 @@ def measure(job: Job) -> dict[str, Any]:
     from fastvideo_grpo.trainers.load import load_trainer
 
     started = time.monotonic()
-    config = job.config
+    config = configuration.build(job.values)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
     trainer = load_trainer(config, World.current())
@@ -80,12 +82,12 @@ def measure(job: Job) -> dict[str, Any]:
     measures["roughness"] = pixels.roughness(samples.media)
     deviations = [line["train/ratio_first_update_max_dev"] for line in lines if line.get("train/updates")]
     measures["ratio_dev"] = max((d for d in deviations if d is not None), default=None)
-    if config.run.seed == 0:
+    if job.seed == 0:
         _keep_pictures(job.folder, samples.media[:: SAMPLES * max(1, len(prompts) // PICTURES)][:PICTURES])
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     result = {
         "name": job.name,
-        "seed": config.run.seed,
+        "seed": job.seed,
         "iterations": len(lines),
         "cost": job.cost,
         "counted": counted / len(lines) if lines and stopped is None else None,

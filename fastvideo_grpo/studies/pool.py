@@ -1,7 +1,11 @@
-"""Worker processes, each of which makes one run after the other."""
+"""Worker processes, each of which makes one run after the other.
+
+Nothing here imports torch: a worker sets its number of threads first.
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,10 +17,42 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # a worker imports torch only after it has set its number of threads
-    from fastvideo_grpo.studies.jobs import Job
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make, or to find made.
+
+    Attributes:
+        name: for a person: study, arm and seed of who asked first.
+        folder: ``run.dir``, named by all that the run depends on.
+        values: the configuration, as :func:`fastvideo_grpo.config.build` reads it.
+        trained: False measures the untrained model.
+        iterations, cost: how many there are, and network evaluations of each.
+    """
+
+    name: str
+    folder: Path
+    seed: int
+    values: dict[str, Any]
+    trained: bool
+    iterations: int
+    cost: int
+
+    @property
+    def result_file(self) -> Path:
+        """Written last, so that what is there is complete."""
+        return self.folder / "result.json"
+
+    @property
+    def log_file(self) -> Path:
+        """What the run printed."""
+        return self.folder / "log.txt"
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured, if the run is complete."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -72,17 +108,15 @@ def run_jobs(jobs: Sequence[Job], workers: int, work: Callable[[Job], Any]) -> I
                         f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"left with code {code}"
                     )
                     result, error = None, f"its process {why}"
-                yield Finished(job, time.monotonic() - since, result, error, log_file(job) if error else None)
+                yield Finished(job, time.monotonic() - since, result, error, job.log_file if error else None)
     finally:
-        for process, connection in [*idle, *((p, c) for c, (p, _, _) in running.items())]:
+        for _, connection in idle:
+            connection.close()  # it leaves by itself
+        for connection, (process, _, _) in running.items():
             connection.close()
             process.terminate()
+        for process in [process for process, _ in idle] + [process for process, _, _ in running.values()]:
             process.join()
-
-
-def log_file(job: Job) -> Path:
-    """What a job printed."""
-    return job.folder / "log.txt"
 
 
 def _serve(connection: Connection, work: Callable[[Job], Any]) -> None:
@@ -95,7 +129,7 @@ def _serve(connection: Connection, work: Callable[[Job], Any]) -> None:
         except EOFError:
             return
         job.folder.mkdir(parents=True, exist_ok=True)
-        with log_file(job).open("w") as log:
+        with job.log_file.open("w") as log:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
             try:

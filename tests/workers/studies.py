@@ -7,20 +7,20 @@ import os
 import signal
 import time
 
-from fastvideo_grpo.studies.jobs import Job
+from fastvideo_grpo.studies.pool import Job
 
 
 def fake_measure(job: Job) -> dict:
     """A result at once, with numbers that depend on configuration and seed; notes that it was made."""
-    seed, shared = job.config.run.seed, job.config.sample.init_noise == "shared"
+    seed, shared = job.seed, job.values["sample"]["init_noise"] == "shared"
     value = 0.5 if not job.trained else (0.9 if shared else 0.7) + 0.01 * seed
     with (job.folder.parent / "made.txt").open("a") as file:
         file.write(f"{job.folder.name}\n")
-    points = [(0, 0.5), (job.config.run.iterations, value)] if job.trained else []
+    points = [(0, 0.5), (job.iterations, value)] if job.trained else []
     result = {
         "name": job.name,
         "seed": seed,
-        "iterations": job.config.run.iterations if job.trained else 0,
+        "iterations": job.iterations if job.trained else 0,
         "cost": job.cost,
         "counted": float(job.cost) if job.trained else None,
         "seconds": 1.0,
@@ -45,8 +45,8 @@ def fake_measure(job: Job) -> dict:
 
 def fails_per_sample(job: Job) -> dict:
     """An arm that cannot be trained: one seed raises, the next takes its process with it."""
-    if job.config.sample.init_noise == "per_sample":
-        if job.config.run.seed:
+    if job.values["sample"]["init_noise"] == "per_sample":
+        if job.seed:
             os.kill(os.getpid(), signal.SIGKILL)
         print("about to fail", flush=True)
         raise ArithmeticError("no luck")
