@@ -46,7 +46,7 @@ class Study:
         miniature: how this differs from the paper's experiment, for a reader who weighs the result.
         overrides: of the base configuration, for all arms.
         measures: columns of the table, from :data:`MEASURES`.
-        budget: in multiples of the run's budget.
+        budget: in multiples of the run's budget; guidance makes two passes of each evaluation.
         equal_iterations: evaluate often enough to compare the arms after equally many iterations, too.
     """
 
@@ -301,6 +301,7 @@ STUDIES: dict[str, Study] = {
                 Comparison("DDPO", ">", "DPO", "colour_distance"),
             ),
             measures=("colour_distance", "colour_match", "colour_match_heldout", "area", "diversity"),
+            budget=2,
         ),
         Study(
             name="ddpo_flow",
@@ -327,6 +328,7 @@ STUDIES: dict[str, Study] = {
             arms=(Arm("both passes"), Arm("conditional only", ("grpo.cfg_gradients=conditional",))),
             comparisons=(Comparison("both passes", ">", "conditional only"), Comparison(BEFORE, ">", "conditional only")),
             measures=(*_REWARD, "roughness", "ratio_dev"),
+            budget=2,
         ),
     )
 }
