@@ -3,6 +3,10 @@
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,13 @@ from PIL import Image
 from fastvideo_grpo import cli
 from fastvideo_grpo.commands import study as command
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.studies import budget, report, results, statistics
+from fastvideo_grpo.studies import budget, jobs, report, results, statistics
 from fastvideo_grpo.studies.definitions import BEFORE, BUDGET, MEASURES, SEEDS, STUDIES
 from fastvideo_grpo.studies.jobs import arm_config, plan_study, what_runs
 from fastvideo_grpo.studies.pool import run_jobs
 from tests.workers import studies as work
+
+ROOT = Path(__file__).parent.parent
 
 COMPARED = {
     "initial_noise": 2,
@@ -120,6 +126,8 @@ def test_a_comment_or_docstring_leaves_finished_runs_valid_and_code_does_not():
     source = '"""Module."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n'
     assert what_runs(source) == what_runs("def f(x):\n    return x + 1\n")
     assert what_runs(source) != what_runs(source.replace("x + 1", "x + 2"))
+    package = ROOT / "fastvideo_grpo"
+    assert all(list(package.glob(pattern)) for pattern in jobs.CODE)  # a file that was moved must not drop out
 
 
 def test_means_and_errors_by_hand():
@@ -265,9 +273,35 @@ def test_failing_runs_are_told_with_their_log_and_leave_the_others_alone(tmp_pat
 
 
 def test_workers_run_at_the_same_time(tmp_path):
-    jobs = plan_study(STUDIES["initial_noise"], 1, 1792, tmp_path).jobs()[:2]
-    finished = list(run_jobs(jobs, 2, work.meets_another))
+    two = plan_study(STUDIES["initial_noise"], 1, 1792, tmp_path).jobs()[:2]
+    finished = list(run_jobs(two, 2, work.meets_another))
     assert [f.error for f in finished] == [None, None] and len({f.result for f in finished}) == 2
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from fastvideo_grpo.studies.pool import Job, run_jobs\n"
+        "from tests.workers.studies import stays\n"
+        f"list(run_jobs([Job('a', Path({str(tmp_path / 'job')!r}), 0, {{}}, True, 1, 1)], 1, stays))\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        noted = tmp_path / "job" / "pid"
+        _wait_for(lambda: noted.is_file() and noted.read_text())
+        worker = int(noted.read_text())
+        assert Path(f"/proc/{worker}").exists()
+    finally:
+        study.kill()
+        study.wait()
+    _wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
+def _wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_counts_that_are_not_as_planned_are_told(tmp_path):

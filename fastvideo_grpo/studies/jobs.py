@@ -23,10 +23,9 @@ from fastvideo_grpo.studies.pool import Job
 CURVE_POINTS = 4
 """Evaluations during a run, besides the one before it."""
 
-# What a run's numbers depend on. A change of comments or docstrings there leaves finished runs valid.
-_CODE = (
+CODE = (
     "sampling/*.py",
-    "grpo/*.py",
+    "grpo/**/*.py",
     "evaluation/*.py",
     "engines/base.py",
     "engines/local.py",
@@ -34,11 +33,13 @@ _CODE = (
     "rewards/jpeg_size.py",
     "rewards/reward_set.py",
     "trainers/base.py",
+    "trainers/fastvideo.py",
     "trainers/replay.py",
     "trainers/stages.py",
     "studies/measurement.py",
     "studies/pixels.py",
 )
+"""What a run's numbers depend on, besides the trainer of its model."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def code_identity(kind: str) -> str:
     """A hash of the code that a run of ``model.kind`` depends on, without comments and docstrings."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for pattern in (*_CODE, f"trainers/{kind}.py"):
+    for pattern in (*CODE, f"trainers/{kind}.py"):
         for file in sorted(package.glob(pattern)):
             digest.update(f"{file.relative_to(package)}\n{what_runs(file.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -123,6 +124,7 @@ def _serve(connection: Connection, work: Callable[[Job], Any]) -> None:
     """In a worker: jobs until nobody sends any more."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: every core has a worker of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
         try:
             job = connection.recv()
@@ -140,3 +142,11 @@ def _serve(connection: Connection, work: Callable[[Job], Any]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         connection.send(answer)
+
+
+def _leave_with_parent() -> None:
+    """A study that is started again must not meet runs of the one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.checkpoints.store import write_atomic
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies import statistics
 from fastvideo_grpo.studies.definitions import BEFORE, STUDIES, Comparison, Study
@@ -164,7 +165,7 @@ def save(results: Results, file: Path) -> None:
         "arms": results.arms,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_all(out: Path) -> list[Results]:

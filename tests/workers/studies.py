@@ -62,3 +62,9 @@ def meets_another(job: Job) -> int:
             raise TimeoutError("nobody came")
         time.sleep(0.05)
     return os.getpid()
+
+
+def stays(job: Job) -> None:
+    """A run that takes long."""
+    (job.folder / "pid").write_text(str(os.getpid()))
+    time.sleep(300)
