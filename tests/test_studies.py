@@ -209,8 +209,8 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
     assert "1 studies, 5 runs (0 made already), 2 at a time" in capsys.readouterr().out
     assert command.run_studies([study, STUDIES["diversity"]], arguments(), tmp_path, work.fake_measure) == 0
     assert len(made(tmp_path)) == 5  # the other study's arms are the same runs
-    run = next((tmp_path / "runs").glob("*-seed0"))
-    Image.new("RGB", (192, 32), "red").save(run / "pictures.png")
+    for run in (tmp_path / "runs").glob("*-seed0"):
+        Image.new("RGB", (192, 32), "red").save(run / "pictures.png")
 
     (found, diversity) = results.read_all(tmp_path)
     reward, size, roughness = found.judge()
@@ -231,6 +231,8 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
         "| shared > per sample | colour_match | 0.905 ± 0.005 | 0.705 ± 0.005 | +0.200 ± 0.000 | shown |",
         "![Initial noise: curves](images/studies/initial_noise_curves.png)",
         "come about by chance in 30% of comparisons",
+        "![Initial noise: pictures of the first seed](images/studies/initial_noise_pictures.png)",
+        "from the same noise: a red circle, a blue square.",
     ):
         assert text in page
     assert (tmp_path / "docs" / "images" / "studies" / "initial_noise_curves.png").stat().st_size > 1000

@@ -101,7 +101,8 @@ STUDIES: dict[str, Study] = {
             "shared noise it does not and is not.",
             source="section 2.2 and Figure 8 (HunyuanVideo)",
             miniature=f"{_TINY} The paper saw hacking in videos, on learned rewards; colour_match is hard to hack. What can "
-            "move without being rewarded is looked at instead: the pictures' size as JPEGs.",
+            "move without being rewarded is looked at instead: the pictures' size as JPEGs, and noise in them. Instability "
+            "would show in the last columns, and in the spread over seeds.",
             overrides=(_COLOUR,),
             arms=(Arm("shared"), Arm("per sample", ("sample.init_noise=per_sample",))),
             comparisons=(

@@ -82,8 +82,9 @@ def measure(job: Job) -> dict[str, Any]:
     measures["roughness"] = pixels.roughness(samples.media)
     deviations = [line["train/ratio_first_update_max_dev"] for line in lines if line.get("train/updates")]
     measures["ratio_dev"] = max((d for d in deviations if d is not None), default=None)
+    shown = max(1, len(prompts) // PICTURES)  # every so many prompts
     if job.seed == 0:
-        _keep_pictures(job.folder, samples.media[:: SAMPLES * max(1, len(prompts) // PICTURES)][:PICTURES])
+        _keep_pictures(job.folder, samples.media[:: SAMPLES * shown][:PICTURES])
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     result = {
         "name": job.name,
@@ -95,6 +96,7 @@ def measure(job: Job) -> dict[str, Any]:
         "measures": {name: _plain(value) for name, value in measures.items()},
         "per_prompt": {name: [_plain(value) for value in values] for name, values in per_prompt.items()},
         "curve": _curve(job, lines, trainer),
+        "pictured": [prompt.text for prompt in prompts[::shown][:PICTURES]],
         "stopped": stopped,
         "not_finite": sum(line.get("train/skipped_updates", 0) for line in lines),
     }

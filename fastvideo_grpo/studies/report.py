@@ -111,6 +111,7 @@ def section(results: Results, level: int = 2) -> list[Block]:
     pictures = picture_rows(results)
     if pictures is not None:
         blocks.append(Picture(f"{study.name}_pictures.png", pictures, f"{study.title}: pictures of the first seed"))
+        blocks.append(Text(f"The first seed's pictures, from the same noise: {', '.join(results.before['pictured'])}."))
     return blocks
 
 
@@ -141,6 +142,9 @@ def table(results: Results) -> Table:
 
 
 def _cell(results: Results, label: str, measure: str) -> str:
+    if measure == "ratio_dev":  # 0, or a number that three decimals would hide
+        found = [value for value in results.values(label, measure).values() if value is not None]
+        return f"{max(found):.2g}" if found else ""
     value = results.estimate(label, measure)
     return "" if value.mean is None else str(value)
 

@@ -36,6 +36,7 @@ def fake_measure(job: Job) -> dict:
         },
         "per_prompt": {"colour_match": [value - 0.1, value, value + 0.1]},
         "curve": [{"iteration": i, "spent": i * job.cost, "colour_match": v} for i, v in points],
+        "pictured": ["a red circle", "a blue square"],
         "stopped": None,
         "not_finite": 0,
     }
