@@ -1,6 +1,7 @@
 """Studies: definitions, budgets, identities of runs, statistics, verdicts, workers, pages. No model is trained here."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -269,6 +270,10 @@ def test_failing_runs_are_told_with_their_log_and_leave_the_others_alone(tmp_pat
     assert found.verdict() == "not measured"
     page = report.markdown(report.section(found), tmp_path, ".")
     assert "**Failed:** per sample, seed 0: ArithmeticError: no luck" in page and "0 of 2 ended" in page
+    untrained_failed = dataclasses.replace(found, before={"error": "no luck either"})
+    Image.new("RGB", (192, 32), "red").save(plan.arms["shared"][0].folder / "pictures.png")
+    page = report.markdown(report.section(untrained_failed), tmp_path, ".")
+    assert "**Failed:** untrained: no luck either" in page and "a red circle, a blue square" in page
     # What failed is made at the next start.
     assert command.run_studies([study], arguments(), tmp_path, work.fake_measure) == 0
     assert results.read_all(tmp_path)[0].judge()[0].verdict == "shown"

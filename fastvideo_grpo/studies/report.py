@@ -110,8 +110,9 @@ def section(results: Results, level: int = 2) -> list[Block]:
         blocks.append(Picture(f"{study.name}_curves.png", curves(results), f"{study.title}: curves"))
     pictures = picture_rows(results)
     if pictures is not None:
-        blocks.append(Picture(f"{study.name}_pictures.png", pictures, f"{study.title}: pictures of the first seed"))
-        blocks.append(Text(f"The first seed's pictures, from the same noise: {', '.join(results.before['pictured'])}."))
+        sheet, prompts = pictures
+        blocks.append(Picture(f"{study.name}_pictures.png", sheet, f"{study.title}: pictures of the first seed"))
+        blocks.append(Text(f"The first seed's pictures, from the same noise: {', '.join(prompts)}."))
     return blocks
 
 
@@ -206,24 +207,27 @@ def curves(results: Results) -> bytes:
     return file.getvalue()
 
 
-def picture_rows(results: Results) -> bytes | None:
-    """Fixed prompts and noise under the untrained model and each arm's first seed; None where no pictures were kept."""
+def picture_rows(results: Results) -> tuple[bytes, list[str]] | None:
+    """Fixed prompts and noise under the untrained model and each arm's first seed, and the prompts; None where no pictures
+    were kept."""
     from PIL import Image
 
     from fastvideo_grpo.tracking.pictures import rows
 
     found = []
+    prompts: list[str] = []
     for label in (BEFORE, *results.arms):
         run = results.before if label == BEFORE else results.arms[label].get(0, {})
         file = Path(run.get("folder", ".")) / "pictures.png"
         if file.is_file():
             picture = Image.open(file).convert("RGB")
+            prompts = run["pictured"]
             found.append((picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST), label))
     if not found:
         return None
     sheet = io.BytesIO()
     rows([picture for picture, _ in found], [label for _, label in found]).save(sheet, format="png")
-    return sheet.getvalue()
+    return sheet.getvalue(), prompts
 
 
 def provenance(studies: Sequence[Results]) -> list[Block]:
