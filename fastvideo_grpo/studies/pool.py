@@ -134,6 +134,7 @@ def _serve(connection: Connection, work: Callable[[Job], Any]) -> None:
         with job.log_file.open("w") as log:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
+            answer: tuple[Any, str | None]
             try:
                 answer = (work(job), None)
             except Exception as error:

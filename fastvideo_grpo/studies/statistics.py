@@ -98,8 +98,8 @@ def chance(seeds: int) -> float:
 
 def area(points: Sequence[tuple[float, float | None]]) -> float | None:
     """Mean height of a curve over its width (trapezoids): how fast was learned, whatever the end. None for gaps."""
-    heights = [height for _, height in points]
-    if len(points) < 2 or any(height is None for height in heights):
+    known = [(x, height) for x, height in points if height is not None]
+    if len(points) < 2 or len(known) < len(points):
         return None
-    total = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))  # type: ignore[operator]
-    return total / (points[-1][0] - points[0][0])
+    total = math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(known))
+    return total / (known[-1][0] - known[0][0])
