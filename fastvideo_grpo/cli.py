@@ -21,6 +21,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "check-reward": ("fastvideo_grpo.commands.check_reward", "score pictures or clips and built-in degradations of them"),
     "serve-reward": ("fastvideo_grpo.commands.serve_reward", "serve a reward over HTTP"),
     "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX or HunyuanVideo, on one CPU core, in minutes"),
+    "study": ("fastvideo_grpo.commands.study", "the paper's comparisons on tiny models, with several seeds on all cores"),
     "tiny": ("fastvideo_grpo.tiny.command", "write a tiny checkpoint in the real on-disk format"),
     "patch": ("fastvideo_grpo.patching", "apply, check or revert this project's patches to FastVideo"),
     "doctor": ("fastvideo_grpo.doctor", "say what this machine has, and what is missing"),

@@ -464,7 +464,7 @@ def test_world_size_is_for_dry_runs_only(monkeypatch, capsys):
 
 
 def _examples():
-    for name in ("train", "sample", "export", "demo"):
+    for name in ("train", "sample", "export", "demo", "study"):
         epilog = importlib.import_module(f"fastvideo_grpo.commands.{name}").EPILOG
         yield from (line.strip() for line in epilog.splitlines() if line.startswith("  fastvideo-grpo "))
 

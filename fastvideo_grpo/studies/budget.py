@@ -1,0 +1,49 @@
+"""What an iteration costs, so that the arms of a study get equal budgets.
+
+The unit is one network evaluation: a forward of one sample at one timestep. A backward costs two more, the usual estimate (it
+computes gradients of activations and of weights). Decoding, rewards, the optimiser and evaluations are not counted:
+they are the same for all arms, or next to nothing.
+"""
+
+from __future__ import annotations
+
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.grpo import timesteps
+from fastvideo_grpo.plan import dealing
+
+FORWARD = 1
+BACKWARD = 2
+
+
+def evaluations_per_iteration(config: Config) -> int:
+    """Network evaluations of one iteration of Algorithm 1.
+
+    Sampling: prompts x samples x steps forwards. Update: for each trained sample (rows that only fill a micro-batch included,
+    since they are computed) and timestep a forward with its backward, and a forward of the reference where the objective has
+    one. Classifier-free guidance makes each of these two passes; the one without the prompt has no backward where
+    ``grpo.cfg_gradients`` is conditional.
+    """
+    grpo, guided = config.grpo, config.sample.cfg_scale > 1
+    passes = 2 if guided else 1
+    dealt = dealing(config, ranks=1)
+    rows = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
+    trained = rows * timesteps.count(config.sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+    sampling = grpo.prompts_per_iteration * grpo.group_size * config.sample.steps * passes * FORWARD
+    backwards = 1 if guided and getattr(grpo, "cfg_gradients", "both") == "conditional" else passes
+    update = trained * (passes * FORWARD + backwards * BACKWARD)
+    if grpo.kl_weight > 0 or grpo.objective == "dpo":
+        update += trained * passes * FORWARD
+    return sampling + update
+
+
+def iterations(config: Config, budget: int) -> int:
+    """Whole iterations that ``budget`` network evaluations pay for.
+
+    Raises:
+        UserError: not even one.
+    """
+    cost = evaluations_per_iteration(config)
+    if budget < cost:
+        raise UserError(f"--budget is {budget}, but one iteration takes {cost} network evaluations: give at least {cost}")
+    return budget // cost

@@ -1,0 +1,148 @@
+"""From studies to runs: configurations with equal budgets, and names by which a run that was made already is found."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.prompts.embeddings import encoder_identity
+from fastvideo_grpo.resources import data_dir
+from fastvideo_grpo.studies import budget
+from fastvideo_grpo.studies.definitions import BEFORE, Arm, Study
+from fastvideo_grpo.studies.pool import Job
+
+CURVE_POINTS = 4
+"""Evaluations during a run, besides the one before it."""
+
+CODE = (
+    "sampling/*.py",
+    "grpo/**/*.py",
+    "evaluation/*.py",
+    "engines/base.py",
+    "engines/local.py",
+    "rewards/colour_*.py",
+    "rewards/jpeg_size.py",
+    "rewards/reward_set.py",
+    "trainers/base.py",
+    "trainers/fastvideo.py",
+    "trainers/replay.py",
+    "trainers/stages.py",
+    "studies/measurement.py",
+    "studies/pixels.py",
+)
+"""What a run's numbers depend on, besides the trainer of its model."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A study's jobs: ``arms`` label -> seed -> job, and ``before``, the untrained model."""
+
+    study: Study
+    arms: dict[str, dict[int, Job]]
+    before: Job
+
+    def jobs(self) -> list[Job]:
+        return [self.before, *(job for by_seed in self.arms.values() for job in by_seed.values())]
+
+
+def plan_study(study: Study, seeds: int, evaluations: int, out: Path) -> StudyPlan:
+    """The runs of a study.
+
+    Args:
+        evaluations: network evaluations that a run may take; the study's own factor comes on top.
+        out: folder of all studies; runs go to ``out/runs``, under a name made of all that they depend on.
+
+    Raises:
+        ConfigError: an arm's configuration cannot be.
+        UserError: the budget does not pay for one iteration.
+    """
+    total = evaluations * study.budget
+    configs = {arm.label: arm_config(study, arm) for arm in study.arms}
+    counts = {label: budget.iterations(config, total) for label, config in configs.items()}
+    arms: dict[str, dict[int, Job]] = {}
+    for label, count in counts.items():
+        every = max(1, min(counts.values()) // 2) if study.equal_iterations else math.ceil(count / CURVE_POINTS)
+        arms[label] = {}
+        for seed in range(seeds):
+            config = copy.deepcopy(configs[label])
+            config.run.seed = config.prompts.seed = seed
+            config.run.iterations = config.run.save_every = count
+            config.run.eval_every = every
+            arms[label][seed] = _job(f"{study.name}: {label}, seed {seed}", config, True, out)
+    # The same run for all studies of a model: what is trained for does not matter before it is.
+    untrained = _load(study.settings, ["rewards.models.reward.kind=colour_match", "run.iterations=1", "run.eval_every=0"])
+    return StudyPlan(study, arms, _job(f"{study.name}: {BEFORE}", untrained, False, out))
+
+
+def arm_config(study: Study, arm: Arm) -> Config:
+    """An arm's configuration, without what :func:`plan_study` fills in."""
+    return _load(study.settings, [*study.overrides, *arm.overrides])
+
+
+def _load(settings: str, overrides: Sequence[str]) -> Config:
+    data = data_dir()
+    config = configuration.load(data / settings, list(overrides))
+    # The files name them from the root of a checkout; installed, data/ lies elsewhere.
+    config.model.path = str(data / config.model.path.removeprefix("data/"))
+    config.prompts.path = str(data / config.prompts.path.removeprefix("data/"))
+    assert config.prompts.eval_path is not None
+    config.prompts.eval_path = str(data / config.prompts.eval_path.removeprefix("data/"))
+    return config
+
+
+def _job(name: str, config: Config, trained: bool, out: Path) -> Job:
+    folder = out / "runs" / _identity(config, trained)
+    config.run.dir = str(folder)
+    values = configuration.to_dict(config)
+    return Job(name, folder, config.run.seed, values, trained, config.run.iterations, budget.evaluations_per_iteration(config))
+
+
+def _identity(config: Config, trained: bool) -> str:
+    """A name that changes when the numbers might: configuration, checkpoint, prompts and code, not where they lie."""
+    values = configuration.to_dict(config)
+    values["run"].pop("dir")
+    values["model"]["path"] = _checkpoint_identity(config.model.path)
+    for key in ("path", "eval_path"):
+        values["prompts"][key] = hashlib.sha256(Path(values["prompts"][key]).read_bytes()).hexdigest()
+    text = json.dumps([values, trained, code_identity(config.model.kind)], sort_keys=True, default=str)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-seed{config.run.seed}"
+
+
+@functools.cache
+def _checkpoint_identity(path: str) -> str:
+    return encoder_identity(Path(path), sorted(p.name for p in Path(path).iterdir() if p.is_dir()), {})
+
+
+@functools.cache
+def code_identity(kind: str) -> str:
+    """A hash of the code that a run of ``model.kind`` depends on, without comments and docstrings."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for pattern in (*CODE, f"trainers/{kind}.py"):
+        for file in sorted(package.glob(pattern)):
+            digest.update(f"{file.relative_to(package)}\n{what_runs(file.read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()
+
+
+def what_runs(source: str) -> str:
+    """Python source without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    """A docstring, of whatever it stands under."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

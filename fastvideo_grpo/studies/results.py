@@ -1,0 +1,188 @@
+"""What the runs of a study say: values by seed, the table, the claims' verdicts. All of it is worked out from results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo_grpo.checkpoints.store import write_atomic
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.studies import statistics
+from fastvideo_grpo.studies.definitions import BEFORE, STUDIES, Comparison, Study
+from fastvideo_grpo.studies.jobs import StudyPlan
+from fastvideo_grpo.studies.statistics import Estimate
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison, what was found and what it says of the claim."""
+
+    comparison: Comparison
+    first: Estimate
+    second: Estimate
+    found: Estimate
+    verdict: str
+
+    def sentence(self) -> str:
+        """``A minus B in colour_match: +0.021 ± 0.018 (1.2 standard errors): not shown``."""
+        names = f"{self.comparison.first} minus {self.comparison.second} in {self.comparison.measure}"
+        if self.found.mean is None or self.found.error is None:
+            return f"{names}: {self.verdict}"
+        ratio = (
+            f"{abs(self.found.mean) / self.found.error:.1f} standard errors" if self.found.error else "the same in every seed"
+        )
+        return f"{names}: {self.found.mean:+.3f} ± {self.found.error:.3f} ({ratio}): {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's results: ``made`` (command, machine, commit, ...), ``before`` and ``arms`` label -> seed -> result or error."""
+
+    study: Study
+    made: dict[str, Any]
+    before: dict[str, Any]
+    arms: dict[str, dict[int, dict[str, Any]]]
+
+    @property
+    def seeds(self) -> int:
+        return max(len(by_seed) for by_seed in self.arms.values())
+
+    def finished(self, label: str) -> dict[int, dict[str, Any]]:
+        """Seed -> result of the runs of an arm that ended well."""
+        return {seed: run for seed, run in self.arms[label].items() if "error" not in run}
+
+    def values(self, label: str, measure: str) -> dict[int, float | None]:
+        """Seed -> value of a measure; the untrained model has one value for all seeds."""
+        if label == BEFORE:
+            seeds = sorted({seed for by_seed in self.arms.values() for seed in by_seed})
+            value = self.before.get("measures", {}).get(measure)
+            return dict.fromkeys(seeds, value)
+        return {seed: self._value(run, measure) for seed, run in self.finished(label).items()}
+
+    def _value(self, run: dict[str, Any], measure: str) -> float | None:
+        if measure == "area":
+            return statistics.area([(point["spent"], point["colour_match"]) for point in run["curve"]])
+        if measure == "at_equal_iterations":
+            at = self.equal_iterations()
+            return next((point["colour_match"] for point in run["curve"] if point["iteration"] == at), None)
+        if measure == "size_change":
+            before, after = self.before.get("measures", {}).get("jpeg_size"), run["measures"].get("jpeg_size")
+            return None if before is None or after is None else abs(after - before)
+        return run["measures"].get(measure)
+
+    def equal_iterations(self) -> int | None:
+        """The last iteration after which every run was evaluated."""
+        evaluated = [
+            {point["iteration"] for point in run["curve"]} for label in self.arms for run in self.finished(label).values()
+        ]
+        return max(set.intersection(*evaluated), default=None) if evaluated else None
+
+    def estimate(self, label: str, measure: str) -> Estimate:
+        """Mean over seeds; of the untrained model, which no seed changes, without an error."""
+        values = list(self.values(label, measure).values())
+        return statistics.estimate(values[:1] if label == BEFORE else values)
+
+    def judge(self) -> list[Judged]:
+        """Every comparison of the study."""
+        judged = []
+        for comparison in self.study.comparisons:
+            first, second, measure = comparison.first, comparison.second, comparison.measure
+            found = statistics.difference(self.values(first, measure), self.values(second, measure))
+            verdict = statistics.verdict(comparison.relation, found)
+            judged.append(Judged(comparison, self.estimate(first, measure), self.estimate(second, measure), found, verdict))
+        return judged
+
+    def verdict(self) -> str:
+        """On the study as a whole."""
+        return statistics.overall([judged.verdict for judged in self.judge()])
+
+    def seen(self) -> str:
+        """One sentence on all comparisons, from the numbers."""
+        judged = self.judge()
+        agreeing = sum(statistics.agrees(j.verdict) for j in judged)
+        return f"{agreeing} of {len(judged)} comparisons as the paper says. " + "; ".join(j.sentence() for j in judged) + "."
+
+    def below_untrained(self, label: str) -> int:
+        """Runs that end below where they began: by more than two standard errors over prompts, of the same noise."""
+        measure = next((c.measure for c in self.study.comparisons if c.measure in self.before.get("per_prompt", {})), None)
+        if measure is None:
+            return 0
+        start = self.before["per_prompt"][measure]
+        count = 0
+        for run in self.finished(label).values():
+            ends = run["per_prompt"][measure]
+            change = statistics.estimate([None if a is None or b is None else b - a for a, b in zip(start, ends, strict=True)])
+            if change.mean is not None and change.error is not None:
+                count += change.mean < -statistics.ERRORS * change.error
+        return count
+
+    def not_finite(self, label: str) -> int:
+        """Runs in which a gradient or too many samples were not finite numbers."""
+        return sum(bool(run["not_finite"] or run["stopped"]) for run in self.finished(label).values())
+
+    def failed(self, label: str) -> dict[int, str]:
+        """Seed -> why there is no result."""
+        return {seed: run["error"] for seed, run in self.arms[label].items() if "error" in run}
+
+    def miscounted(self) -> list[str]:
+        """Arms whose network evaluations were not what the budget took them for, in words."""
+        lines = []
+        for label in self.arms:
+            for run in self.finished(label).values():
+                if run["counted"] is not None and not math.isclose(run["counted"], run["cost"]):
+                    lines.append(f"{label}: {run['counted']:.0f} network evaluations an iteration, planned {run['cost']}")
+                    break
+        return lines
+
+
+def collect(plan: StudyPlan, errors: dict[str, str], made: dict[str, Any]) -> Results:
+    """The results of a study's jobs that are there; ``errors``: folder name of a failed job -> why."""
+
+    def of(job: Any) -> dict[str, Any]:
+        if job.folder.name in errors:
+            return {"error": errors[job.folder.name]}
+        result = job.result()
+        return {**result, "folder": str(job.folder)} if result else {"error": "not run"}
+
+    before = of(plan.before)
+    arms = {label: {seed: of(job) for seed, job in by_seed.items()} for label, by_seed in plan.arms.items()}
+    return Results(plan.study, made, before, arms)
+
+
+def save(results: Results, file: Path) -> None:
+    """Write results.json."""
+    content = {
+        "study": results.study.name,
+        "verdict": results.verdict(),
+        "seen": results.seen(),
+        "made": results.made,
+        "before": results.before,
+        "arms": results.arms,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_all(out: Path) -> list[Results]:
+    """The results of all studies in ``out``, in the order of the definitions.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = []
+    for study in STUDIES.values():
+        file = out / study.name / RESULTS
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            arms = {label: {int(s): run for s, run in by_seed.items()} for label, by_seed in content["arms"].items()}
+            if set(arms) != {arm.label for arm in study.arms}:
+                raise UserError(f"{file} has other arms than the study {study.name} has now: run it again")
+            found.append(Results(study, content["made"], content["before"], arms))
+    if not found:
+        raise UserError(f"{out} has no results of studies yet: fastvideo-grpo study all --out {out}")
+    return found
