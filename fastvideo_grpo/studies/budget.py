@@ -7,7 +7,7 @@ they are the same for all arms, or next to nothing.
 
 from __future__ import annotations
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config import Config, make_objective
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.plan import dealing
@@ -24,15 +24,14 @@ def evaluations_per_iteration(config: Config) -> int:
     one. Classifier-free guidance makes each of these two passes; the one without the prompt has no backward where
     ``grpo.cfg_gradients`` is conditional.
     """
-    grpo, guided = config.grpo, config.sample.cfg_scale > 1
-    passes = 2 if guided else 1
+    grpo, passes = config.grpo, 2 if config.sample.cfg_scale > 1 else 1
     dealt = dealing(config, ranks=1)
     rows = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
     trained = rows * timesteps.count(config.sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     sampling = grpo.prompts_per_iteration * grpo.group_size * config.sample.steps * passes * FORWARD
-    backwards = 1 if guided and getattr(grpo, "cfg_gradients", "both") == "conditional" else passes
+    backwards = 1 if grpo.cfg_gradients == "conditional" else passes
     update = trained * (passes * FORWARD + backwards * BACKWARD)
-    if grpo.kl_weight > 0 or grpo.objective == "dpo":
+    if make_objective(config).needs_reference:
         update += trained * passes * FORWARD
     return sampling + update
 

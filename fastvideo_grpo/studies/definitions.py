@@ -222,7 +222,7 @@ STUDIES: dict[str, Study] = {
             settings=_FLOW,
             question="Is 1 above a threshold, else 0, enough to learn from?",
             claim="Training on a thresholded reward works.",
-            source="section 3.2 and Figure 3(a) (Stable Diffusion, FLUX)",
+            source="section 3.2 and Figure 3(a) (Stable Diffusion)",
             miniature=f"{_TINY} The threshold is 0.8. Both arms are judged by the score before the threshold.",
             overrides=(_COLOUR,),
             arms=(Arm("continuous"), Arm("binary", ("rewards.models.reward.outputs.colour_match.threshold=0.8",))),
