@@ -213,7 +213,7 @@ STUDIES: dict[str, Study] = {
                 Comparison("16 of 64", ">", "16 of 256"),
             ),
             measures=("at_equal_iterations", *_REWARD),
-            budget=3,
+            budget=2,
             equal_iterations=True,
         ),
         Study(
