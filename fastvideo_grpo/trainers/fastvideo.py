@@ -176,6 +176,9 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self._stage_name_mapping[name] = stage
         setattr(self, name, stage)
 
+    def get_module(self, name: str, default: Any = None) -> Any:
+        return ComposedPipelineBase.get_module(self, name, default)  # GRPOTrainer, which has none, comes first
+
     @property
     def text_stage(self) -> TextEncodingStage:
         """FastVideo's stage that runs the text encoders."""
