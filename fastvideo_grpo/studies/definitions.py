@@ -289,9 +289,8 @@ STUDIES: dict[str, Study] = {
                 Arm("DDPO", ("grpo.objective=ddpo",)),
                 Arm("DPOK", ("grpo.objective=dpok",)),
                 Arm("ReFL", ("grpo.objective=refl",)),
-                Arm(
-                    "DPO", ("grpo.objective=dpo", "engine.micro_batch_size=2")
-                ),  # a pair a micro-batch: no rows that only fill,
+                # A pair a micro-batch: no rows that only fill.
+                Arm("DPO", ("grpo.objective=dpo", "engine.micro_batch_size=2")),
             ),
             comparisons=(
                 Comparison("GRPO", ">", BEFORE, "colour_distance"),
@@ -325,10 +324,13 @@ STUDIES: dict[str, Study] = {
             claim="Where a model needs guidance, training the conditional pass alone diverges; both passes must get gradients.",
             source="Appendix 8",
             miniature=f"{_TINY_SD} Guidance 3. The conditional arm saves a backward, which buys it iterations.",
-            overrides=(_COLOUR,),
+            overrides=(_DISTANCE,),
             arms=(Arm("both passes"), Arm("conditional only", ("grpo.cfg_gradients=conditional",))),
-            comparisons=(Comparison("both passes", ">", "conditional only"), Comparison(BEFORE, ">", "conditional only")),
-            measures=(*_REWARD, "roughness", "ratio_dev"),
+            comparisons=(
+                Comparison("both passes", ">", "conditional only", "colour_distance"),
+                Comparison(BEFORE, ">", "conditional only", "colour_distance"),
+            ),
+            measures=("colour_distance", *_REWARD, "roughness", "ratio_dev"),
             budget=2,
         ),
     )
