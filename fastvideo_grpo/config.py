@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.extensions import Registry, nearest
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import NORMALISATIONS
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
@@ -54,7 +55,7 @@ class LoRAConfig:
 class ModelConfig:
     """The model to train."""
 
-    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion"])
+    kind: str = _key("flux", "model family", choices=lambda: _families().names())
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
@@ -315,24 +316,6 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-# What a model has instead of a key's own default. With classifier-free guidance the paper makes one update per iteration.
-_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "skyreels_i2v": {"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
-    "stable_diffusion": {
-        "prompts": {"text_length": 77},
-        "sample": {"height": 512, "width": 512, "steps": 50, "transition": "ddim", "noise_level": 1.0, "cfg_scale": 5.0},
-        "grpo": {"updates_per_iteration": 1},
-    },
-}
-
-# What an objective has instead of a key's own default: what its paper does around the loss. A model's come before these.
-_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ddpo": {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "prompt_history"}},
-    "dpok": {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "global", "kl_weight": 0.01}},
-    "refl": {"sample": {"init_noise": "per_sample"}, "grpo": {"timesteps": {"strategy": "late", "fraction": 0.25}}},
-    "dpo": {"grpo": {"best_of": {"top": 1, "bottom": 1}, "timesteps": {"per": "group"}}},
-}
-
 # Keys that may differ when a run is resumed: they change where things lie, what is kept and shown and how the work is
 # spread, not what is computed. (The checkpoint, the prompts and the embeddings' dtype are compared by content.)
 FREE_ON_RESUME = [
@@ -393,11 +376,34 @@ def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = Non
         ConfigError: as :func:`load` does.
     """
     given = OmegaConf.merge(values, _parse_overrides(overrides or []))
-    of_objective = _OBJECTIVE_DEFAULTS.get(str(OmegaConf.select(given, "grpo.objective")), {})
-    of_model = _MODEL_DEFAULTS.get(str(OmegaConf.select(given, "model.kind")), {})
+    of_objective = _defaults(given, "grpo.objective", objectives.OBJECTIVES)
+    of_model = _defaults(given, "model.kind", _families())
     config = _to_dataclasses(OmegaConf.merge(of_objective, of_model, given))
     check(config)
     return config
+
+
+def _families() -> Registry[Any]:
+    from fastvideo_grpo.families import FAMILIES  # families are made of configurations
+
+    return FAMILIES
+
+
+def _defaults(given: DictConfig, key: str, registry: Registry[Any]) -> DictConfig:
+    """What the thing named by a key has instead of other keys' own defaults."""
+    name = OmegaConf.select(given, key)
+    if name not in registry.names():
+        return OmegaConf.create()  # told with all other wrong values, or left out
+    try:
+        defaults = getattr(registry[name], "defaults", {})
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    try:
+        defaults = OmegaConf.create(dict(defaults))
+        _merged(defaults)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={name} brings defaults that cannot be: {error}") from error
+    return defaults
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -437,23 +443,35 @@ def _known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
 
 
-def _to_dataclasses(raw: Any) -> Config:
+def _merged(raw: Any) -> Any:
+    """``raw`` over the keys' own defaults; raises ConfigError for an unknown key or a wrong type."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), _renamed(raw, "async", "async_"))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
+        return OmegaConf.merge(OmegaConf.structured(Config), _renamed(raw, "async", "async_"))
+    except OmegaConfBaseException as error:
+        raise _told(error) from error
+
+
+def _to_dataclasses(raw: Any) -> Config:
+    merged = _merged(raw)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
+    try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = _in_file(str(getattr(error, "full_key", None) or ""))
-        if "not in" in str(error):
-            near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
-            allowed = [_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}") from error
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})") from error
+        raise _told(error) from error
     assert isinstance(config, Config)
     return config
+
+
+def _told(error: OmegaConfBaseException) -> ConfigError:
+    key = _in_file(str(getattr(error, "full_key", None) or ""))
+    if "not in" in str(error):
+        near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
+        allowed = [_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}")
+    return ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})")
 
 
 def _renamed(raw: Any, old: str, new: str) -> Any:
@@ -504,7 +522,8 @@ def _check_values(node: Any, prefix: str) -> Iterator[str]:
         elif allowed.get("choices") is not None:
             known = allowed["choices"]() if callable(allowed["choices"]) else allowed["choices"]
             if value not in known:
-                yield f"{key} is {value!r}; allowed: {', '.join(known)}"
+                near = nearest(value, known) if isinstance(value, str) else ""
+                yield f"{key} is {value!r}{near}; allowed: {', '.join(map(str, known))}"
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             if not math.isfinite(value):
                 yield f"{key} is {value}; it must be a finite number"
@@ -553,6 +572,11 @@ def _check_combinations(config: Config) -> Iterator[str]:
         )
     if sample.transition == "ode":
         yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde (of noise predictors: ddim)"
+    else:
+        try:
+            transitions.get(sample.transition, noise_level=sample.noise_level, noise_decay=sample.noise_decay)
+        except ValueError as error:
+            yield f"sample.transition: {error}"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
     if config.optim.ema_decay == 1.0:
@@ -610,10 +634,9 @@ def _check_objective(config: Config, objective: objectives.Objective) -> Iterato
     grpo, engine = config.grpo, config.engine
     name, size, best, when = grpo.objective, engine.micro_batch_size, grpo.best_of, grpo.timesteps
     if grpo.kl_weight > 0 and not objectives.takes(name, "kl_weight"):
-        with_kl = [other for other in objectives.names() if objectives.takes(other, "kl_weight")]
         yield (
             f"grpo.kl_weight is {grpo.kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
-            f"{', '.join(with_kl)} have)"
+            f"{', '.join(objectives.taking('kl_weight'))} have)"
         )
     if objective.pairs:
         if best is None or best.top != best.bottom:

@@ -4,15 +4,22 @@ sizes, and what they allow. Trainers (one per family) are in :mod:`fastvideo_grp
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
 
 from fastvideo_grpo import published
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
+from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.sampling import schedules, transitions
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.unet_memory import PassBytes
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,12 @@ class Family:
         kind: ``model.kind``.
         name: the published model.
         pipeline: ``_class_name`` in model_index.json.
+        trainer: its :class:`~fastvideo_grpo.trainers.base.GRPOTrainer`, as "module:class"; imported when it is loaded.
         folders: components a checkpoint must have.
         configs: the published configuration files of those components whose sizes matter here.
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
         lora_targets: the attention projections, as the loaded network names them.
-        activations: dtype -> what the blocks hold; None: counted on the network itself (``unet_memory.py``).
+        activations: dtype -> what the blocks hold; None: see :meth:`pass_bytes`.
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
             ``block_out_channels`` x bytes of the dtype).
         decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
@@ -80,7 +88,8 @@ class Family:
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
-        in_fastvideo: its trainer is a FastVideo pipeline.
+        fastvideo_config: FastVideo's pipeline configuration, as "module:class"; None: its trainer is no FastVideo pipeline.
+        defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
     """
@@ -88,6 +97,7 @@ class Family:
     kind: str
     name: str
     pipeline: str
+    trainer: str
     folders: tuple[str, ...]
     configs: dict[str, dict[str, Any]]
     sequence_encoder: tuple[str, str]
@@ -98,7 +108,8 @@ class Family:
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
-    in_fastvideo: bool = True
+    fastvideo_config: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     reads_images: bool = False
     decodes_singly: bool = False
 
@@ -122,7 +133,7 @@ class Family:
         """What this model rules out in a configuration, each with a way out."""
         found = transitions.prediction(config.sample.transition)
         if found != self.prediction:
-            fitting = [name for name in transitions.names() if transitions.prediction(name) == self.prediction]
+            fitting = transitions.predicting(self.prediction)
             yield (
                 f"sample.transition is {config.sample.transition!r}, which is for predictions of {found}, but {self.kind} "
                 f"predicts {self.prediction}; use {' or '.join(name for name in fitting if name != 'ode')}"
@@ -142,13 +153,10 @@ class Family:
         index = path / "model_index.json"
         if not index.is_file():
             what = "has no model_index.json" if path.exists() else "does not exist"
-            raise ConfigError(
-                f"model.path={path} {what}; expected the diffusers folder of {self.name} (the script in train_scripts says "
-                f"where to get it), or make a tiny one: fastvideo-grpo tiny {self.kind} --out {path}"
-            )
+            raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {self.name}{self._where_from(path)}")
         found = json.loads(index.read_text()).get("_class_name")
         if found != self.pipeline:
-            fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.values() if f.pipeline == found), "")
+            fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.usable().values() if f.pipeline == found), "")
             raise ConfigError(
                 f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a "
                 f"{self.pipeline}{fitting}"
@@ -164,6 +172,37 @@ class Family:
                 raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
             parts[component] = json.loads(file.read_text())
         return ModelFacts(str(path), parts)
+
+    def _where_from(self, path: Path) -> str:
+        if self.kind not in _OWN:
+            return ""
+        script = " (the script in train_scripts says where to get it)"
+        return f"{script}, or make a tiny one: fastvideo-grpo tiny {self.kind} --out {path}"
+
+    def network(self, denoiser: dict[str, Any], *, as_trained: bool = False) -> nn.Module:
+        """The network at its real size on the meta device: diffusers' class.
+
+        Args:
+            denoiser: its configuration, ``facts.denoiser``.
+            as_trained: with the layers that are trained (adapters sit on them), where FastVideo fuses some.
+        """
+        from fastvideo_grpo.checkpoints.diffusers_names import has_diffusers_names
+        from fastvideo_grpo.fastvideo_models import diffusers_denoiser, fastvideo_transformer
+
+        # diffusers' class has the same parameters and is imported in a fraction of the time.
+        if self.fastvideo_config is None or not as_trained or has_diffusers_names(denoiser["_class_name"]):
+            module: nn.Module = diffusers_denoiser(denoiser)
+            return module
+        return fastvideo_transformer(self.kind, denoiser)
+
+    def pass_bytes(self, config: Config, facts: ModelFacts) -> PassBytes:
+        """What one pass over a micro-batch holds, of a family without ``activations``: counted on diffusers' UNet."""
+        from fastvideo_grpo.unet_memory import unet_bytes
+
+        shape = (config.engine.micro_batch_size, *self.latent_shape(facts, config.sample))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.precision]
+        every = checkpointed_blocks(config.engine.activation_checkpointing)
+        return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
 
     def text_width(self, facts: ModelFacts) -> int:
         """Width of the text sequence the network reads."""
@@ -289,11 +328,13 @@ _HUNYUAN: dict[str, Any] = {
     "decodes_singly": True,
 }
 
-FAMILIES: dict[str, Family] = {
+_OWN: dict[str, Family] = {
     "flux": _Flux(
         kind="flux",
         name="FLUX.1-dev",
         pipeline="FluxPipeline",
+        trainer="fastvideo_grpo.trainers.flux:FluxGRPOTrainer",
+        fastvideo_config="fastvideo.configs.pipelines.flux:FluxPipelineConfig",
         folders=_TWO_ENCODERS,
         configs=published.FLUX_1_DEV,
         sequence_encoder=("text_encoder_2", "d_model"),
@@ -307,6 +348,8 @@ FAMILIES: dict[str, Family] = {
         kind="hunyuan_video",
         name="HunyuanVideo",
         pipeline="HunyuanVideoPipeline",
+        trainer="fastvideo_grpo.trainers.hunyuan_video:HunyuanVideoGRPOTrainer",
+        fastvideo_config="fastvideo.configs.pipelines.hunyuan:HunyuanConfig",
         configs=published.HUNYUAN_VIDEO,
         **_HUNYUAN,
     ),
@@ -314,14 +357,19 @@ FAMILIES: dict[str, Family] = {
         kind="skyreels_i2v",
         name="SkyReels-V1-I2V",
         pipeline="HunyuanSkyreelsImageToVideoPipeline",
+        trainer="fastvideo_grpo.trainers.skyreels_i2v:SkyReelsI2VGRPOTrainer",
+        fastvideo_config="fastvideo_grpo.trainers.skyreels_config:SkyReelsI2VConfig",
         configs=published.SKYREELS_V1_I2V,
         reads_images=True,
+        # With classifier-free guidance the paper makes one update per iteration.
+        defaults={"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
         **_HUNYUAN,
     ),
     "stable_diffusion": _StableDiffusion(
         kind="stable_diffusion",
         name="Stable Diffusion v1.4",
         pipeline="StableDiffusionPipeline",
+        trainer="fastvideo_grpo.trainers.stable_diffusion:StableDiffusionGRPOTrainer",
         folders=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         configs=published.STABLE_DIFFUSION_V1_4,
         sequence_encoder=("text_encoder", "hidden_size"),
@@ -332,9 +380,24 @@ FAMILIES: dict[str, Family] = {
         parameters={"vae": 83.7e6, "text_encoder": 123e6},
         denoiser="unet",
         prediction="noise",
-        in_fastvideo=False,
+        defaults={
+            "prompts": {"text_length": 77},
+            "sample": {"height": 512, "width": 512, "steps": 50, "transition": "ddim", "noise_level": 1.0, "cfg_scale": 5.0},
+            "grpo": {"updates_per_iteration": 1},
+        },
     ),
 }
+
+
+def _problem(name: str, offered: Any) -> str | None:
+    if not isinstance(offered, Family):
+        return f"which is no fastvideo_grpo.families.Family, but a {type(offered).__name__}"
+    return None if offered.kind == name else f"whose kind is '{offered.kind}'; both must be the same"
+
+
+FAMILIES: Registry[Family] = Registry("model", "fastvideo_grpo.models", problem=_problem)
+for _family in _OWN.values():
+    FAMILIES.register(_family.kind, _family)
 
 
 def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelFacts:

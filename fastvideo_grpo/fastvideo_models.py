@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.patching import require_patched
 
 
 def diffusers_denoiser(config: dict[str, Any]) -> Any:
-    """diffusers' network of a ``transformer/config.json`` or ``unet/config.json``, on the meta device."""
+    """diffusers' network of a ``transformer/config.json`` or ``unet/config.json``, on the meta device.
+
+    Raises:
+        UserError: diffusers has no such class.
+    """
     import diffusers
 
-    cls = getattr(diffusers, config["_class_name"])
+    cls = getattr(diffusers, config["_class_name"], None)
+    if cls is None:
+        raise UserError(
+            f"diffusers has no {config['_class_name']}: it cannot be exported, and its family has to make it in a method "
+            "`network` (docs/extending.md)"
+        )
     with torch.device("meta"):
         return cls.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
 
@@ -27,14 +39,12 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
         dtype: of its parameters.
     """
     require_patched()
-    from fastvideo.configs.pipelines.flux import FluxPipelineConfig
-    from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
     from fastvideo.models.registry import ModelRegistry
 
-    from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
-
-    pipelines = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig, "skyreels_i2v": SkyReelsI2VConfig}
-    dit_config = pipelines[kind]().dit_config
+    path = FAMILIES[kind].fastvideo_config
+    if path is None:
+        raise ValueError(f"model.kind={kind} has no configuration of FastVideo's")
+    dit_config = resolve_name(path)().dit_config
     settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
     dit_config.update_model_arch(settings)
     cls, _ = ModelRegistry.resolve_model_cls(transformer_config["_class_name"])

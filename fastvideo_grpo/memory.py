@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from fastvideo_grpo.config import Config, checkpointed_blocks, make_objective
 from fastvideo_grpo.families import FAMILIES, Activations, ModelFacts
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.unet_memory import UNetBytes
+    from fastvideo_grpo.unet_memory import PassBytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PHASES = ("encode", "rollout", "decode", "reward", "update")
@@ -217,14 +215,9 @@ def _activations(config: Config) -> Activations | None:
     return None if known is None else known[config.model.precision]
 
 
-def _unet(config: Config, facts: ModelFacts) -> UNetBytes:
+def _unet(config: Config, facts: ModelFacts) -> PassBytes:
     """Of one pass; both texts of guidance in one are not two passes of the same batch, but in bytes they are."""
-    from fastvideo_grpo.unet_memory import unet_bytes
-
-    shape = (config.engine.micro_batch_size, *FAMILIES[config.model.kind].latent_shape(facts, config.sample))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.precision]
-    every = checkpointed_blocks(config.engine.activation_checkpointing)
-    return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
+    return FAMILIES[config.model.kind].pass_bytes(config, facts)
 
 
 def _passes_at_once(config: Config) -> int:

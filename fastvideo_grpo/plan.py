@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from fastvideo_grpo.checkpoints.diffusers_names import has_diffusers_names
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions, make_objective
 from fastvideo_grpo.engines.parallel import World
@@ -259,15 +258,9 @@ def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
 @cache
 def _count_parameters(kind: str, denoiser: str, lora: str) -> tuple[int, int]:
     from fastvideo_grpo.engines.lora import add_lora
-    from fastvideo_grpo.fastvideo_models import diffusers_denoiser, fastvideo_transformer
 
-    settings, facts = json.loads(lora), json.loads(denoiser)
-    # diffusers' class has the same parameters (fused otherwise) and is imported in a fraction of the time; adapters sit on
-    # FastVideo's layers.
-    if settings is None or has_diffusers_names(facts["_class_name"]):
-        module = diffusers_denoiser(facts)
-    else:
-        module = fastvideo_transformer(kind, facts)
+    settings = json.loads(lora)
+    module = FAMILIES[kind].network(json.loads(denoiser), as_trained=settings is not None)
     total = sum(p.numel() for p in module.parameters())
     if settings is not None:
         add_lora(module, LoRAConfig(**dict(settings)), seed=0)

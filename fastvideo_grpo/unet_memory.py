@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class UNetBytes(NamedTuple):
+class PassBytes(NamedTuple):
     """Bytes of one pass over a micro-batch, weights not counted.
 
     ``forward``: held at once without gradients; ``kept``: for the backward pass; ``working``: at once in the backward pass
@@ -83,7 +83,7 @@ def checkpoint_unet(unet: nn.Module, every: int) -> nn.Module:
 
 def unet_bytes(
     config: dict[str, Any], shape: tuple[int, ...], text_tokens: int, dtype: torch.dtype, checkpoint_every: int
-) -> UNetBytes:
+) -> PassBytes:
     """Count a pass of diffusers' ``UNet2DConditionModel``.
 
     Args:
@@ -96,7 +96,7 @@ def unet_bytes(
 
 
 @cache
-def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.dtype, every: int) -> UNetBytes:
+def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.dtype, every: int) -> PassBytes:
     from diffusers import UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -124,4 +124,4 @@ def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.d
             kept = backward.now
             # Of the input alone: the weights' gradients are counted elsewhere.
             torch.autograd.grad(output.float().square().mean(), sample)
-    return UNetBytes(forward.peak, kept, max(0, backward.peak - kept), largest)
+    return PassBytes(forward.peak, kept, max(0, backward.peak - kept), largest)

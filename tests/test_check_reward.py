@@ -14,7 +14,7 @@ from fastvideo_grpo.rewards import RewardResult, kinds, register, registry
 @pytest.fixture(autouse=True)
 def own_kinds(monkeypatch):
     kinds()
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry.REWARDS, "_registered", dict(registry.REWARDS._registered))
 
 
 class Brightness:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fastvideo_grpo import extensions
 from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
 from fastvideo_grpo.rewards.base import DifferentiableReward
 from fastvideo_grpo.rewards.colour_match import PALETTE
@@ -50,7 +51,7 @@ def rewards(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_kinds(monkeypatch):
     kinds()
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry.REWARDS, "_registered", dict(registry.REWARDS._registered))
 
 
 def smooth(count, height=40, width=56, frames=1, seed=0):
@@ -320,8 +321,8 @@ def test_kinds_with_a_gradient_are_known_without_making_one(monkeypatch):
     assert registry.differentiable_kinds() == sorted(KINDS)
     assert all(registry.differentiable(kind) == (kind in KINDS) for kind in kinds())
     points = [("outside", "fastvideo_grpo.rewards.colour_distance:ColourDistance"), ("broken", "no_such_package:Reward")]
-    points = [importlib.metadata.EntryPoint(*point, registry.ENTRY_POINT_GROUP) for point in points]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    points = [importlib.metadata.EntryPoint(*point, registry.REWARDS.group) for point in points]
+    monkeypatch.setattr(extensions, "entry_points", lambda group: points)
     assert registry.differentiable("outside") and "outside" in registry.differentiable_kinds()
     register("made")(lambda: create("colour_distance"))
     assert not registry.differentiable("made"), "a function's reward is not known before it is made"

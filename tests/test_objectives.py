@@ -542,7 +542,7 @@ def test_a_run_from_before_these_keys_goes_on():
 
 
 def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeypatch):
-    monkeypatch.setattr(objectives, "_OBJECTIVES", dict(objectives._OBJECTIVES))
+    monkeypatch.setattr(objectives.OBJECTIVES, "_registered", dict(objectives.OBJECTIVES._registered))
 
     class Own:
         needs_reference, needs_reward_gradients, pairs = False, False, False
@@ -550,15 +550,15 @@ def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeyp
         def __init__(self, *, clip_range, margin, slope=1.0):
             self.given = clip_range, margin, slope
 
-    objectives.register("own", Own)
+    objectives.OBJECTIVES.register("own", Own)
     made = configuration.make_objective(
         _config("grpo.objective=own", "grpo.objective_params={margin: 3}", "grpo.clip_range=0.2")
     )
     assert made.given == (0.2, 3, 1.0)
     with pytest.raises(ConfigError, match=r"needs grpo\.objective_params\.margin"):
         _config("grpo.objective=own")
-    with pytest.raises(ValueError, match="registered already"):
-        objectives.register("own", Own)
+    with pytest.raises(ValueError, match="registered twice"):
+        objectives.OBJECTIVES.register("grpo", Own)
 
 
 def _planned(tmp_path, *overrides):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fastvideo_grpo import extensions
 from fastvideo_grpo.rewards import Reward, RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
 from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
 from fastvideo_grpo.rewards.moving_colour import DIRECTIONS, direction_of
@@ -52,7 +53,7 @@ class Scripted:
 @pytest.fixture(autouse=True)
 def scripted_kinds(monkeypatch):
     kinds()  # own kinds register when first asked for: before the copy, not into it
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry.REWARDS, "_registered", dict(registry.REWARDS._registered))
     register("scripted")(Scripted)
 
 
@@ -289,10 +290,10 @@ def test_a_kind_registered_twice_is_refused():
 @pytest.fixture
 def entry_points(monkeypatch):
     points = []
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point for point in points if point.group == group])
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [point for point in points if point.group == group])
 
     def add(name, value):
-        points.append(importlib.metadata.EntryPoint(name, value, registry.ENTRY_POINT_GROUP))
+        points.append(importlib.metadata.EntryPoint(name, value, registry.REWARDS.group))
 
     return add
 
@@ -778,5 +779,5 @@ def test_the_examples_of_the_page_are_configurations(tmp_path):
         for name, entry in OmegaConf.to_object(models).items():
             check_entry(name, entry)
     named = set(re.findall(r"(?m)^\| `(\w+)` \|", page))
-    own = {kind for kind, made in registry._registered.items() if made.__module__.startswith("fastvideo_grpo.")}
+    own = {kind for kind, made in registry.REWARDS._registered.items() if made.__module__.startswith("fastvideo_grpo.")}
     assert named == own, "every reward is on the page, and no other"

@@ -12,12 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.sampling.schedules import Level
+
+Prediction = Literal["velocity", "noise"]
+"""What a network's output is: the velocity of a flow, or the noise."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Step:
 class Transition(Protocol):
     """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean.
 
-    ``noise_level``: 0 where the step draws nothing.
+    ``prediction``: what ``step`` takes the network's output for. ``noise_level``: 0 where the step draws nothing.
     """
 
+    prediction: ClassVar[Prediction]
     noise_level: float
 
     def step(
@@ -120,6 +125,8 @@ class FlowSDE(NoiseLevel):
     ``std = e sqrt(D)``. The step to sigma 0 adds no noise and returns ``denoised``.
     """
 
+    prediction: ClassVar[Prediction] = "velocity"
+
     def deterministic(self) -> FlowSDE:
         """The Euler step of the same flow."""
         return FlowSDE(0.0)
@@ -150,6 +157,19 @@ class FlowSDE(NoiseLevel):
         return _finish(mean, std, denoised, noise, next_sample)
 
 
+class ODE(FlowSDE):
+    """The Euler step of rectified flow by a name of its own: it takes no noise.
+
+    Raises:
+        ValueError: a noise level other than 0.
+    """
+
+    def __init__(self, noise_level: float = 0.0, noise_decay: float = 0.0) -> None:
+        if noise_level != 0:
+            raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise_level}")
+        super().__init__(0.0)
+
+
 class DDIM(NoiseLevel):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
@@ -157,6 +177,8 @@ class DDIM(NoiseLevel):
     ``std = eta sqrt(sigma_next^2 / sigma^2 (1 - alpha^2 / alpha_next^2))``;
     ``mean = alpha_next denoised + sqrt(sigma_next^2 - std^2) eps``.
     """
+
+    prediction: ClassVar[Prediction] = "noise"
 
     def deterministic(self) -> DDIM:
         """Deterministic DDIM."""
@@ -197,6 +219,8 @@ class DiffusionSDE(NoiseLevel):
     returns ``denoised``.
     """
 
+    prediction: ClassVar[Prediction] = "noise"
+
     def deterministic(self) -> DiffusionSDE:
         """Equation (5)."""
         return DiffusionSDE(0.0)
@@ -228,32 +252,32 @@ class DiffusionSDE(NoiseLevel):
 
 
 Make = Callable[[float, float], Transition]
-Prediction = Literal["velocity", "noise"]
-_TRANSITIONS: dict[str, tuple[Make, Prediction]] = {}
 
 
-def register(name: str, make: Make, prediction: Prediction) -> None:
-    """Make ``get(name, ...)`` return ``make(noise_level, noise_decay)``.
+def _problem(name: str, offered: Any) -> str | None:
+    known = get_args(Prediction)
+    found = getattr(offered, "prediction", None)
+    if not callable(offered):
+        return f"which is no class and no function, but a {type(offered).__name__}"
+    return None if found in known else f"whose attribute `prediction` is {found!r}; allowed: {', '.join(known)}"
 
-    Args:
-        prediction: what ``step`` takes the network's output for: the velocity of a flow, or the noise.
 
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in _TRANSITIONS:
-        raise ValueError(f"transition {name!r} is registered already")
-    _TRANSITIONS[name] = make, prediction
+TRANSITIONS: Registry[Make] = Registry("transition", "fastvideo_grpo.transitions", problem=_problem)
 
 
 def names() -> list[str]:
-    """The registered transitions."""
-    return sorted(_TRANSITIONS)
+    """The known transitions, those of other packages included."""
+    return TRANSITIONS.names()
+
+
+def predicting(prediction: Prediction) -> list[str]:
+    """The transitions that take the network's output for ``prediction``."""
+    return [name for name, make in TRANSITIONS.usable().items() if _prediction(make) == prediction]
 
 
 def prediction(name: str) -> Prediction:
     """What the transition called ``name`` takes the network's output for; an unknown name raises ValueError."""
-    return _registered(name)[1]
+    return _prediction(TRANSITIONS[name])
 
 
 def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Transition:
@@ -262,22 +286,15 @@ def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Tra
     Raises:
         ValueError: an unknown name, a negative noise level or decay, or a noise level with the deterministic ``ode``.
     """
-    return _registered(name)[0](noise_level, noise_decay)
+    return TRANSITIONS[name](noise_level, noise_decay)
 
 
-def _registered(name: str) -> tuple[Make, Prediction]:
-    if name not in _TRANSITIONS:
-        raise ValueError(f"unknown transition {name!r}; known: {', '.join(names())}")
-    return _TRANSITIONS[name]
+def _prediction(make: Any) -> Prediction:
+    found: Prediction = make.prediction
+    return found
 
 
-def _ode(noise_level: float, noise_decay: float) -> Transition:
-    if noise_level != 0:
-        raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise_level}")
-    return FlowSDE(0.0)
-
-
-register("flow_sde", FlowSDE, "velocity")
-register("ddim", DDIM, "noise")
-register("diffusion_sde", DiffusionSDE, "noise")
-register("ode", _ode, "velocity")
+TRANSITIONS.register("flow_sde", FlowSDE)
+TRANSITIONS.register("ddim", DDIM)
+TRANSITIONS.register("diffusion_sde", DiffusionSDE)
+TRANSITIONS.register("ode", ODE)

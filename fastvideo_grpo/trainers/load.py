@@ -7,21 +7,26 @@ from pathlib import Path
 
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import configured_prompts
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.families import FAMILIES, configured_prompts
 from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache, to_encode
-
-TRAINERS = {
-    "flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer"),
-    "hunyuan_video": ("fastvideo_grpo.trainers.hunyuan_video", "HunyuanVideoGRPOTrainer"),
-    "skyreels_i2v": ("fastvideo_grpo.trainers.skyreels_i2v", "SkyReelsI2VGRPOTrainer"),
-    "stable_diffusion": ("fastvideo_grpo.trainers.stable_diffusion", "StableDiffusionGRPOTrainer"),
-}
 
 
 def trainer_class(kind: str) -> type[GRPOTrainer]:
-    """The trainer of a ``model.kind``; only its own module is imported."""
-    module, name = TRAINERS[kind]
-    return getattr(import_module(module), name)
+    """The trainer of a ``model.kind``; only its own module is imported.
+
+    Raises:
+        UserError: its family names none that can be imported.
+    """
+    path = FAMILIES[kind].trainer
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"model.kind={kind}: its trainer {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, GRPOTrainer):
+        raise UserError(f"model.kind={kind}: its trainer {path} is no class that inherits from GRPOTrainer, but {found!r}")
+    return found
 
 
 def load_trainer(config: Config, world: World) -> GRPOTrainer:

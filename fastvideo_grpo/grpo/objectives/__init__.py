@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.grpo.objectives.base import Objective, Replay, SampleBatch
 from fastvideo_grpo.grpo.objectives.ddpo import DDPO
 from fastvideo_grpo.grpo.objectives.dpo import DPO
@@ -18,37 +19,45 @@ __all__ = [
     "DPO",
     "DPOK",
     "GRPO",
+    "OBJECTIVES",
     "Objective",
     "ReFL",
     "Replay",
     "SampleBatch",
     "get",
     "names",
-    "register",
     "takes",
+    "taking",
 ]
 
 SETTINGS = ("clip_range", "advantage_clip", "kl_weight")
 """What every objective may ask for by an argument of that name; its other arguments are ``grpo.objective_params``."""
 
-_OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+_NEEDS = ("needs_reference", "needs_reward_gradients", "pairs")
+
+Make = Callable[..., Objective]
 
 
-def register(name: str, make: Callable[..., Objective]) -> None:
-    """Make ``get(name, ...)`` return ``make(...)``, with keyword arguments; a taken name raises ValueError."""
-    if name in _OBJECTIVES:
-        raise ValueError(f"objective {name!r} is registered already")
-    _OBJECTIVES[name] = make
+def _problem(name: str, offered: Any) -> str | None:
+    return None if callable(offered) else f"which is no class and no function, but a {type(offered).__name__}"
+
+
+OBJECTIVES: Registry[Make] = Registry("objective", "fastvideo_grpo.objectives", problem=_problem)
 
 
 def names() -> list[str]:
-    """The registered objectives."""
-    return sorted(_OBJECTIVES)
+    """The known objectives, those of other packages included."""
+    return OBJECTIVES.names()
 
 
 def takes(name: str, setting: str) -> bool:
     """Whether the objective has an argument of that name, ValueError for an unknown objective."""
-    return setting in _arguments(name)
+    return setting in _arguments(OBJECTIVES[name])
+
+
+def taking(setting: str) -> list[str]:
+    """The objectives that have an argument of that name."""
+    return [name for name, make in OBJECTIVES.usable().items() if setting in _arguments(make)]
 
 
 def get(
@@ -62,9 +71,11 @@ def get(
     """The objective called ``name``, given those of ``SETTINGS`` that it asks for, and its own ``params``.
 
     Raises:
-        ValueError: an unknown name, an unknown or missing parameter, or a value that the objective refuses.
+        ValueError: an unknown name, an unknown or missing parameter, a value that the objective refuses, or an
+            objective that does not say what it needs.
     """
-    arguments = _arguments(name)
+    make = OBJECTIVES[name]
+    arguments = _arguments(make)
     settings = dict(zip(SETTINGS, (clip_range, advantage_clip, kl_weight), strict=True))
     own = [key for key in arguments if key not in SETTINGS]
     params = dict(params or {})
@@ -78,17 +89,19 @@ def get(
     if missing:
         raise ValueError(f"objective {name} needs grpo.objective_params.{missing[0]}")
     asked = {key: value for key, value in settings.items() if key in arguments}
-    return _OBJECTIVES[name](**asked, **params)
+    objective = make(**asked, **params)
+    lacking = [part for part in ("loss", *_NEEDS) if not hasattr(objective, part)]
+    if lacking:
+        raise ValueError(f"objective {name} does not say {', '.join(lacking)}; see fastvideo_grpo/grpo/objectives/base.py")
+    return objective
 
 
-def _arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    if name not in _OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; known: {', '.join(names())}")
-    return inspect.signature(_OBJECTIVES[name]).parameters
+def _arguments(make: Make) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(make).parameters
 
 
-register("grpo", GRPO)
-register("ddpo", DDPO)
-register("dpok", DPOK)
-register("refl", ReFL)
-register("dpo", DPO)
+OBJECTIVES.register("grpo", GRPO)
+OBJECTIVES.register("ddpo", DDPO)
+OBJECTIVES.register("dpok", DPOK)
+OBJECTIVES.register("refl", ReFL)
+OBJECTIVES.register("dpo", DPO)

@@ -52,6 +52,9 @@ class Objective(Protocol):
         needs_reward_gradients: ``replay.decode`` and ``replay.reward`` are called: VAE and rewards must be differentiable, in
             this process and on the device.
         pairs: rows come in twos, the better (even) before the worse (odd) sample of a prompt, at the same timesteps.
+
+    What is registered may have an attribute ``defaults``, by section of the configuration: what the method's paper does around
+    the loss, in place of keys' own defaults where a run leaves them out (a model's come before these).
     """
 
     needs_reference: bool

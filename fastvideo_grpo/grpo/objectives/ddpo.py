@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from fastvideo_grpo.grpo.objectives import terms
@@ -23,6 +25,7 @@ class DDPO:
     needs_reference = False
     needs_reward_gradients = False
     pairs = False
+    defaults: ClassVar[dict[str, Any]] = {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "prompt_history"}}
 
     def __init__(self, *, clip_range: float, advantage_clip: float | None) -> None:
         self.clip_range = clip_range

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class DPO:
     needs_reference = True
     needs_reward_gradients = False
     pairs = True
+    defaults: ClassVar[dict[str, Any]] = {"grpo": {"best_of": {"top": 1, "bottom": 1}, "timesteps": {"per": "group"}}}
 
     def __init__(self, *, beta: float = 5000.0) -> None:
         if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from fastvideo_grpo.grpo.objectives import terms
@@ -27,6 +29,10 @@ class DPOK:
     needs_reference = True
     needs_reward_gradients = False
     pairs = False
+    defaults: ClassVar[dict[str, Any]] = {
+        "sample": {"init_noise": "per_sample"},
+        "grpo": {"normalisation": "global", "kl_weight": 0.01},
+    }
 
     def __init__(self, *, clip_range: float, advantage_clip: float | None, kl_weight: float) -> None:
         if kl_weight <= 0:

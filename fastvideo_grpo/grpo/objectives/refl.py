@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,10 @@ class ReFL:
     needs_reference = False
     needs_reward_gradients = True
     pairs = False
+    defaults: ClassVar[dict[str, Any]] = {
+        "sample": {"init_noise": "per_sample"},
+        "grpo": {"timesteps": {"strategy": "late", "fraction": 0.25}},
+    }
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``unjudged`` (1 for a row whose x_hat a reward could not judge, which has loss 0

@@ -1,0 +1,223 @@
+"""A package of somebody else's adds a model, a reward, a transition and an objective; no file of this one knows of it."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvideo_grpo import cli, extensions
+from fastvideo_grpo import config as configuration
+from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.grpo.objectives import OBJECTIVES
+from fastvideo_grpo.rewards.registry import REWARDS
+from fastvideo_grpo.sampling import transitions
+from fastvideo_grpo.sampling.transitions import TRANSITIONS
+from fastvideo_grpo.trainers.load import trainer_class
+
+ROOT = Path(__file__).parent.parent
+OFFERED = {
+    "models": "dots = dots.family:DOTS",
+    "rewards": "contrast = dots.reward:Contrast",
+    "transitions": "fading_sde = dots.transition:FadingSDE",
+    "objectives": "reinforce = dots.objective:Reinforce",
+}
+REGISTRIES = {"models": FAMILIES, "rewards": REWARDS, "transitions": TRANSITIONS, "objectives": OBJECTIVES}
+RUN = """
+model: {kind: dots, path: model}
+prompts: {path: prompts.txt, text_length: 8}
+sample: {noise_level: 0.5}
+grpo: {prompts_per_iteration: 2, group_size: 4, objective: reinforce, objective_params: {strength: 2.0}}
+rewards: {models: {look: {kind: contrast, params: {scale: 0.5}}}}
+optim: {lr: 1.0e-2}
+engine: {micro_batch_size: 2}
+run: {dir: run, iterations: 2, eval_every: 0, sample_every: 0, threads: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder of installed packages: the one of tests/outside, as pip would have put it there."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "tests" / "outside" / "dots", site / "dots", ignore=shutil.ignore_patterns("__pycache__"))
+    info = site / "dots-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dots\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("".join(f"[fastvideo_grpo.{sort}]\n{line}\n" for sort, line in OFFERED.items()))
+    return site
+
+
+@pytest.fixture
+def installed(site, monkeypatch):
+    monkeypatch.syspath_prepend(site)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dots"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def folder(installed, tmp_path, monkeypatch):
+    """A working directory with a configuration of all four, prompts and the model's checkpoint."""
+    from dots.network import write_checkpoint
+
+    write_checkpoint(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("many dots\nfew dots\n")
+    (tmp_path / "run.yaml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def offer(monkeypatch):
+    """offer(sort, name, value): what an installed package would offer."""
+    points = []
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [point for point in points if point.group == group])
+    return lambda sort, name, value: points.append(importlib.metadata.EntryPoint(name, value, f"fastvideo_grpo.{sort}"))
+
+
+def test_a_package_adds_all_four_and_trains(folder, site):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "fastvideo_grpo.cli", "train", "run.yaml"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["train/ratio_first_update_max_dev"] == 0.0
+        assert line["train/grad_norm"] > 0 and line["train/updates"] == 2
+        assert line["reward/look/contrast/mean"] > 0
+    assert (folder / "run" / "checkpoints" / "000002").is_dir()
+
+
+def test_a_dry_run_describes_it(folder, capsys):
+    assert cli.main(["train", "run.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("3x4x4, 16 tokens", "4 steps of fading_sde", "look (contrast)", "update     reinforce", "0.000 M parameters"):
+        assert part in said
+
+
+def test_model_and_objective_bring_their_defaults_and_a_run_overrides_them(folder):
+    config = configuration.load("run.yaml")
+    assert (config.sample.height, config.sample.steps, config.sample.transition) == (8, 4, "fading_sde")
+    assert (config.sample.init_noise, config.grpo.updates_per_iteration) == ("per_sample", 2)
+    assert configuration.load("run.yaml", ["sample.init_noise=shared"]).sample.init_noise == "shared"
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("model.kind", "dotz", "dots"),
+        ("sample.transition", "fadingsde", "fading_sde"),
+        ("grpo.objective", "reinforced", "reinforce"),
+    ],
+)
+def test_wrong_names_list_those_of_packages_and_the_nearest(folder, key, wrong, right):
+    with pytest.raises(ConfigError, match=rf"{key} is '{wrong}' \(did you mean '{right}'\?\); allowed: .*{right}"):
+        configuration.load("run.yaml", [f"{key}={wrong}"])
+
+
+def test_names_are_known_without_importing_the_package(installed):
+    for sort, registry in REGISTRIES.items():
+        assert OFFERED[sort].partition(" ")[0] in registry.names()
+    assert not any(name.partition(".")[0] == "dots" for name in sys.modules)
+
+
+@pytest.mark.parametrize("sort", REGISTRIES)
+def test_what_cannot_be_imported_is_told_when_it_is_asked_for(offer, sort):
+    offer(sort, "broken", "no_such_package:Thing")
+    registry = REGISTRIES[sort]
+    assert "broken" in registry.names() and "broken" not in registry.usable()
+    with pytest.raises(ValueError, match=r"'broken' is offered by .*'no_such_package:Thing'.* be imported: ModuleNotFound"):
+        registry["broken"]
+
+
+@pytest.mark.parametrize(
+    ("key", "sort"), [("model.kind", "models"), ("sample.transition", "transitions"), ("grpo.objective", "objectives")]
+)
+def test_a_configuration_names_the_key_of_what_cannot_be_imported(folder, offer, key, sort):
+    offer("models", "dots", "dots.family:DOTS")
+    offer("transitions", "fading_sde", "dots.transition:FadingSDE")
+    offer("objectives", "reinforce", "dots.objective:Reinforce")
+    offer(sort, "broken", "no_such_package:Thing")
+    with pytest.raises(ConfigError, match=rf"{key}: .*'broken' is offered by .*no_such_package"):
+        configuration.load("run.yaml", [f"{key}=broken"])
+
+
+@pytest.mark.parametrize(
+    ("sort", "own"), [("models", "flux"), ("rewards", "jpeg_size"), ("transitions", "ddim"), ("objectives", "grpo")]
+)
+def test_a_package_cannot_replace_what_is_there(offer, sort, own):
+    offer(sort, own, "elsewhere:Thing")
+    with pytest.raises(ValueError, match=rf"'{own}' is offered more than once: fastvideo_grpo\..*, 'elsewhere:Thing'"):
+        REGISTRIES[sort][own]
+
+
+def test_two_packages_cannot_offer_one_name(offer):
+    offer("objectives", "new", "one:Thing")
+    offer("objectives", "new", "another:Thing")
+    with pytest.raises(ValueError, match="offered more than once: 'one:Thing', 'another:Thing'"):
+        OBJECTIVES["new"]
+
+
+@pytest.mark.parametrize(
+    ("sort", "value", "message"),
+    [
+        ("models", "fastvideo_grpo.families:Family", "no fastvideo_grpo.families.Family, but a type"),
+        ("models", "dots.family:DOTS", "kind is 'dots'; both must be the same"),
+        ("rewards", "fastvideo_grpo:__version__", "no class and no function, but a str"),
+        ("transitions", "fastvideo_grpo:__version__", "no class and no function, but a str"),
+        ("transitions", "dots.reward:Contrast", "`prediction` is None; allowed: velocity, noise"),
+        ("objectives", "fastvideo_grpo:__version__", "no class and no function, but a str"),
+    ],
+)
+def test_an_entry_point_to_something_else_is_refused(installed, offer, sort, value, message):
+    offer(sort, "new", value)
+    with pytest.raises(ValueError, match=message):
+        REGISTRIES[sort]["new"]
+
+
+def test_an_objective_that_does_not_say_what_it_needs_is_refused(folder, offer):
+    for sort, line in OFFERED.items():
+        offer(sort, *line.split(" = "))
+    offer("objectives", "silent", "dots.reward:Contrast")
+    with pytest.raises(ConfigError, match="objective silent does not say loss, needs_reference"):
+        configuration.load("run.yaml", ["grpo.objective=silent", "grpo.objective_params={}"])
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"sample": {"hight": 8}}, r"grpo.objective=reinforce brings .*unknown key sample.hight: did you mean sample.height"),
+        ({"sample": {"height": "tall"}}, r"grpo.objective=reinforce brings .*sample.height"),
+    ],
+)
+def test_defaults_that_cannot_be_are_told_with_who_brings_them(folder, monkeypatch, defaults, message):
+    monkeypatch.setattr(OBJECTIVES["reinforce"], "defaults", defaults)
+    with pytest.raises(ConfigError, match=message):
+        configuration.load("run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ("no_such_package:Trainer", "no_such_package:Trainer cannot be imported: ModuleNotFoundError"),
+        ("dots.family:DOTS", "dots.family:DOTS is no class that inherits from GRPOTrainer"),
+        ("dots.family:Missing", "dots.family:Missing is no class that inherits from GRPOTrainer, but None"),
+    ],
+)
+def test_a_family_whose_trainer_is_none_is_told(installed, trainer, message):
+    object.__setattr__(FAMILIES["dots"], "trainer", trainer)
+    with pytest.raises(UserError, match=message):
+        trainer_class("dots")
+
+
+def test_a_models_refusal_names_transitions_of_packages_that_fit(folder, capsys):
+    assert "fading_sde" in transitions.predicting("velocity") and "fading_sde" not in transitions.predicting("noise")
+    assert cli.main(["train", "run.yaml", "--dry-run", "sample.transition=ddim"]) == 1
+    assert "dots predicts velocity; use fading_sde or flow_sde" in capsys.readouterr().err
