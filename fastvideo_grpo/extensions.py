@@ -97,17 +97,13 @@ class Registry(Generic[T]):
 
 def entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
     """What installed packages offer under ``group``."""
-    return _installed(tuple(sys.path)).get(group, ())
+    return _installed(group, tuple(sys.path))
 
 
 @cache  # reading every package's metadata takes up to 0.2 s, and a configuration asks several times
-def _installed(path: tuple[str, ...]) -> dict[str, tuple[importlib.metadata.EntryPoint, ...]]:
+def _installed(group: str, path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
     # A distribution found twice on sys.path lists its entry points twice.
-    points = {(point.group, point.name, point.value): point for point in importlib.metadata.entry_points()}
-    groups: dict[str, tuple[importlib.metadata.EntryPoint, ...]] = {}
-    for (group, _, _), point in points.items():
-        groups[group] = (*groups.get(group, ()), point)
-    return groups
+    return tuple({(point.name, point.value): point for point in importlib.metadata.entry_points(group=group)}.values())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
