@@ -77,7 +77,8 @@ class Registry(Generic[T]):
         points = [point for point in entry_points(self.group) if point.name == name]
         own = name in self._registered
         if own + len(points) > 1:
-            owners = [_source(self._registered[name])] * own + [_offer(point) for point in points]
+            owners = [_source(self._registered[name])] if own else []
+            owners += [_offer(point) for point in points]
             raise ValueError(f"{self.what} '{name}' is offered more than once: {', '.join(owners)}; uninstall or rename one")
         if own:
             return self._registered[name]
