@@ -550,6 +550,9 @@ def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeyp
         def __init__(self, *, clip_range, margin, slope=1.0):
             self.given = clip_range, margin, slope
 
+        def loss(self, replay, samples, i):
+            raise NotImplementedError
+
     objectives.OBJECTIVES.register("own", Own)
     made = configuration.make_objective(
         _config("grpo.objective=own", "grpo.objective_params={margin: 3}", "grpo.clip_range=0.2")
