@@ -389,7 +389,7 @@ def _families() -> Registry[Any]:
     return FAMILIES
 
 
-def _defaults(given: DictConfig, key: str, registry: Registry[Any]) -> DictConfig:
+def _defaults(given: Any, key: str, registry: Registry[Any]) -> DictConfig:
     """What the thing named by a key has instead of other keys' own defaults."""
     name = OmegaConf.select(given, key)
     if name not in registry.names():
