@@ -477,8 +477,9 @@ def test_prompts_that_no_sample_can_be_judged_by_are_no_error():
     ],
 )
 def test_answers_of_the_wrong_form_are_refused_by_name(scripted, answer, message):
-    with pytest.raises(ValueError, match=message):
-        scripted(answer).differentiable(smooth(2).requires_grad_(), ["a", "b"], [])
+    for offload_idle in (False, True):
+        with pytest.raises(ValueError, match=message):
+            scripted(answer, offload_idle=offload_idle).differentiable(smooth(2).requires_grad_(), ["a", "b"], [])
 
 
 def test_what_a_reward_raises_passes_through_with_its_name(scripted):
