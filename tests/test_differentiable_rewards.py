@@ -375,6 +375,7 @@ class Scripted:
         return RewardResult({"mean": zeros, "square": zeros}, zeros == 0)
 
     def score_differentiably(self, pixels, prompts, metadata):
+        assert pixels.dtype == torch.float32, "whatever the set was given"
         self.asked.append((threading.current_thread(), prompts, metadata, list(self.moves)))
         if self.answer is not None:
             return self.answer(pixels)
