@@ -375,6 +375,7 @@ class Scripted:
         return RewardResult({"mean": zeros, "square": zeros}, zeros == 0)
 
     def score_differentiably(self, pixels, prompts, metadata):
+        assert pixels.dtype == torch.float32, "whatever the set was given"
         self.asked.append((threading.current_thread(), prompts, metadata, list(self.moves)))
         if self.answer is not None:
             return self.answer(pixels)
@@ -477,8 +478,9 @@ def test_prompts_that_no_sample_can_be_judged_by_are_no_error():
     ],
 )
 def test_answers_of_the_wrong_form_are_refused_by_name(scripted, answer, message):
-    with pytest.raises(ValueError, match=message):
-        scripted(answer).differentiable(smooth(2).requires_grad_(), ["a", "b"], [])
+    for offload_idle in (False, True):
+        with pytest.raises(ValueError, match=message):
+            scripted(answer, offload_idle=offload_idle).differentiable(smooth(2).requires_grad_(), ["a", "b"], [])
 
 
 def test_what_a_reward_raises_passes_through_with_its_name(scripted):

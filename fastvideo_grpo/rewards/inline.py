@@ -96,13 +96,14 @@ def _with_known_gradients(
     scores = reward.score_differentiably(leaf, prompts, metadata)
     known = {}
     for name, score in scores.items():
-        known[name] = score.detach()
-        if score.requires_grad:
-            # All d score[b] / d pixels[b] at once, since a score depends on its own sample alone. Outputs may share a graph.
-            # A backward pass that runs within an autocast, here the caller's, rounds its matrices.
-            with torch.autocast(leaf.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
-            known[name] = _KnownGradient.apply(pixels, known[name], gradient)
+        if not isinstance(score, torch.Tensor) or not score.requires_grad:
+            known[name] = score
+            continue
+        # All d score[b] / d pixels[b] at once, since a score depends on its own sample alone. Outputs may share a graph. A
+        # backward pass that runs within an autocast, here the caller's, rounds its matrices.
+        with torch.autocast(leaf.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        known[name] = _KnownGradient.apply(pixels, score.detach(), gradient)
     return known
 
 
