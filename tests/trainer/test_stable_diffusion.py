@@ -291,6 +291,7 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
         "model__path": DATA / "tiny-sd-shapes",
         "prompts__path": DATA / "prompts" / "shapes_train.txt",
         "prompts__eval_path": DATA / "prompts" / "shapes_heldout.txt",
+        "prompts__text_length": 77,
         "sample__height": 32,
         "sample__width": 32,
         "sample__steps": 10,
