@@ -35,6 +35,8 @@ _MODELS = {
     "stable_diffusion": _Model(
         "tiny-sd",
         "stable_diffusion:write_stable_diffusion",
+        "tiny-sd-shapes",
+        "pretrain_stable_diffusion:pretrain_stable_diffusion",
         layouts=("epsilon", "v_prediction"),
         layout_argument="prediction_type",
     ),
