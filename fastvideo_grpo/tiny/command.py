@@ -35,6 +35,8 @@ _MODELS = {
     "stable_diffusion": _Model(
         "tiny-sd",
         "stable_diffusion:write_stable_diffusion",
+        "tiny-sd-shapes",
+        "pretrain_stable_diffusion:pretrain_stable_diffusion",
         layouts=("epsilon", "v_prediction"),
         layout_argument="prediction_type",
     ),
@@ -56,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrain",
         action="store_true",
-        help="train it, 32x32 pixels: flux and stable_diffusion on pictures of coloured shapes (about 5 minutes on one CPU "
-        "core), 40%% of the captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 "
-        "minutes), 40%% of the captions' directions wrong. Without it the weights are random",
+        help="train it, 32x32 pixels: flux (about 5 minutes on one CPU core) and stable_diffusion (about 7) on pictures of "
+        "coloured shapes, 40%% and 55%% of the captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving "
+        "ones (about 9 minutes), 40%% of the captions' directions wrong. Without it the weights are random",
     )
     parser.add_argument(
         "--layout",
