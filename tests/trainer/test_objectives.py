@@ -20,10 +20,15 @@ EVERY |= {"train/updates", "train/skipped_updates"}
 SMOOTH = {"rewards__models__pixels__kind": "test_smooth_brightness"}
 
 
+# A flow, and a diffusion model with guidance.
+MODELS = {"FLUX": {}, "Stable Diffusion": {**runs.STABLE_DIFFUSION, "grpo__updates_per_iteration": 2}}
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", STATISTICS)
-def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, name):
+def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, name, model):
     """Promise 1 holds whatever is minimised."""
-    trainer = make_trainer(grpo__objective=name, run__iterations=2, optim__lr=1e-3, **SMOOTH)
+    trainer = make_trainer(**MODELS[model], grpo__objective=name, run__iterations=2, optim__lr=1e-3, **SMOOTH)
     before = trainer.engine.state_dict()
     assert (trainer._reference is not None) == (name in ("dpok", "dpo"))
     trainer.train()
