@@ -615,6 +615,17 @@ def _check_objective(config: Config, objective: objectives.Objective) -> Iterato
             f"grpo.kl_weight is {grpo.kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
             f"{', '.join(with_kl)} have)"
         )
+    default = GRPOConfig()
+    for key in ("clip_range", "advantage_clip"):
+        if not objectives.takes(name, key) and getattr(grpo, key) != getattr(default, key):
+            yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
+    if objective.needs_reward_gradients and grpo.normalisation != default.normalisation:
+        yield f"grpo.normalisation is {grpo.normalisation}, but objective {name} has no advantages: leave it out"
+    if grpo.normalisation != "prompt_history" and grpo.history != default.history:
+        yield (
+            f"grpo.history is set, but grpo.normalisation={grpo.normalisation} remembers nothing: set prompt_history, or leave "
+            "it out"
+        )
     if objective.pairs:
         if best is None or best.top != best.bottom:
             now = "null" if best is None else f"{{top: {best.top}, bottom: {best.bottom}}}"

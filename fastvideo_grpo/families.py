@@ -80,7 +80,6 @@ class Family:
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
-        in_fastvideo: its trainer is a FastVideo pipeline.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
     """
@@ -98,7 +97,6 @@ class Family:
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
-    in_fastvideo: bool = True
     reads_images: bool = False
     decodes_singly: bool = False
 
@@ -265,6 +263,11 @@ class _StableDiffusion(Family):
                 f"sample.guidance_scale is {sample.guidance_scale}, the embedded guidance that {self.kind} does not have; set "
                 "sample.cfg_scale, and leave it out"
             )
+        if sample.transition == "ddim" and sample.noise_level > 1:
+            yield (
+                f"sample.noise_level is {sample.noise_level:g}, which is the eta of ddim and at most 1 (a level has no room "
+                "for more noise): use 1, or sample.transition=diffusion_sde"
+            )
         if config.model.attention != "sdpa":
             yield f"model.attention is {config.model.attention}, but {self.kind} runs diffusers' attention, which is sdpa"
         longest = int(facts.components["text_encoder"]["max_position_embeddings"])
@@ -332,7 +335,6 @@ FAMILIES: dict[str, Family] = {
         parameters={"vae": 83.7e6, "text_encoder": 123e6},
         denoiser="unet",
         prediction="noise",
-        in_fastvideo=False,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Transformers at their real size without weights: on the meta device, as diffusers and as FastVideo build them."""
+"""Networks at their real size without weights: on the meta device, as diffusers and as FastVideo build them."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     """Memory of each of ``ranks`` processes.
 
     Args:
-        parameters: (trained, all) parameters of the transformer.
+        parameters: (trained, all) parameters of the network.
     """
     trained, total = parameters
     engine, family = config.engine, FAMILIES[config.model.kind]

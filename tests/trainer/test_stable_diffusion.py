@@ -324,6 +324,8 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
     [
         (["sample.transition=flow_sde"], "predicts noise; use ddim or diffusion_sde"),
         (["sample.shift=5"], "which is of flow schedules"),
+        (["sample.noise_level=1.5"], "at most 1"),
+        (["sample.steps=1000"], "use fewer steps"),
         (["sample.guidance_scale=1"], "set sample.cfg_scale"),
         (["sample.height=72"], "must be a multiple of 16 for this model: 64 or 80"),
         (["sample.frames=5"], "makes images; use 1"),
