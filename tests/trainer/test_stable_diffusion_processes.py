@@ -20,9 +20,10 @@ DEEPSPEED = {"engine__kind": "deepspeed", "engine__zero_stage": 2}
 ZERO_3 = {**DEEPSPEED, "engine__zero_stage": 3}
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0}
 HOW = (*DEEPSPEED, "engine__activation_checkpointing")
-# Pairs of samples that another process drew, and a second copy of the weights; what is remembered of each prompt; a backward pass
-# through decoder and reward.
-DPO = {"grpo__objective": "dpo"}
+# Pairs of samples that another process drew, and a second copy of the weights (without guidance, which multiplies by 3 in the
+# samples what the pairs leave of rounding in the weights); what is remembered of each prompt; a way back through decoder and
+# reward.
+DPO = {"grpo__objective": "dpo", "sample__cfg_scale": 1.0}
 DDPO = {"grpo__objective": "ddpo", "grpo__history__minimum": 6, "grpo__history__size": 9}
 REFL = {
     "grpo__objective": "refl",
