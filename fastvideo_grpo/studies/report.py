@@ -62,7 +62,7 @@ def introduction(studies: Sequence[Results]) -> list[Block]:
         ),
         Text(
             f"**Measures.** After training, {SAMPLES} samples of each prompt, trained on and kept out, are drawn with the ODE "
-            " sampler from noise that is the same for all runs. Numbers are means over seeds ± their standard "
+            "sampler from noise that is the same for all runs. Numbers are means over seeds ± their standard "
             "error; differences are taken seed by seed, since runs of one seed share prompts and noise. The points of the "
             "curves take the first few of these samples."
         ),
