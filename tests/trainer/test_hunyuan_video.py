@@ -247,7 +247,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch):
         yield
         inside.pop()
 
-    for module in ("rewards.inline", "trainers.fastvideo"):
+    for module in ("rewards.inline", "trainers.base"):
         monkeypatch.setattr(f"fastvideo_grpo.{module}.resident", resident)
     moved = []
     monkeypatch.setattr(
