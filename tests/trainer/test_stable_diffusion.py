@@ -318,9 +318,9 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
         "optim__lr": 1e-3,
         "run__seed": seed,
         "prompts__seed": seed,
-        "run__iterations": 18,
-        "run__save_every": 18,
-        "run__eval_every": 18,
+        "run__iterations": 30,
+        "run__save_every": 30,
+        "run__eval_every": 30,
         "run__eval_samples": 8,
     }
     trainer = make_trainer(**settings)
