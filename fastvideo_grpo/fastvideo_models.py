@@ -29,11 +29,17 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
     require_patched()
     from fastvideo.configs.pipelines.flux import FluxPipelineConfig
     from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
+    from fastvideo.configs.pipelines.wan import WanT2V480PConfig
     from fastvideo.models.registry import ModelRegistry
 
     from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
 
-    pipelines = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig, "skyreels_i2v": SkyReelsI2VConfig}
+    pipelines = {
+        "flux": FluxPipelineConfig,
+        "hunyuan_video": HunyuanConfig,
+        "skyreels_i2v": SkyReelsI2VConfig,
+        "wan": WanT2V480PConfig,
+    }
     dit_config = pipelines[kind]().dit_config
     settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
     dit_config.update_model_arch(settings)
