@@ -398,11 +398,11 @@ FAMILIES: dict[str, Family] = {
         sequence_encoder=("text_encoder", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
         activations={
-            "fp32": Activations(20, 0, (4, 2), 18, mlp=2, text=4),
-            "bf16": Activations(20, 0, (4, 2), 24, mlp=2, text=4),
+            "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
+            "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
         },
-        decode=9.4,
-        decode_kept=70,
+        decode=18,  # of an image, and of a clip's frames 13: the larger
+        decode_kept=70,  # likewise, of a clip 48
         parameters={"vae": 126.9e6, "text_encoder": 5.681e9},
         decodes_singly=True,
         decodes_frames=4,

@@ -151,5 +151,5 @@ def test_the_same_seed_writes_the_same_bytes_and_only_such_a_checkpoint_is_overw
     other = tmp_path / "flux"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(FileExistsError, match="something else than a Wan 2.1 checkpoint"):
+    with pytest.raises(FileExistsError, match=r"something else than a Wan 2\.1 checkpoint"):
         wan.write_wan(other, overwrite=True)
