@@ -1,4 +1,7 @@
-"""Wan 2.1 in real processes, with guidance: shared tokens and ZeRO equal one process (promise 3), kill and resume (promise 4)."""
+"""Wan 2.1 in real processes, with guidance: shared tokens and ZeRO equal one process, and kill and resume.
+
+(Promises 3 and 4.)
+"""
 
 import pytest
 
