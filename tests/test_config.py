@@ -332,7 +332,7 @@ SIZES = {
     "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
     "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
     "stable_diffusion": ("0.860 B parameters", "latents 4x64x64, 4096 tokens, 77 text tokens"),
-    "wan_t2v": ("1.419 B parameters", ", 20 steps of flow_sde", "guidance 5 in one pass"),
+    "wan_t2v": ("1.419 B parameters", "noise level 0.3, shift 3.0), guidance 5 in one pass"),
 }
 
 
