@@ -54,7 +54,7 @@ class LoRAConfig:
 class ModelConfig:
     """The model to train."""
 
-    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion"])
+    kind: str = _key("flux", "model family", choices=["flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion", "wan"])
     path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
@@ -82,8 +82,8 @@ class PromptsConfig:
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
         512,
-        "tokens of the sequence text encoder: FLUX's T5 and stable_diffusion's CLIP (77 if left out) pad and cut to them, "
-        "HunyuanVideo's Llama only cuts",
+        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and stable_diffusion's CLIP (77 if left out) pad and cut "
+        "to them, HunyuanVideo's Llama only cuts",
         minimum=1,
     )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
@@ -117,7 +117,7 @@ class SampleConfig:
     guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
     cfg_scale: float = _key(
         1.0,
-        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion: 5.0 if left out)",
+        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion, wan: 5.0 if left out)",
         minimum=1,
     )
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
@@ -187,7 +187,9 @@ class GRPOConfig:
     clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
     updates_per_iteration: int = _key(
-        4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion: 1 if left out)", minimum=1
+        4,
+        "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion, wan: 1 if left out)",
+        minimum=1,
     )
     cfg_gradients: str = _key(
         "both",
@@ -323,6 +325,7 @@ _MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "sample": {"height": 512, "width": 512, "steps": 50, "transition": "ddim", "noise_level": 1.0, "cfg_scale": 5.0},
         "grpo": {"updates_per_iteration": 1},
     },
+    "wan": {"sample": {"cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
 }
 
 # What an objective has instead of a key's own default: what its paper does around the loss. A model's come before these.

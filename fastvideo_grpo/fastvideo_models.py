@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,11 +32,17 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
     require_patched()
     from fastvideo.configs.pipelines.flux import FluxPipelineConfig
     from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
+    from fastvideo.configs.pipelines.wan import WanT2V480PConfig
     from fastvideo.models.registry import ModelRegistry
 
     from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
 
-    pipelines = {"flux": FluxPipelineConfig, "hunyuan_video": HunyuanConfig, "skyreels_i2v": SkyReelsI2VConfig}
+    pipelines = {
+        "flux": FluxPipelineConfig,
+        "hunyuan_video": HunyuanConfig,
+        "skyreels_i2v": SkyReelsI2VConfig,
+        "wan": WanT2V480PConfig,
+    }
     dit_config = pipelines[kind]().dit_config
     settings = {key: value for key, value in transformer_config.items() if key not in ("_class_name", "_name_or_path")}
     dit_config.update_model_arch(settings)
@@ -41,7 +50,23 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _process_groups():
             return cls(config=dit_config, hf_config=dict(transformer_config))
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _process_groups() -> Iterator[None]:
+    """Entered around the making of a transformer: FastVideo's Wan looks up then how many processes share a sample, where there
+    may be no process groups yet. (Whether that many divide its heads is checked by ``plan.check_run``.)"""
+    from fastvideo.distributed import parallel_state
+
+    if parallel_state._SP is not None:
+        yield
+        return
+    parallel_state._SP = SimpleNamespace(world_size=1)
+    try:
+        yield
+    finally:
+        parallel_state._SP = None

@@ -32,6 +32,7 @@ _MODELS = {
         "pretrain_video:pretrain_hunyuan_video",
     ),
     "skyreels_i2v": _Model("tiny-skyreels-i2v", "skyreels_i2v:write_skyreels_i2v"),
+    "wan": _Model("tiny-wan", "wan:write_wan"),
     "stable_diffusion": _Model(
         "tiny-sd",
         "stable_diffusion:write_stable_diffusion",
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan, runs/tiny-sd (with -shapes behind it with "
-        "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-clip or runs/tiny-videoalign",
+        "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-wan, runs/tiny-clip or runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(

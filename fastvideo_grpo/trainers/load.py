@@ -14,6 +14,7 @@ TRAINERS = {
     "flux": ("fastvideo_grpo.trainers.flux", "FluxGRPOTrainer"),
     "hunyuan_video": ("fastvideo_grpo.trainers.hunyuan_video", "HunyuanVideoGRPOTrainer"),
     "skyreels_i2v": ("fastvideo_grpo.trainers.skyreels_i2v", "SkyReelsI2VGRPOTrainer"),
+    "wan": ("fastvideo_grpo.trainers.wan", "WanGRPOTrainer"),
     "stable_diffusion": ("fastvideo_grpo.trainers.stable_diffusion", "StableDiffusionGRPOTrainer"),
 }
 
