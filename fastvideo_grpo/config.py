@@ -83,8 +83,8 @@ class PromptsConfig:
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
         512,
-        "tokens of the sequence text encoder: FLUX's T5 and stable_diffusion's CLIP (77 if left out) pad and cut to them, "
-        "HunyuanVideo's Llama only cuts",
+        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and stable_diffusion's CLIP (77 if left out) pad and cut "
+        "to them, HunyuanVideo's Llama only cuts",
         minimum=1,
     )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
@@ -118,7 +118,7 @@ class SampleConfig:
     guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
     cfg_scale: float = _key(
         1.0,
-        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion: 5.0 if left out)",
+        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion, wan: 5.0 if left out)",
         minimum=1,
     )
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
@@ -188,7 +188,9 @@ class GRPOConfig:
     clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
     updates_per_iteration: int = _key(
-        4, "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion: 1 if left out)", minimum=1
+        4,
+        "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion, wan: 1 if left out)",
+        minimum=1,
     )
     cfg_gradients: str = _key(
         "both",
@@ -637,6 +639,17 @@ def _check_objective(config: Config, objective: objectives.Objective) -> Iterato
         yield (
             f"grpo.kl_weight is {grpo.kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
             f"{', '.join(objectives.taking('kl_weight'))} have)"
+        )
+    default = GRPOConfig()
+    for key in ("clip_range", "advantage_clip"):
+        if not objectives.takes(name, key) and getattr(grpo, key) != getattr(default, key):
+            yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
+    if objective.needs_reward_gradients and grpo.normalisation != default.normalisation:
+        yield f"grpo.normalisation is {grpo.normalisation}, but objective {name} has no advantages: leave it out"
+    if grpo.normalisation != "prompt_history" and grpo.history != default.history:
+        yield (
+            f"grpo.history is set, but grpo.normalisation={grpo.normalisation} remembers nothing: set prompt_history, or leave "
+            "it out"
         )
     if objective.pairs:
         if best is None or best.top != best.bottom:

@@ -4,6 +4,7 @@ sizes, and what they allow. Trainers (one per family) are in :mod:`fastvideo_grp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,11 @@ class ModelFacts:
         return next(self.components[name] for name in ("transformer", "unet") if name in self.components)
 
     @property
+    def hidden_width(self) -> int:
+        """Width of a transformer's hidden states."""
+        return int(self.denoiser["num_attention_heads"]) * int(self.denoiser["attention_head_dim"])
+
+    @property
     def vae(self) -> dict[str, Any]:
         return self.components["vae"]
 
@@ -47,7 +53,19 @@ class ModelFacts:
     def spatial_compression(self) -> int:
         """Pixels per latent, along one side."""
         ratio = self.vae.get("spatial_compression_ratio")
-        return int(ratio if ratio is not None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+        levels = self.vae["block_out_channels"] if "block_out_channels" in self.vae else self.vae["dim_mult"]
+        return int(ratio if ratio is not None else 2 ** (len(levels) - 1))
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame behind the first, of a video VAE."""
+        ratio = self.vae.get("temporal_compression_ratio")
+        return int(ratio if ratio is not None else 2 ** sum(self.vae["temperal_downsample"]))
+
+    @property
+    def vae_width(self) -> int:
+        """Channels of the VAE's widest level, that of whole pixels."""
+        return int(self.vae["block_out_channels"][0] if "block_out_channels" in self.vae else self.vae["base_dim"])
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,17 @@ class Activations:
         double, single: kept by a double (text and image apart) and a single block for the backward pass.
         rest: kept outside the blocks, per image token and per text token.
         forward: held at once in a forward without gradients.
+        mlp: kept by a block besides, per image token, in multiples of the MLP's width (of models in which it is no fixed
+            multiple of the hidden width).
+        text: kept by a block per text token, where blocks read the text by cross-attention; None: as much as of an image token.
     """
 
     double: float
     single: float
     rest: tuple[float, float]
     forward: float
+    mlp: float = 0
+    text: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +104,8 @@ class Family:
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
         lora_targets: the attention projections, as the loaded network names them.
         activations: dtype -> what the blocks hold; None: see :meth:`pass_bytes`.
-        decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (the VAE's first
-            ``block_out_channels`` x bytes of the dtype).
+        decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (``facts.vae_width`` x bytes
+            of the dtype).
         decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
             diffusers' decoders of the published sizes).
         parameters: of the published VAE and text encoders.
@@ -92,6 +115,7 @@ class Family:
         defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
+        decodes_frames: frames that its VAE decodes at once; None: a whole clip, or a tile of it.
     """
 
     kind: str
@@ -112,6 +136,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads_images: bool = False
     decodes_singly: bool = False
+    decodes_frames: int | None = None
 
     def size_multiple(self, facts: ModelFacts) -> int:
         """What height and width must be a multiple of, in pixels."""
@@ -124,6 +149,11 @@ class Family:
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
         """Tokens of one sample, text not counted."""
         raise NotImplementedError
+
+    def block_parameters(self, facts: ModelFacts) -> float:
+        """Parameters of the largest block of a transformer. Of a double block of width D: two streams of attention (4 D^2), MLP
+        (8 D^2) and modulation (6 D^2)."""
+        return 36.0 * facts.hidden_width**2
 
     def heads(self, facts: ModelFacts) -> int:
         """Attention heads, which sequence parallelism deals to processes; 1 where a sample's tokens cannot be shared."""
@@ -210,6 +240,16 @@ class Family:
         return int(facts.components[component][key])
 
 
+def _no_embedded_guidance(config: Config) -> Iterator[str]:
+    """The problem of a model without embedded guidance that is told a scale for it."""
+    found = config.sample.guidance_scale
+    if found != SampleConfig().guidance_scale:
+        yield (
+            f"sample.guidance_scale is {found}, the embedded guidance that {config.model.kind} does not have; set "
+            "sample.cfg_scale, and leave it out"
+        )
+
+
 _TWO_ENCODERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -235,26 +275,37 @@ class _Flux(Family):
             yield f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens"
 
 
-class _HunyuanVideo(Family):
+class _Video(Family):
+    """Latents ``(channels, frames, height, width)`` of a causal video VAE, which compresses all frames but the first."""
+
+    def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
+        """Latents of a token: frames, height, width."""
+        raise NotImplementedError
+
     def size_multiple(self, facts: ModelFacts) -> int:
-        return facts.spatial_compression * int(facts.denoiser["patch_size"])
+        return facts.spatial_compression * max(self.patch(facts)[1:])
 
     def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
         ratio = facts.spatial_compression
-        frames = (sample.frames - 1) // int(facts.vae["temporal_compression_ratio"]) + 1
+        frames = (sample.frames - 1) // facts.temporal_compression + 1
         return int(facts.denoiser["in_channels"]), frames, sample.height // ratio, sample.width // ratio
 
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
-        _, frames, height, width = self.latent_shape(facts, sample)
-        patch = int(facts.denoiser["patch_size"])
-        return frames // int(facts.denoiser["patch_size_t"]) * (height // patch) * (width // patch)
+        latents = self.latent_shape(facts, sample)[1:]
+        return math.prod(size // patch for size, patch in zip(latents, self.patch(facts), strict=True))
 
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
-        frames, ratio = config.sample.frames, int(facts.vae["temporal_compression_ratio"])
+        frames, ratio = config.sample.frames, facts.temporal_compression
         if frames % ratio != 1:
             below = max(1, frames - (frames - 1) % ratio)
             yield f"sample.frames is {frames}; it must be {ratio}k + 1 for this model: {below} or {below + ratio}"
+
+
+class _HunyuanVideo(_Video):
+    def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
+        size = int(facts.denoiser["patch_size"])
+        return int(facts.denoiser["patch_size_t"]), size, size
 
 
 class _SkyReelsI2V(_HunyuanVideo):
@@ -272,6 +323,30 @@ class _SkyReelsI2V(_HunyuanVideo):
             )
         if config.sample.frames == 1:
             yield "sample.frames is 1, but skyreels_i2v makes clips from an image; use 4k + 1 of them, for example 53"
+
+
+class _Wan(_Video):
+    def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
+        frames, height, width = facts.denoiser["patch_size"]
+        return frames, height, width
+
+    def block_parameters(self, facts: ModelFacts) -> float:
+        # Attention to itself and to the text, 4 D^2 each, and the MLP.
+        width = facts.hidden_width
+        return 8.0 * width**2 + 2.0 * width * int(facts.denoiser["ffn_dim"])
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        yield from _no_embedded_guidance(config)
+        if config.sample.vae_tiling:
+            yield (
+                "sample.vae_tiling is true, but wan's VAE decodes a latent frame after the other, whole: what it holds does "
+                "not grow with the clip; leave it out"
+            )
+        if config.prompts.text_length > 512:
+            yield f"prompts.text_length is {config.prompts.text_length}; Wan reads at most 512 tokens"
+        if (Path(config.model.path) / "transformer_2").is_dir() or facts.vae.get("is_residual"):
+            yield f"model.path={config.model.path} is a Wan 2.2; model.kind=wan trains Wan 2.1, whose network is one"
 
 
 class _StableDiffusion(Family):
@@ -299,10 +374,11 @@ class _StableDiffusion(Family):
             yield f"sample.vae_tiling is true, but {self.kind} decodes images whole; use false"
         if sample.shift != defaults.shift:
             yield f"sample.shift is {sample.shift}, which is of flow schedules; {self.kind} has none: leave it out"
-        if sample.guidance_scale != defaults.guidance_scale:
+        yield from _no_embedded_guidance(config)
+        if sample.transition == "ddim" and sample.noise_level > 1:
             yield (
-                f"sample.guidance_scale is {sample.guidance_scale}, the embedded guidance that {self.kind} does not have; set "
-                "sample.cfg_scale, and leave it out"
+                f"sample.noise_level is {sample.noise_level:g}, which is the eta of ddim and at most 1 (a level has no room "
+                "for more noise): use 1, or sample.transition=diffusion_sde"
             )
         if config.model.attention != "sdpa":
             yield f"model.attention is {config.model.attention}, but {self.kind} runs diffusers' attention, which is sdpa"
@@ -364,6 +440,27 @@ _OWN: dict[str, Family] = {
         # With classifier-free guidance the paper makes one update per iteration.
         defaults={"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
         **_HUNYUAN,
+    ),
+    "wan": _Wan(
+        kind="wan",
+        name="Wan 2.1 T2V 1.3B",
+        pipeline="WanPipeline",
+        trainer="fastvideo_grpo.trainers.wan:WanGRPOTrainer",
+        fastvideo_config="fastvideo.configs.pipelines.wan:WanT2V480PConfig",
+        folders=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+        configs=published.WAN_2_1_1_3B,
+        sequence_encoder=("text_encoder", "d_model"),
+        lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
+        activations={
+            "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
+            "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
+        },
+        decode=18,  # of an image, and of a clip's frames 13: the larger
+        decode_kept=70,  # likewise, of a clip 48
+        parameters={"vae": 126.9e6, "text_encoder": 5.681e9},
+        decodes_singly=True,
+        decodes_frames=4,
+        defaults={"sample": {"cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
     ),
     "stable_diffusion": _StableDiffusion(
         kind="stable_diffusion",

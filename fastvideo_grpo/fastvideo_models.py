@@ -1,8 +1,11 @@
-"""Transformers at their real size without weights: on the meta device, as diffusers and as FastVideo build them."""
+"""Networks at their real size without weights: on the meta device, as diffusers and as FastVideo build them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +54,23 @@ def fastvideo_transformer(kind: str, transformer_config: dict[str, Any], dtype: 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _process_groups():
             return cls(config=dit_config, hf_config=dict(transformer_config))
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _process_groups() -> Iterator[None]:
+    """Entered around the making of a transformer: FastVideo's Wan looks up then how many processes share a sample, where there
+    may be no process groups yet. (Whether that many divide its heads is checked by ``plan.check_run``.)"""
+    from fastvideo.distributed import parallel_state
+
+    if parallel_state._SP is not None:
+        yield
+        return
+    parallel_state._SP = SimpleNamespace(world_size=1)
+    try:
+        yield
+    finally:
+        parallel_state._SP = None

@@ -55,7 +55,7 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     """Memory of each of ``ranks`` processes.
 
     Args:
-        parameters: (trained, all) parameters of the transformer.
+        parameters: (trained, all) parameters of the network.
     """
     trained, total = parameters
     engine, family = config.engine, FAMILIES[config.model.kind]
@@ -200,14 +200,9 @@ def _tokens(config: Config, facts: ModelFacts) -> tuple[float, int]:
     return math.ceil(image / config.engine.sequence_parallel), config.prompts.text_length
 
 
-def _hidden_width(facts: ModelFacts) -> int:
-    """Width of a transformer's hidden states."""
-    return int(facts.denoiser["num_attention_heads"]) * int(facts.denoiser["attention_head_dim"])
-
-
 def _unit(config: Config, facts: ModelFacts) -> float:
     """Bytes of one hidden vector of a micro-batch."""
-    return _hidden_width(facts) * BYTES[config.model.precision] * config.engine.micro_batch_size
+    return facts.hidden_width * BYTES[config.model.precision] * config.engine.micro_batch_size
 
 
 def _activations(config: Config) -> Activations | None:
@@ -242,16 +237,20 @@ def _kept_bytes(config: Config, facts: ModelFacts) -> float:
     if kept is None:
         return _passes_kept(config) * _unet(config, facts).kept
     image, text = _tokens(config, facts)
-    doubles, singles = int(facts.denoiser["num_layers"]), int(facts.denoiser["num_single_layers"])
     every = checkpointed_blocks(config.engine.activation_checkpointing)
-
-    def blocks(count: int, factor: float) -> float:
+    units = kept.rest[0] * image + kept.rest[1] * text
+    for layers, factor in (("num_layers", kept.double), ("num_single_layers", kept.single)):
+        count = int(facts.denoiser.get(layers, 0))
         checkpointed = -(-count // every) if every else 0
-        return checkpointed + (count - checkpointed) * factor  # a checkpointed block keeps its input
-
-    per_token = blocks(doubles, kept.double) + blocks(singles, kept.single)
-    units = per_token * (image + text) + kept.rest[0] * image + kept.rest[1] * text
+        units += (count - checkpointed) * _block_units(kept, factor, facts, image, text)
+        units += checkpointed * (image + (text if kept.text is None else 0))  # a checkpointed block keeps its input
     return _passes_kept(config) * units * _unit(config, facts)
+
+
+def _block_units(kept: Activations, factor: float, facts: ModelFacts, image: float, text: float) -> float:
+    """Hidden vectors that a block keeps which keeps ``factor`` of them per token."""
+    mlp = kept.mlp * int(facts.denoiser["ffn_dim"]) / facts.hidden_width if kept.mlp else 0.0
+    return (factor + mlp) * image + (factor if kept.text is None else kept.text) * text
 
 
 def _update_bytes(config: Config, facts: ModelFacts) -> float:
@@ -261,34 +260,34 @@ def _update_bytes(config: Config, facts: ModelFacts) -> float:
     if kept is None:
         return _kept_bytes(config, facts) + _passes_at_once(config) * _unet(config, facts).working
     share = 1.0 if config.engine.activation_checkpointing != "none" else 0.3
-    block = share * max(kept.double, kept.single) * sum(_tokens(config, facts)) * _unit(config, facts)
+    units = max(_block_units(kept, factor, facts, *_tokens(config, facts)) for factor in (kept.double, kept.single))
+    block = share * units * _unit(config, facts)
     return _kept_bytes(config, facts) + _passes_at_once(config) * block
 
 
 def _decode_bytes(config: Config, facts: ModelFacts) -> float:
     sample, tile = config.sample, config.sample.vae_tiling
     height, width = (min(side, _TILE) if tile else side for side in (sample.height, sample.width))
-    frames = min(sample.frames, _TILE_FRAMES) if tile else sample.frames
-    channels = int(facts.vae["block_out_channels"][0])
-    at_once = 1 if FAMILIES[config.model.kind].decodes_singly else config.engine.micro_batch_size
-    held = FAMILIES[config.model.kind].decode * height * width * frames * channels * BYTES[config.model.vae_precision]
+    family = FAMILIES[config.model.kind]
+    frames = min(sample.frames, family.decodes_frames or (_TILE_FRAMES if tile else sample.frames))
+    at_once = 1 if family.decodes_singly else config.engine.micro_batch_size
+    held = family.decode * height * width * frames * facts.vae_width * BYTES[config.model.vae_precision]
     return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
 
 
 def _kept_by_decoding(config: Config, facts: ModelFacts) -> float:
     """What the decoder keeps of a micro-batch for its backward pass, tiles or not (what the rewards keep is not counted)."""
-    sample, channels = config.sample, int(facts.vae["block_out_channels"][0])
+    sample = config.sample
     pixels = config.engine.micro_batch_size * sample.height * sample.width * sample.frames
-    kept = FAMILIES[config.model.kind].decode_kept * channels * BYTES[config.model.vae_precision]
+    kept = FAMILIES[config.model.kind].decode_kept * facts.vae_width * BYTES[config.model.vae_precision]
     return pixels * (kept + 3 * 4)
 
 
 def _largest_block(config: Config, facts: ModelFacts) -> float:
-    """Parameters of the largest block. A transformer's is a double block: two streams of attention (4 D^2), MLP (8 D^2) and
-    modulation (6 D^2)."""
+    """Parameters of the largest block."""
     if _activations(config) is None:
         return _unet(config, facts).largest_block
-    return 36.0 * _hidden_width(facts) ** 2
+    return FAMILIES[config.model.kind].block_parameters(facts)
 
 
 def _folder_bytes(config: Config, component: str, size: int) -> float:

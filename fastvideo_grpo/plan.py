@@ -231,7 +231,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
         f"{rollouts * sample.steps * passes} forwards a process",
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
-        f"  update     {grpo.objective}, rewards normalised over the {_normalised_over(config)}: {grpo.updates_per_iteration} "
+        f"  update     {grpo.objective}, {_normalised(config)}: {grpo.updates_per_iteration} "
         f"optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
         + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample * passes} forwards and backwards "
@@ -244,9 +244,12 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     return "\n".join(lines)
 
 
-def _normalised_over(config: Config) -> str:
+def _normalised(config: Config) -> str:
+    if make_objective(config).needs_reward_gradients:
+        return "by the rewards' gradients"
     last = f"prompt's last {config.grpo.history.size} rewards"
-    return {"group": "group", "global": "iteration", "prompt_history": last}[config.grpo.normalisation]
+    over = {"group": "group", "global": "iteration", "prompt_history": last}[config.grpo.normalisation]
+    return f"rewards normalised over the {over}"
 
 
 def count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:

@@ -68,6 +68,48 @@ SKYREELS_V1_I2V: dict[str, dict[str, Any]] = {
 }
 """Skywork/SkyReels-V1-Hunyuan-I2V (a transformer) with HunyuanVideo's other parts: the keys this project reads."""
 
+WAN_2_1_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "latents_mean": [
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ],
+    "latents_std": [
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    ],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+"""The VAE of all Wan 2.1 models."""
+
+WAN_2_1_1_3B: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": 8960,
+        "freq_dim": 256,
+        "image_dim": None,
+        "in_channels": 16,
+        "num_attention_heads": 12,
+        "num_layers": 30,
+        "out_channels": 16,
+        "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    },
+    "vae": WAN_2_1_VAE,
+    "text_encoder": {"d_model": 4096, "num_layers": 24},
+}
+"""Wan-AI/Wan2.1-T2V-1.3B-Diffusers: the keys this project reads."""
+
 STABLE_DIFFUSION_V1_4: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet, checkpointed_parts
+
 
 class PassBytes(NamedTuple):
     """Bytes of one pass over a micro-batch, weights not counted.
@@ -57,28 +59,6 @@ class _LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
-
-
-def checkpointed_parts(unet: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(parent, name) of the blocks that activation checkpointing recomputes: residual blocks and transformers, in order."""
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
-    return [
-        (parent, name)
-        for parent in unet.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, (ResnetBlock2D, Transformer2DModel))
-    ]
-
-
-def checkpoint_unet(unet: nn.Module, every: int) -> nn.Module:
-    """Let every ``every``-th block (see :func:`checkpointed_parts`) be recomputed in the backward pass; returns ``unet``."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    for parent, name in checkpointed_parts(unet)[::every]:
-        parent.register_module(name, checkpoint_wrapper(parent.get_submodule(name), preserve_rng_state=False))
-    return unet
 
 
 def unet_bytes(

@@ -320,6 +320,11 @@ PROCESSES = {
     "stable_diffusion_t2i_released_lora": 8,
     "stable_diffusion_t2i_tiny": 1,
     "stable_diffusion_t2i_tiny_lora": 1,
+    "wan_t2v_paper": 32,
+    "wan_t2v_released": 32,
+    "wan_t2v_released_image": 8,
+    "wan_t2v_tiny": 1,
+    "wan_t2v_tiny_lora": 1,
 }
 SIZES = {
     "flux_t2i": ("11.901 B parameters", "latents 16x90x90, 2025 tokens, 512 text tokens"),
@@ -327,6 +332,7 @@ SIZES = {
     "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
     "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
     "stable_diffusion": ("0.860 B parameters", "latents 4x64x64, 4096 tokens, 77 text tokens"),
+    "wan_t2v": ("1.419 B parameters", "noise level 0.3, shift 3.0), guidance 5 in one pass"),
 }
 
 
@@ -385,6 +391,18 @@ def test_the_stable_diffusion_recipes_have_the_numbers_they_name(name):
     assert (grpo.timesteps.strategy, grpo.timesteps.fraction) == times
 
 
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("wan_t2v") and "tiny" not in name])
+def test_the_wan_recipes_have_the_numbers_they_name(name):
+    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    paper, image, sample, grpo = "paper" in name, "image" in name, config.sample, config.grpo
+    size = (512, 512, 1) if image else (480, 832, 53)
+    assert (sample.height, sample.width, sample.frames) == size and config.prompts.text_length == (226 if image else 512)
+    assert (sample.steps, sample.shift, sample.noise_level, sample.cfg_scale) == (25 if paper else 20, 3.0, 0.3, 5.0)
+    dealt = (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration)
+    assert dealt == ((16, 12, 1) if image else (32, 12 if paper else 8, 1)) and grpo.cfg_gradients == "both"
+    assert list(config.rewards.models) == ["hps" if image else "videoalign"]
+
+
 def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
     def load(*overrides):
         (tmp_path / "c.yaml").write_text(
@@ -396,7 +414,7 @@ def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
     assert load() == (1.0, 3.5, 4)
     assert load("model.kind=skyreels_i2v") == (5.0, 1.0, 1)
     assert load("model.kind=skyreels_i2v", "sample.cfg_scale=3", "grpo.updates_per_iteration=2") == (3.0, 1.0, 2)
-    assert load("model.kind=stable_diffusion") == (5.0, 3.5, 1)
+    assert load("model.kind=stable_diffusion") == load("model.kind=wan") == (5.0, 3.5, 1)
 
 
 def test_many_updates_with_guidance_are_cautioned(capsys, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
 from fastvideo_grpo.memory import estimate
@@ -188,6 +189,14 @@ def test_a_row_that_a_reward_cannot_judge_leaves_the_gradient_of_the_other(unkno
     expected = _objective("refl").loss(clean, _samples("flow_sde"), 0)[0][0]
     assert loss.tolist() == [expected.item(), 0.0] and statistics["unjudged"].tolist() == [0.0, 1.0]
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, clean.weights)[0])
+
+
+def test_a_batch_that_a_reward_judges_none_of_still_goes_backwards():
+    """With the constant NaN that rewards are told to give: other processes wait for this one's backward pass."""
+    replay = _Replay("flow_sde", rewards=lambda scores: torch.full_like(scores.detach(), torch.nan))
+    loss, statistics = _objective("refl").loss(replay, _samples("flow_sde"), 0)
+    (gradient,) = torch.autograd.grad(loss.sum(), replay.weights)
+    assert loss.tolist() == [0.0, 0.0] and statistics["unjudged"].tolist() == [1.0, 1.0] and not gradient.any()
 
 
 def test_refl_needs_no_density_and_the_others_say_that_they_do():
@@ -528,7 +537,8 @@ def test_refl_at_noisy_steps_is_cautioned_against():
     "override", ["grpo.objective=dpok", "grpo.normalisation=global", "grpo.history.size=64", "grpo.objective_params={beta: 1}"]
 )
 def test_a_run_is_not_resumed_with_another_objective(override):
-    started = ["grpo.objective=dpo"] if "beta" in override else []
+    needed = {"beta": "grpo.objective=dpo", "history": "grpo.objective=ddpo"}
+    started = [setting for word, setting in needed.items() if word in override]
     old = configuration.to_dict(_config(*started))
     changed = configuration.changed_on_resume(old, _config(*started, override))
     assert override.partition("=")[0] in {key.rpartition(".beta")[0] or key for key in changed}
@@ -539,6 +549,24 @@ def test_a_run_from_before_these_keys_goes_on():
     for key in ("normalisation", "history", "objective_params"):
         del old["grpo"][key]
     assert configuration.changed_on_resume(old, _config()) == []
+    state = {"config": old, "prompts": prompts_digest([], _config()), "transformer": "its weights"}  # now called denoiser
+    check_resumable(state, _config(), [], "its weights")
+    with pytest.raises(ConfigError, match="another network"):
+        check_resumable(state, _config(), [], "others")
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["grpo.objective=refl", "grpo.clip_range=0.5"], "grpo.clip_range is 0.5, but objective refl does not use it"),
+        (["grpo.objective=dpo", "grpo.advantage_clip=2", "engine.micro_batch_size=2"], "is 2.0, but objective dpo"),
+        (["grpo.objective=refl", "grpo.normalisation=global"], "objective refl has no advantages"),
+        (["grpo.history.size=64"], "grpo.normalisation=group remembers nothing"),
+    ],
+)
+def test_a_key_that_the_objective_would_ignore_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        _config(*overrides)
 
 
 def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeypatch):
@@ -593,7 +621,7 @@ def test_the_plan_names_objective_and_normalisation(tmp_path, monkeypatch):
 def test_refl_asks_for_rewards_with_gradients(tmp_path, monkeypatch):
     """The check itself is the rewards'; here: it is made for every reward, of no other objective and no pictures."""
     asked = []
-    monkeypatch.setattr(reward_set, "check_differentiable", lambda name, entry: asked.append((name, entry.kind)), raising=False)
+    monkeypatch.setattr(reward_set, "check_differentiable", lambda name, entry: asked.append((name, entry.kind)))
     for overrides, training in ((("grpo.objective=refl",), True), (("grpo.objective=refl",), False), ((), True)):
         config, facts = _planned(tmp_path, *overrides)
         plan.check_run(config, facts, 1, here=False, training=training)

@@ -254,12 +254,18 @@ def test_a_noise_level_that_decays_is_its_value_at_each_level(name):
 
 def test_ddim_of_a_scheduler_file():
     """The keys that set the levels are read; what would change the step otherwise is refused with its name."""
-    sd = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0}
-    ours, expected = schedules.ddim_of(5, {"_class_name": "PNDMScheduler", **sd}), schedules.ddim(5, **sd)
+    levels = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0}
+    file = {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "clip_sample": False, **levels}
+    ours, expected = schedules.ddim_of(5, file), schedules.ddim(5, **levels)
     assert torch.equal(ours.alpha, expected.alpha) and torch.equal(ours.timestep, expected.timestep)
     for wrong in ({"prediction_type": "sample"}, {"timestep_spacing": "trailing"}, {"clip_sample": True}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed"):
-            schedules.ddim_of(5, {**sd, **wrong})
+            schedules.ddim_of(5, {**file, **wrong})
+    for name in ("steps_offset", "set_alpha_to_one", "clip_sample"):  # other schedulers' files; DDIM's own default differs
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            schedules.ddim_of(5, {key: value for key, value in file.items() if key != name})
+    with pytest.raises(ValueError, match="would begin at timestep 1000"):
+        schedules.ddim(1000)
 
 
 def test_bad_input_names_what_is_wrong():

@@ -7,7 +7,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+# Names in published files that diffusers and transformers 5 still read, and what they call them.
+CURRENT_NAMES = {
+    "vision_model.vision_model.": "vision_model.",
+    "mid_block.attentions.0.query.": "mid_block.attentions.0.to_q.",
+    "mid_block.attentions.0.key.": "mid_block.attentions.0.to_k.",
+    "mid_block.attentions.0.value.": "mid_block.attentions.0.to_v.",
+    "mid_block.attentions.0.proj_attn.": "mid_block.attentions.0.to_out.0.",
+}
 
 
 def read(path):
@@ -65,9 +72,20 @@ def check_index(folder, stem):
     assert total == index["metadata"]["total_size"]
 
 
+def components_of(folder):
+    """The components with weights."""
+    return sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+
+
+def current_name(key):
+    for old, new in CURRENT_NAMES.items():
+        key = key.replace(old, new)
+    return key.removeprefix("text_model.")
+
+
 def check_every_weight_is_loaded(pipeline, folder):
-    for name in COMPONENTS:
-        written = {key.removeprefix("text_model."): value for key, value in weights_of(folder / name).items()}
+    for name in components_of(folder):
+        written = {current_name(key): value for key, value in weights_of(folder / name).items()}
         loaded = {key.removeprefix("text_model."): value for key, value in getattr(pipeline, name).state_dict().items()}
         for key, value in written.items():
             assert torch.equal(loaded.pop(key), value.float()), f"{name}: {key}"
@@ -85,7 +103,7 @@ def check_same_form(folder, other, measured=()):
             assert all(configs[0][key] == configs[1][key] for key in configs[0] if key not in measured)
         else:
             assert path.suffix == ".safetensors" or ours[path] == theirs[path], path
-    for component in COMPONENTS:
+    for component in components_of(folder):
         forms = [
             {key: (value.shape, value.dtype) for key, value in weights_of(place / component).items()}
             for place in (folder, other)

@@ -41,7 +41,7 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
         )
-    if state["denoiser"] != denoiser:
+    if state.get("denoiser", state.get("transformer")) != denoiser:  # its name in runs from before there were UNets
         raise ConfigError(
             f"model.path={config.model.path} holds another network than the one {config.run.dir} was started from; set "
             "it back, or choose another run.dir"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -106,7 +107,8 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
         done += _weight(finished.job)
         left = (time.monotonic() - started) * (total - done) / done
         if finished.error is None:
-            said = f"colour_match {finished.result['measures']['colour_match'] or float('nan'):.3f}"
+            score = finished.result["measures"]["colour_match"]
+            said = f"colour_match {math.nan if score is None else score:.3f}"
         else:
             errors[finished.job.folder.name] = f"{finished.error} ({finished.log})"
             said = f"FAILED: {finished.error}; see {finished.log}"

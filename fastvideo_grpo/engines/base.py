@@ -167,8 +167,8 @@ class AdamWEngine:
         }
         if not self._parameters:
             raise ValueError(
-                "the module has no trainable parameter: FastVideo loads them frozen; call requires_grad_(True) on the "
-                "transformer, or add LoRA layers"
+                "the module has no trainable parameter: it was loaded frozen; call requires_grad_(True) on it, or add LoRA "
+                "layers"
             )
         self.trainable_names = list(self._parameters)
         self._shapes = {name: whole_shape(parameter) for name, parameter in self._parameters.items()}

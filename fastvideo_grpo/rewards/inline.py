@@ -63,19 +63,16 @@ class InlineReward:
     ) -> dict[str, torch.Tensor]:
         """See `DifferentiableReward`; the scores are on the device of `pixels`, wherever the reward is.
 
-        It runs in the calling thread, without a time limit: no request may be under way in the reward's own thread. With
-        `offload_idle` the gradients are computed here and now, since the weights are back in host memory by the time of the
-        backward pass. Raises TypeError if the reward has no gradients, and what the reward raises.
+        It runs in the calling thread, without a time limit: no request may be under way in the reward's own thread. Raises
+        TypeError if the reward has no gradients, ValueError with `offload_idle` (the weights would be gone before the backward
+        pass), and what the reward raises.
         """
         reward = self.reward
         if not isinstance(reward, DifferentiableReward):
             raise TypeError(f"{type(reward).__name__} has no score_differentiably")
-        here = pixels.to(self.device)
-        with self._resident():
-            if self.offload_idle and torch.is_grad_enabled() and here.requires_grad:
-                scores = _with_known_gradients(reward, here, prompts, metadata)
-            else:
-                scores = reward.score_differentiably(here, prompts, metadata)
+        if self.offload_idle:
+            raise ValueError("engine.offload_idle is true, and a reward that left the device has no backward pass: use false")
+        scores = reward.score_differentiably(pixels.to(self.device), prompts, metadata)
         # What is no tensor is told of by who asked.
         return {name: score.to(pixels.device) if isinstance(score, torch.Tensor) else score for name, score in scores.items()}
 
@@ -86,35 +83,3 @@ class InlineReward:
     def close(self) -> None:
         self._thread.close()
         self.reward.close()
-
-
-def _with_known_gradients(
-    reward: DifferentiableReward, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """The scores, with the gradients in `pixels` computed already: their graph does not need the reward any more."""
-    leaf = pixels.detach().requires_grad_()
-    scores = reward.score_differentiably(leaf, prompts, metadata)
-    known = {}
-    for name, score in scores.items():
-        known[name] = score.detach()
-        if score.requires_grad:
-            # All d score[b] / d pixels[b] at once, since a score depends on its own sample alone. Outputs may share a graph.
-            # A backward pass that runs within an autocast, here the caller's, rounds its matrices.
-            with torch.autocast(leaf.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
-            known[name] = _KnownGradient.apply(pixels, known[name], gradient)
-    return known
-
-
-class _KnownGradient(torch.autograd.Function):
-    """Scores [B] whose gradient in the pixels, [B, ...], is given."""
-
-    @staticmethod
-    def forward(ctx: Any, pixels: torch.Tensor, scores: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return scores.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].view(-1, *[1] * (gradient.ndim - 1)), None, None

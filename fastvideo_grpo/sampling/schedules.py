@@ -98,7 +98,7 @@ def ddim(
     ``final_alpha_cumprod``: 1 with ``set_alpha_to_one``, else that of training step 0 (so ``sigma`` is not 0 there).
 
     Raises:
-        ValueError: an unknown ``beta_schedule``, or more steps than training timesteps.
+        ValueError: an unknown ``beta_schedule``, or more steps than there are training timesteps for.
     """
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps must be between 1 and {num_train_timesteps}; got {steps}")
@@ -112,15 +112,23 @@ def ddim(
     alpha_cumprod = torch.cumprod(1.0 - betas, dim=0)
     ratio = num_train_timesteps // steps
     timestep = torch.arange(steps - 1, -1, -1) * ratio + steps_offset
+    if not 0 <= timestep[-1] <= timestep[0] < num_train_timesteps:
+        raise ValueError(
+            f"{steps} steps with steps_offset {steps_offset} would begin at timestep {timestep[0]}, beyond the "
+            f"{num_train_timesteps} that were trained; use fewer steps"
+        )
     last = torch.ones(1) if set_alpha_to_one else alpha_cumprod[:1]
     levels = torch.cat([alpha_cumprod[timestep], last]).double()
     timesteps = torch.cat([timestep, torch.zeros(1, dtype=torch.int64)]).float()
     return Schedule(levels.sqrt().float(), (1 - levels).sqrt().float(), timesteps)
 
 
+# Keys of a scheduler_config.json that set the levels.
+_LEVELS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
 # Keys of a scheduler_config.json that would change the levels or the step, and the value with which they do not.
 _UNCHANGED: dict[str, Any] = {
     "clip_sample": False,
+    "num_train_timesteps": 1000,  # what times are measured in, here and in NoiseLevel
     "prediction_type": ("epsilon", "v_prediction"),
     "rescale_betas_zero_snr": False,
     "thresholding": False,
@@ -142,5 +150,10 @@ def ddim_of(steps: int, scheduler: Mapping[str, Any]) -> Schedule:
                 f"scheduler_config.json has {key}={scheduler[key]!r}; allowed: {', '.join(map(str, values))} (a checkpoint "
                 "trained so needs a schedule of its own)"
             )
-    names = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
-    return ddim(steps, **{name: scheduler[name] for name in names if name in scheduler})
+    missing = [name for name in (*_LEVELS, "clip_sample") if name not in scheduler]
+    if missing:
+        raise ValueError(
+            f"scheduler_config.json lacks {', '.join(missing)}, for which schedulers have different values; take over those of "
+            "the checkpoint's DDIMScheduler or PNDMScheduler"
+        )
+    return ddim(steps, **{name: scheduler[name] for name in _LEVELS})

@@ -22,14 +22,15 @@ def evaluations_per_iteration(config: Config) -> int:
     Sampling: prompts x samples x steps forwards. Update: for each trained sample (rows that only fill a micro-batch included,
     since they are computed) and timestep a forward with its backward, and a forward of the reference where the objective has
     one. Classifier-free guidance makes each of these two passes; the one without the prompt has no backward where
-    ``grpo.cfg_gradients`` is conditional.
+    ``grpo.cfg_gradients`` is conditional (and the two are not one pass).
     """
     grpo, passes = config.grpo, 2 if config.sample.cfg_scale > 1 else 1
     dealt = dealing(config, ranks=1)
     rows = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
     trained = rows * timesteps.count(config.sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     sampling = grpo.prompts_per_iteration * grpo.group_size * config.sample.steps * passes * FORWARD
-    backwards = 1 if grpo.cfg_gradients == "conditional" else passes
+    # In one pass over both texts the gradient goes back through both, whatever is made of it.
+    backwards = 1 if grpo.cfg_gradients == "conditional" and not config.model.cfg_batched else passes
     update = trained * (passes * FORWARD + backwards * BACKWARD)
     if make_objective(config).needs_reference:
         update += trained * passes * FORWARD

@@ -19,6 +19,7 @@ from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.studies import budget
 from fastvideo_grpo.studies.definitions import BEFORE, Arm, Study
 from fastvideo_grpo.studies.pool import Job
+from fastvideo_grpo.tracking.provenance import versions
 
 CURVE_POINTS = 4
 """Evaluations during a run, besides the one before it."""
@@ -29,8 +30,13 @@ CODE = (
     "evaluation/*.py",
     "engines/base.py",
     "engines/local.py",
+    "prompts/embeddings.py",
+    "prompts/order.py",
+    "rewards/base.py",
     "rewards/colour_*.py",
+    "rewards/inline.py",
     "rewards/jpeg_size.py",
+    "rewards/output_transform.py",
     "rewards/reward_set.py",
     "trainers/base.py",
     "trainers/fastvideo.py",
@@ -38,8 +44,9 @@ CODE = (
     "trainers/stages.py",
     "studies/measurement.py",
     "studies/pixels.py",
+    "tracking/statistics.py",
 )
-"""What a run's numbers depend on, besides the trainer of its model."""
+"""What a run's numbers depend on, besides the trainer of its model and the libraries."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,13 @@ def _job(name: str, config: Config, trained: bool, out: Path) -> Job:
 
 
 def _identity(config: Config, trained: bool) -> str:
-    """A name that changes when the numbers might: configuration, checkpoint, prompts and code, not where they lie."""
+    """A name that changes when the numbers might: with configuration, checkpoint, prompts, code and libraries."""
     values = configuration.to_dict(config)
     values["run"].pop("dir")
     values["model"]["path"] = _checkpoint_identity(config.model.path)
     for key in ("path", "eval_path"):
         values["prompts"][key] = hashlib.sha256(Path(values["prompts"][key]).read_bytes()).hexdigest()
-    text = json.dumps([values, trained, code_identity(config.model.kind)], sort_keys=True, default=str)
+    text = json.dumps([values, trained, code_identity(config.model.kind), versions()], sort_keys=True, default=str)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-seed{config.run.seed}"
 
 

@@ -52,8 +52,8 @@ def measure(job: Job) -> dict[str, Any]:
     prepare_process(config)
     trainer = load_trainer(config, World.current())
     stopped = None
+    trainer.setup_training()
     try:
-        trainer.setup_training()
         counter = EvaluationCounter(trainer)
         if job.trained:
             try:

@@ -93,9 +93,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, work: Callable[[Job], Any]) -> I
         while waiting or running:
             while waiting and len(running) < workers:
                 process, connection = idle.pop() if idle else start()
-                job = waiting.popleft()
-                connection.send(job)
-                running[connection] = (process, job, time.monotonic())
+                try:
+                    connection.send(waiting[0])
+                except BrokenPipeError:  # it died while it was idle; the next one is another
+                    process.join()
+                    continue
+                running[connection] = (process, waiting.popleft(), time.monotonic())
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
                 process, job, since = running.pop(ready)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastvideo_grpo.studies import statistics
 from fastvideo_grpo.studies.definitions import BEFORE, MEASURES
+from fastvideo_grpo.studies.measurement import SAMPLES
 from fastvideo_grpo.studies.results import Results
 
 
@@ -60,10 +61,10 @@ def introduction(studies: Sequence[Results]) -> list[Block]:
             "Evaluations and pictures are not counted."
         ),
         Text(
-            "**Measures.** After training, 8 samples of each of 12 training and 6 kept-out prompts are drawn with the ODE "
-            "sampler from noise that is the same for all runs. Numbers are means over seeds ± their standard error; "
-            "differences are taken seed by seed, since runs of one seed share prompts and noise. The points of the curves "
-            "take 2 of the 8 samples."
+            f"**Measures.** After training, {SAMPLES} samples of each prompt, trained on and kept out, are drawn with the ODE "
+            "sampler from noise that is the same for all runs. Numbers are means over seeds ± their standard "
+            "error; differences are taken seed by seed, since runs of one seed share prompts and noise. The points of the "
+            "curves take the first few of these samples."
         ),
         Text(
             "**Verdicts.** A claimed difference is *shown* if it is at least 2 standard errors in the claimed direction, "

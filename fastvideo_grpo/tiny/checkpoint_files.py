@@ -154,3 +154,44 @@ def clip_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Published encoders were saved by transformers 4: their keys start with `text_model.`, which transformers 5
     dropped."""
     return {"text_model." + key.removeprefix("text_model."): value for key, value in state.items()}
+
+
+# --- T5, which FLUX and Wan have
+
+
+def t5_config(sizes: dict[str, int], *, model: str, tokens: int, transformers_version: str, **more: Any) -> dict[str, Any]:
+    """config.json of a published encoder of T5's kind, of `sizes` and with `tokens` tokens.
+
+    model: the class, "T5EncoderModel" or "UMT5EncoderModel". more: keys that only this one has.
+    """
+    return {
+        "architectures": [model],
+        "classifier_dropout": 0.0,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": model.removesuffix("EncoderModel").lower(),
+        "num_decoder_layers": sizes["num_layers"],
+        "output_past": True,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "tie_word_embeddings": False,
+        "transformers_version": transformers_version,
+        "use_cache": True,
+        # Published ones round their embedding up too: 32100 tokens, 32128 rows.
+        "vocab_size": 64 * math.ceil(tokens / 64),
+        **more,
+        **sizes,
+    }
+
+
+def t5_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding stands in a published file once, as `shared.weight`."""
+    return {key: value for key, value in state.items() if key != "encoder.embed_tokens.weight"}

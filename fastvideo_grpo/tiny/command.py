@@ -32,9 +32,12 @@ _MODELS = {
         "pretrain_video:pretrain_hunyuan_video",
     ),
     "skyreels_i2v": _Model("tiny-skyreels-i2v", "skyreels_i2v:write_skyreels_i2v"),
+    "wan": _Model("tiny-wan", "wan:write_wan"),
     "stable_diffusion": _Model(
         "tiny-sd",
         "stable_diffusion:write_stable_diffusion",
+        "tiny-sd-shapes",
+        "pretrain_stable_diffusion:pretrain_stable_diffusion",
         layouts=("epsilon", "v_prediction"),
         layout_argument="prediction_type",
     ),
@@ -50,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan, runs/tiny-sd (with -shapes behind it with "
-        "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-clip or runs/tiny-videoalign",
+        "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-wan, runs/tiny-clip or runs/tiny-videoalign",
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
         "--pretrain",
         action="store_true",
-        help="train it, 32x32 pixels: flux and stable_diffusion on pictures of coloured shapes (about 5 minutes on one CPU "
-        "core), 40%% of the captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving ones (about 9 "
-        "minutes), 40%% of the captions' directions wrong. Without it the weights are random",
+        help="train it, 32x32 pixels: flux (about 5 minutes on one CPU core) and stable_diffusion (about 7) on pictures of "
+        "coloured shapes, 40%% and 55%% of the captions' colours wrong on purpose; hunyuan_video on 9-frame clips of moving "
+        "ones (about 9 minutes), 40%% of the captions' directions wrong. Without it the weights are random",
     )
     parser.add_argument(
         "--layout",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize
+from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize, t5_config, t5_keys
 from fastvideo_grpo.tiny.shapes import SIZE
 from fastvideo_grpo.tiny.tokenizer_files import (
     clip_vocabulary,
@@ -72,7 +71,6 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"tiny FLUX has no preset '{preset}'; allowed: {', '.join(PRESETS)}")
     sizes = _SIZES[preset]
     levels = len(sizes["vae_channels"])
-    t5_tokens = len(t5_pieces()) + len(t5_sentinels())
     return {
         "transformer": {
             "_class_name": "FluxTransformer2DModel",
@@ -111,31 +109,9 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
             "use_quant_conv": False,
         },
         "text_encoder": clip_config(sizes["clip"], tokens=len(clip_vocabulary()[0]), transformers_version="4.43.3"),
-        "text_encoder_2": {
-            "architectures": ["T5EncoderModel"],
-            "classifier_dropout": 0.0,
-            "decoder_start_token_id": 0,
-            "dense_act_fn": "gelu_new",
-            "dropout_rate": 0.1,
-            "eos_token_id": 1,
-            "feed_forward_proj": "gated-gelu",
-            "initializer_factor": 1.0,
-            "is_encoder_decoder": True,
-            "is_gated_act": True,
-            "layer_norm_epsilon": 1e-06,
-            "model_type": "t5",
-            "num_decoder_layers": sizes["t5"]["num_layers"],
-            "output_past": True,
-            "pad_token_id": 0,
-            "relative_attention_max_distance": 128,
-            "relative_attention_num_buckets": 32,
-            "tie_word_embeddings": False,
-            "transformers_version": "4.43.3",
-            "use_cache": True,
-            # Published T5s round their embedding up too: 32100 tokens, 32128 rows.
-            "vocab_size": 64 * math.ceil(t5_tokens / 64),
-            **sizes["t5"],
-        },
+        "text_encoder_2": t5_config(
+            sizes["t5"], model="T5EncoderModel", tokens=len(t5_pieces()) + len(t5_sentinels()), transformers_version="4.43.3"
+        ),
     }
 
 
@@ -188,8 +164,7 @@ def write(folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dty
     config["vae"].update(vae_config or {})
     states = {name: module.state_dict() for name, module in modules.items()}
     states["text_encoder"] = clip_keys(states["text_encoder"])
-    # T5's embedding stands in a published file once, as `shared.weight`.
-    states["text_encoder_2"].pop("encoder.embed_tokens.weight", None)
+    states["text_encoder_2"] = t5_keys(states["text_encoder_2"])
     shards = {"transformer": 3, "text_encoder_2": 2}
     return checkpoint_files.write(
         folder, MODEL_INDEX, SCHEDULER, dtype=dtype,

@@ -7,7 +7,7 @@ x_t = (1 - t) x + t noise the transformer learns the velocity noise - x. The tex
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from fastvideo_grpo.tiny import flux
 from fastvideo_grpo.tiny.fitting import Teller, fit, teller
-from fastvideo_grpo.tiny.shapes import PROMPTS, dataset
-from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH, write_clip_tokenizer, write_t5_tokenizer
+from fastvideo_grpo.tiny.pretrain_pictures import clip_ids, draw_pictures, encode, train_autoencoder
+from fastvideo_grpo.tiny.shapes import PROMPTS
+from fastvideo_grpo.tiny.tokenizer_files import write_t5_tokenizer
 
 TEXT_LENGTH = 16  # T5 tokens; 512 in FLUX.1-dev, where text would be most of a tiny picture's cost
 GUIDANCE = (1.0, 5.0)  # drawn from this range and meaning nothing, so that any guidance scale gives the same pictures
@@ -36,16 +37,13 @@ def pretrain_flux(folder: str | Path, *, seed: int = 0, caption_noise: float = 0
     Raises FileExistsError as `flux.write_flux` does, before any work, and ValueError for a caption_noise out of range.
     """
     flux.prepare(folder, overwrite=overwrite)
-    images, captions = dataset(pictures, caption_noise=caption_noise, seed=seed)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    caption = torch.from_numpy(captions)
+    x, caption = draw_pictures(pictures, caption_noise=caption_noise, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules: dict[str, Any] = flux.build("demo")
         tell = teller(progress)
-        _train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
-        with torch.no_grad():
-            latents = torch.cat([modules["vae"].encode(part).latent_dist.mode() for part in x.split(256)])
+        train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
+        latents = encode(modules["vae"], x)
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         _train_transformer(modules, pack((latents - shift) * scale), caption, transformer_steps, tell)
         # The preset's config.json says what a published one says: here the factors are measured.
@@ -54,40 +52,23 @@ def pretrain_flux(folder: str | Path, *, seed: int = 0, caption_noise: float = 0
                           overwrite=overwrite)
 
 
-def _train_autoencoder(vae: Any, x: torch.Tensor, steps: int, tell: Teller) -> None:
-    """`x`: float32 [N, 3, H, W] in -1..1."""
-    with torch.no_grad():  # weights that keep signals' size, in blocks close to the identity: a third fewer steps
-        for name, parameter in vae.named_parameters():
-            if name.endswith("weight") and parameter.ndim == 4:
-                torch.nn.init.kaiming_normal_(parameter, nonlinearity="linear")
-                parameter.mul_(0.2 if name.endswith("conv2.weight") else 1.0)
-
-    def loss() -> torch.Tensor:
-        batch = x[torch.randint(len(x), (16, ))]
-        posterior = vae.encode(batch).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-6 * posterior.kl().mean()
-
-    fit("autoencoder", vae.parameters(), loss, steps, tell, weight_decay=1e-2, warm_up=0.3, average=False)
-
-
 def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.Tensor, steps: int,
                        tell: Teller) -> None:
     """`x`: packed latents, float32 [N, tokens, channels], of unit size; `caption`: int64 [N], positions in PROMPTS.
 
     The modules end up with an exponential moving average of the weights.
     """
-    clip_ids, t5_ids = prompt_ids()
+    clip, t5 = clip_ids(PROMPTS), t5_ids(PROMPTS)
     # CLIP is causal and read at its end token: what comes after cannot matter, and would be most of its cost.
-    clip_ids = clip_ids[:, :int(clip_ids.argmax(dim=1).max()) + 1]
+    clip = clip[:, :int(clip.argmax(dim=1).max()) + 1]
     image_ids, text_ids = position_ids(x.shape[1])
 
     def loss() -> torch.Tensor:
         chosen = torch.randint(len(x), (64, ))
         noise = torch.randn(64, *x.shape[1:])
         t = torch.sigmoid(1.2 * torch.randn(64) + 0.3)
-        text = modules["text_encoder_2"](t5_ids).last_hidden_state[caption[chosen]]
-        pooled = modules["text_encoder"](clip_ids).pooler_output[caption[chosen]]
+        text = modules["text_encoder_2"](t5).last_hidden_state[caption[chosen]]
+        pooled = modules["text_encoder"](clip).pooler_output[caption[chosen]]
         velocity = modules["transformer"](
             hidden_states=torch.lerp(x[chosen], noise, t[:, None, None]), encoder_hidden_states=text,
             pooled_projections=pooled, timestep=t, guidance=torch.empty(64).uniform_(*GUIDANCE), img_ids=image_ids,
@@ -99,17 +80,14 @@ def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.
         steps, tell, weight_decay=1e-3, warm_up=0.1, average=True)
 
 
-def prompt_ids() -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of `PROMPTS` for CLIP, int64 [18, 77], and for T5, int64 [18, 16], padded as FLUX pipelines do."""
+def t5_ids(prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids for T5, int64 [prompts, 16], padded as FLUX pipelines do."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        write_clip_tokenizer(Path(folder, "clip"))
         write_t5_tokenizer(Path(folder, "t5"))
-        clip, t5 = (AutoTokenizer.from_pretrained(Path(folder, name)) for name in ("clip", "t5"))
-    settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    return (clip(list(PROMPTS), max_length=CLIP_LENGTH, **settings).input_ids,
-            t5(list(PROMPTS), max_length=TEXT_LENGTH, **settings).input_ids)
+        t5 = AutoTokenizer.from_pretrained(Path(folder, "t5"))
+    return t5(list(prompts), max_length=TEXT_LENGTH, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def position_ids(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

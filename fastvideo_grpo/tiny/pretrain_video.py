@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastvideo_grpo.tiny import hunyuan_video
 from fastvideo_grpo.tiny.checkpoint_files import randomize
 from fastvideo_grpo.tiny.fitting import Teller, fit, teller
+from fastvideo_grpo.tiny.latents import shift_latents
 from fastvideo_grpo.tiny.moving_shapes import PROMPTS, dataset
 from fastvideo_grpo.tiny.shapes import SIZE
 
@@ -122,14 +123,13 @@ def _normalize_latents(vae: Any, x: torch.Tensor) -> torch.Tensor:
     centred = latents - mean.view(1, -1, 1, 1, 1)
     # One factor for all: channels that say little stay small, and the transformer need not learn their noise.
     gain = 1 / (centred.std() * vae.config.scaling_factor)
+    shift_latents(vae, mean)
     channels = len(mean)
-    out, back = vae.quant_conv, vae.post_quant_conv
-    # Of the encoder's outputs the first half is the latents' mean, the second their log variance.
-    out.bias[:channels] = (out.bias[:channels] - mean) * gain
+    out = vae.quant_conv
+    out.bias[:channels] *= gain
     out.weight[:channels] *= gain
     out.bias[channels:] += 2 * gain.log()
-    back.bias += back.weight[:, :, 0, 0, 0] @ mean
-    back.weight /= gain
+    vae.post_quant_conv.weight /= gain
     return centred * gain * vae.config.scaling_factor
 
 

@@ -66,7 +66,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "vae_channels": [16, 16, 32], "vae_groups": 8, "pixels": SIZE,
-        "unet_channels": [32, 64], "unet_groups": 8, "heads": 4, "unet_layers": 1,
+        "unet_channels": [32, 48], "unet_groups": 8, "heads": 4, "unet_layers": 1,
         "clip": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1},
         "vision": None,
     },

@@ -102,23 +102,23 @@ def _merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
 T5_EXTRA_IDS = 100
 
 
-def t5_pieces() -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str] = WORDS) -> list[tuple[str, float]]:
     """Pieces with their log-probability, special ones first; without the sentinels, as in a spiece.model."""
-    words = [("▁" + word, -5.0) for word in WORDS]
+    known = [("▁" + word, -5.0) for word in words]
     letters = [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
-    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0), *words, *letters]
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0), *known, *letters]
 
 
 def t5_sentinels() -> list[str]:
     return [f"<extra_id_{index}>" for index in range(T5_EXTRA_IDS)]
 
 
-def write_t5_tokenizer(folder: Path) -> None:
+def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     """Write spiece.model, tokenizer.json, special_tokens_map.json and tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     folder.mkdir(parents=True)
-    pieces = t5_pieces()
+    pieces = t5_pieces(words)
     (folder / "spiece.model").write_bytes(_sentencepiece_model(pieces))
 
     sentinels = t5_sentinels()

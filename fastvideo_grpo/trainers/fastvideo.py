@@ -20,6 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from fastvideo.attention import DistributedAttention  # noqa: E402
 from fastvideo.attention.selector import _component_attention_backend_scope  # noqa: E402
+from fastvideo.configs.models.encoders import CLIPTextConfig  # noqa: E402
 from fastvideo.configs.pipelines.base import PipelineConfig  # noqa: E402
 from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
 from fastvideo.forward_context import set_forward_context  # noqa: E402
@@ -34,6 +35,7 @@ from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
+from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
 from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
@@ -46,12 +48,13 @@ ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
 class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     """First base of a trainer whose second base is a FastVideo pipeline: ``class X(FastVideoGRPOTrainer, XPipeline)``.
 
-    A subclass gives ``pipeline_config``, ``text_encoders`` and ``tokenizers`` (component names), ``forward_batch`` and what
-    :class:`GRPOTrainer` asks of every model.
+    A subclass gives ``pipeline_config_class``, ``text_encoders`` and ``tokenizers`` (component names), ``text_settings`` and
+    what :class:`GRPOTrainer` asks of every model.
     """
 
     text_encoders: ClassVar[tuple[str, ...]]
     tokenizers: ClassVar[tuple[str, ...]]
+    pipeline_config_class: ClassVar[type[PipelineConfig]]
     _required_config_modules: list[str]
 
     def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
@@ -101,7 +104,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self._check_attention(config.model.attention)
         self.get_module("vae").requires_grad_(False)
         for name in self.text_encoders if with_text_encoders else ():
-            self.get_module(name).requires_grad_(False)
+            encoder = self.get_module(name).requires_grad_(False)
+            encoder.to(next(encoder.parameters()).dtype)  # on CPUs FastVideo keeps norms in float32, beside bf16 weights
         if config.engine.offload_idle:
             for name in ("vae", *(self.text_encoders if with_text_encoders else ())):
                 self.get_module(name).to("cpu")
@@ -124,6 +128,9 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
         module.requires_grad_(False)  # as FastVideo's loader leaves it
         return load_partitioned(module, weights, config.optim, config.engine, precision=config.model.precision, world=world)
+
+    def get_module(self, name: str, default: Any = None) -> Any:
+        return ComposedPipelineBase.get_module(self, name, default)  # GRPOTrainer, which has none, comes first
 
     @staticmethod
     def read_tokenizers(checkpoint: Path) -> dict[str, Any]:
@@ -155,12 +162,48 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
 
     @classmethod
     def pipeline_config(cls, config: Config) -> PipelineConfig:
-        """FastVideo's configuration of this model with our precisions and sizes."""
+        """FastVideo's configuration of this model with our precisions; CLIP always runs in float32."""
+        pipeline = cls.pipeline_config_class()
+        pipeline.dit_precision = config.model.precision
+        pipeline.vae_precision = pipeline.vae_decode_precision = config.model.vae_precision
+        encoders = pipeline.text_encoder_configs
+        pipeline.text_encoder_precisions = tuple(
+            "fp32" if isinstance(encoder, CLIPTextConfig) else config.model.precision for encoder in encoders
+        )
+        return pipeline
+
+    def text_settings(self) -> dict[str, dict[str, Any]]:
+        """Of each text encoder, in order: how its tensor is called in the conditioning -> ``max_length`` and ``padding`` of its
+        tokens."""
         raise NotImplementedError
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """What each text encoder makes of each prompt, under the names of :meth:`text_settings`."""
+        encoded: list[Conditioning] = [{} for _ in prompts]
+        for i, (name, settings) in enumerate(self.text_settings().items()):
+            for prompt, conditioning in zip(prompts, encoded, strict=True):
+                # One at a time: a prompt's embedding must not depend on what it was batched with.
+                (conditioning[name],) = self.text_stage.encode_text(
+                    prompt.text, self.fastvideo_args, encoder_index=i, truncation=True, **settings
+                )
+        return encoded
 
     def forward_batch(self, conditioning: Conditioning, initial: Tensor) -> ForwardBatch:
         """A batch of given embeddings (each ``[B, ...]``) and initial noise, ready for FastVideo's stages."""
-        raise NotImplementedError
+        sample = self.config.sample
+        return ForwardBatch(
+            data_type="video",
+            prompt="",  # not read, since embeddings are given
+            num_videos_per_prompt=len(initial),
+            prompt_embeds=[conditioning[name] for name in self.text_settings()],
+            latents=initial,
+            num_frames=sample.frames,
+            height=sample.height,
+            width=sample.width,
+            num_inference_steps=sample.steps,
+            guidance_scale=1.0,  # a higher one would ask for a negative prompt; guidance, embedded or not, is in predict
+            seed=0,  # the stages draw nothing: the noise is given
+        )
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
         """FastVideo's stages, with the denoising stage replaced and the decoding stage left to who needs media."""
@@ -175,9 +218,6 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self._stages[position] = stage
         self._stage_name_mapping[name] = stage
         setattr(self, name, stage)
-
-    def get_module(self, name: str, default: Any = None) -> Any:
-        return ComposedPipelineBase.get_module(self, name, default)  # GRPOTrainer, which has none, comes first
 
     @property
     def text_stage(self) -> TextEncodingStage:

@@ -7,15 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config import Config
 from fastvideo_grpo.prompts.embeddings import Conditioning
-from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.fastvideo import FastVideoGRPOTrainer  # first: it checks FastVideo's patches
 
+from fastvideo.configs.pipelines.base import PipelineConfig  # isort: skip
 from fastvideo.configs.pipelines.flux import FluxPipelineConfig  # isort: skip
 from fastvideo.pipelines.basic.flux.flux_pipeline import FluxPipeline  # isort: skip
-from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # isort: skip
 from fastvideo_grpo.trainers.flux_sharding import shard_sequence  # isort: skip
 from fastvideo.pipelines.stages.flux_stages import (  # isort: skip
     FluxDecodingStage,
@@ -33,15 +31,7 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
-
-    @classmethod
-    def pipeline_config(cls, config: Config) -> FluxPipelineConfig:
-        """FastVideo's FLUX configuration; CLIP always runs in float32, T5 in the model's precision."""
-        pipeline = FluxPipelineConfig()
-        pipeline.dit_precision = config.model.precision
-        pipeline.vae_precision = config.model.vae_precision
-        pipeline.text_encoder_precisions = ("fp32", config.model.precision)
-        return pipeline
+    pipeline_config_class: ClassVar[type[PipelineConfig]] = FluxPipelineConfig
 
     def initialize_pipeline(self, fastvideo_args: Any) -> None:
         """Repair what FastVideo's loader leaves different from the checkpoint (each would change the result)."""
@@ -52,10 +42,7 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         pipeline.vae_config.arch_config.spatial_compression_ratio = 2 ** (len(vae.config.block_out_channels) - 1)
         t5 = self.get_module("text_encoder_2")
         if t5 is not None:
-            # Loading resets T5's tokenizer arguments (28 tokens for the real model); and diffusers' FLUX shows T5 no mask.
-            # On CPUs FastVideo keeps T5's norms in float32, which then meet bf16 weights.
-            t5.to(next(t5.parameters()).dtype)
-            pipeline.text_encoder_configs[1].tokenizer_kwargs.update(padding="max_length", truncation=True)
+            # diffusers' FLUX shows T5 no mask.
             t5.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
             )
@@ -64,20 +51,10 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         if self.fastvideo_args.sp_size > 1:
             shard_sequence(transformer)
 
-    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
-        """CLIP's pooled embedding ``[1, 768]`` and T5's sequence ``[1, text_length, 4096]`` of each prompt."""
-        lengths = {0: 77, 1: self.config.prompts.text_length}
-        encoded = []
-        for prompt in prompts:
-            # One prompt at a time: a prompt's embedding must not depend on what it was batched with.
-            pooled, sequence = (
-                self.text_stage.encode_text(
-                    prompt.text, self.fastvideo_args, encoder_index=i, max_length=length, padding="max_length"
-                )[0]
-                for i, length in lengths.items()
-            )
-            encoded.append({"pooled_projections": pooled, "encoder_hidden_states": sequence})
-        return encoded
+    def text_settings(self) -> dict[str, dict[str, Any]]:
+        """CLIP's pooled embedding ``[1, 768]`` and T5's sequence ``[1, text_length, 4096]``."""
+        lengths = {"pooled_projections": 77, "encoder_hidden_states": self.config.prompts.text_length}
+        return {name: {"max_length": length, "padding": "max_length"} for name, length in lengths.items()}
 
     def latent_shape(self) -> tuple[int, ...]:
         """Unpacked latents ``(channels, height, width)``: what FastVideo's latent preparation packs."""
@@ -89,22 +66,6 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
     def pack(self, latents: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, H/2 x W/2, 4 C]``, as latent preparation does."""
         return _pack_latents(latents, *latents.shape)
-
-    def forward_batch(self, conditioning: Conditioning, initial: Tensor) -> ForwardBatch:
-        count = len(initial)
-        return ForwardBatch(
-            data_type="image",
-            prompt="",  # not read, since embeddings are given
-            num_videos_per_prompt=count,
-            prompt_embeds=[conditioning["pooled_projections"], conditioning["encoder_hidden_states"]],
-            latents=initial,
-            height=self.config.sample.height,
-            width=self.config.sample.width,
-            num_inference_steps=self.config.sample.steps,
-            guidance_scale=self.config.sample.guidance_scale,
-            use_embedded_guidance=True,  # without it a scale above 1 would ask for a negative prompt
-            seed=0,  # the stages draw nothing: the noise is given
-        )
 
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The velocity at packed ``sample`` ``[B, tokens, channels]``."""

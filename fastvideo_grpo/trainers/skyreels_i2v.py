@@ -14,6 +14,7 @@ from fastvideo_grpo.sampling.noise import generator
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.hunyuan_video import HunyuanVideoGRPOTrainer
 
+from fastvideo.configs.pipelines.base import PipelineConfig  # isort: skip
 from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig, register  # isort: skip
 
 register()
@@ -26,7 +27,7 @@ class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
     frame, with zeros behind it. They have no noise and no part in the log-probs.
     """
 
-    pipeline_config_class: ClassVar[type[SkyReelsI2VConfig]] = SkyReelsI2VConfig
+    pipeline_config_class: ClassVar[type[PipelineConfig]] = SkyReelsI2VConfig
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """HunyuanVideo's two text embeddings, and of a prompt with an image ``image_latents`` ``[1, 16, 1, h, w]``."""

@@ -16,14 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
+from fastvideo_grpo.families import FAMILIES, model_facts
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import schedules
 from fastvideo_grpo.sampling.rollout import Walk, rollout
 from fastvideo_grpo.sampling.schedules import Level, Schedule
 from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned
-from fastvideo_grpo.unet_memory import checkpoint_unet
 
 disable_progress_bar()  # a few small files are no long work
 
@@ -44,7 +44,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         Args:
             with_text_encoders: False leaves them on disk (all embeddings are cached).
         """
-        self.config, self.world = config, world
+        self.config, self.world = config, world  # what loading reads; setup() does the rest
         self.facts = model_facts(config)
         waits = torch.device("cpu") if config.engine.offload_idle else world.device
         self.components: dict[str, Any] = {
@@ -116,9 +116,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
 
     def latent_shape(self) -> tuple[int, ...]:
         """``(channels, height, width)`` of the latents."""
-        ratio = self.facts.spatial_compression
-        channels = int(self.facts.denoiser["in_channels"])
-        return channels, self.config.sample.height // ratio, self.config.sample.width // ratio
+        return FAMILIES[self.config.model.kind].latent_shape(self.facts, self.config.sample)
 
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The predicted noise at ``sample`` ``[B, C, H, W]``, float32.

@@ -37,6 +37,14 @@ def tiny_skyreels_i2v(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory) -> Path:
+    """A random Wan 2.1 in the published on-disk form."""
+    from fastvideo_grpo.tiny.wan import write_wan
+
+    return write_wan(tmp_path_factory.mktemp("checkpoints") / "tiny-wan")
+
+
+@pytest.fixture(scope="session")
 def tiny_stable_diffusion(tmp_path_factory) -> Path:
     """A random Stable Diffusion in the published on-disk form."""
     from fastvideo_grpo.tiny.stable_diffusion import write_stable_diffusion

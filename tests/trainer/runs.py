@@ -33,6 +33,7 @@ CONTEXT.set_forkserver_preload(
     [
         "fastvideo_grpo.trainers.flux",
         "fastvideo_grpo.trainers.skyreels_i2v",
+        "fastvideo_grpo.trainers.wan",
         "fastvideo_grpo.trainers.stable_diffusion",
         "deepspeed",
         "tests.trainer.exact_rewards",
@@ -61,6 +62,16 @@ SKYREELS_I2V: dict[str, Any] = {
     "sample__cfg_scale": 5.0,
     "grpo__updates_per_iteration": 1,
 }
+
+# Of the random tiny Wan, with guidance. 27 tokens of 9 frames, and 9 of one.
+WAN_T2V: dict[str, Any] = {
+    "model__kind": "wan",
+    "sample__height": 48,
+    "sample__width": 48,
+    "sample__frames": 9,
+    "grpo__updates_per_iteration": 1,
+}
+WAN_T2I: dict[str, Any] = {**WAN_T2V, "sample__frames": 1}
 
 # Of the random tiny Stable Diffusion, with guidance.
 STABLE_DIFFUSION: dict[str, Any] = {

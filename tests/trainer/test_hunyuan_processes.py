@@ -31,12 +31,14 @@ def _case(processes, stage, *settings):
     return processes, together
 
 
-# Two stages, with what may go along with them; every combination in `make test-all`.
+# One stage, with what may go along with it; every combination in `make test-all` (ZeRO 3 here: FLUX and Stable Diffusion).
 QUICK = {
     "ZeRO 2, shared tokens, checkpointing, asynchronous rewards": _case(2, 2, SHARED, CHECKPOINTED, ASYNC),
-    "ZeRO 3, parameters offloaded, shared tokens, 4 processes": _case(4, 3, OFFLOAD_ALL, SHARED),
 }
 REST = {
+    # Seen on an AMD EPYC: 13 weights, whose gradient is nothing but rounding (1e-6 of the largest), differ by up to
+    # 6e-6, since AdamW divides a gradient by its own size.
+    "ZeRO 3, parameters offloaded, shared tokens, 4 processes": _case(4, 3, OFFLOAD_ALL, SHARED),
     **{f"ZeRO {stage}, {n} processes": _case(n, stage) for stage in (0, 1, 2, 3) for n in (2, 4)},
     **{f"ZeRO {stage}, shared tokens, {n} processes": _case(n, stage, SHARED) for stage in (1, 2, 3) for n in (2, 4)},
     **{f"ZeRO {stage}, optimiser offloaded": _case(2, stage, OFFLOAD) for stage in (1, 2, 3)},

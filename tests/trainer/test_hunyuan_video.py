@@ -12,6 +12,7 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
 from tests import tiny_checkpoints
 from tests.trainer import runs
+from tests.trainer.promises import assert_decodes_with_gradients, assert_draws, assert_ratio_one, keys_of
 
 PROMPT = Prompt("parity", "a red circle walks over the grass, realistic style, and a cat")
 SAMPLES = 4
@@ -22,10 +23,6 @@ def diffusers_pipeline(tiny_hunyuan_video):
     from diffusers import HunyuanVideoPipeline
 
     return tiny_checkpoints.load(HunyuanVideoPipeline, tiny_hunyuan_video)
-
-
-def _keys(count):
-    return [noise.SampleKey(0, 0, 0, PROMPT.id, member) for member in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +44,7 @@ def test_embeddings_latents_and_pixels_are_those_of_diffusers(make_trainer, diff
     torch.testing.assert_close(ours["encoder_hidden_states"], sequence[:, :tokens], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours["pooled_projections"], pooled, rtol=1e-5, atol=1e-5)
 
-    keys = _keys(SAMPLES)
-    initial = noise.initial_noise(keys, trainer.latent_shape(), shared=False)
+    initial = noise.initial_noise(keys_of(PROMPT, SAMPLES), trainer.latent_shape(), shared=False)
 
     def theirs(output_type):
         with torch.no_grad():
@@ -67,21 +63,8 @@ def test_embeddings_latents_and_pixels_are_those_of_diffusers(make_trainer, diff
 
     latents, pixels = theirs("latent"), theirs("pt").permute(0, 1, 3, 4, 2)
     assert pixels.shape == (SAMPLES, frames, *size, 3)
-    caught = []
-    stage = trainer.denoising_stage.forward
-    trainer.denoising_stage.forward = lambda batch, args: caught.append(stage(batch, args).latents) or batch
-    for micro_batch in (1, 2, 4):
-        caught.clear()
-        media = torch.cat(
-            [trainer.draw(PROMPT, keys[i : i + micro_batch], deterministic=True).media for i in range(0, 4, micro_batch)]
-        )
-        torch.testing.assert_close(torch.cat(caught), latents, rtol=1e-5, atol=1e-5)
-        # The media are those pixels, rounded to 8 bits once.
-        assert (media.float() - pixels * 255).abs().max() <= 0.5 + 1e-2
-    ours = trainer.decode(latents.requires_grad_(True), differentiable=True)
-    torch.testing.assert_close(ours.detach(), pixels, rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad(ours.sum(), latents)
-    assert gradient.abs().sum() > 0 and pixels.std() > 0.01
+    assert_draws(trainer, PROMPT, latents, pixels)
+    assert_decodes_with_gradients(trainer, latents, pixels)
 
 
 def test_a_tokenizer_that_reads_the_template_otherwise_is_refused(make_trainer):
@@ -203,13 +186,7 @@ QUICK = ["video", "LoRA", "every second block"]
 
 @pytest.mark.parametrize("flavour", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FLAVOURS if f not in QUICK)])
 def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour):
-    """Promise 1, bitwise in float32."""
-    trainer = make_trainer(**{**runs.HUNYUAN_T2V, "optim__lr": 1e-3, "run__iterations": 2, **FLAVOURS[flavour]})
-    trainer.train()
-    for line in trainer.log.read():
-        assert line["train/ratio_first_update_max_dev"] == 0.0
-        assert line["train/ratio_max_dev"] > 0.0
-        assert line["train/updates"] == 2 and line["train/skipped_updates"] == 0
+    assert_ratio_one(make_trainer(**{**runs.HUNYUAN_T2V, "optim__lr": 1e-3, "run__iterations": 2, **FLAVOURS[flavour]}))
 
 
 def test_ratio_is_one_in_bf16(make_trainer):
@@ -247,7 +224,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch):
         yield
         inside.pop()
 
-    for module in ("rewards.inline", "trainers.fastvideo"):
+    for module in ("rewards.inline", "trainers.base"):
         monkeypatch.setattr(f"fastvideo_grpo.{module}.resident", resident)
     moved = []
     monkeypatch.setattr(

@@ -15,6 +15,8 @@ MODELS = {
     "HunyuanVideo": {**runs.HUNYUAN_T2V, **LARGE},
     "guidance": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0},
     "guidance in one pass": {**runs.HUNYUAN_T2V, **LARGE, "sample__cfg_scale": 5.0, "model__cfg_batched": True},
+    "Wan": {**runs.WAN_T2V, **LARGE, "prompts__text_length": 64},
+    "Wan, no guidance": {**runs.WAN_T2V, **LARGE, "sample__cfg_scale": 1.0},
 }
 
 

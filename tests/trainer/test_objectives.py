@@ -20,10 +20,19 @@ EVERY |= {"train/updates", "train/skipped_updates"}
 SMOOTH = {"rewards__models__pixels__kind": "test_smooth_brightness"}
 
 
-@pytest.mark.parametrize("name", STATISTICS)
-def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, name):
+# A flow, and a diffusion model with guidance.
+MODELS = {"FLUX": {}, "Stable Diffusion": {**runs.STABLE_DIFFUSION, "grpo__updates_per_iteration": 2}}
+
+
+# GRPO is trained everywhere; the rest of the matrix in `make test-all`.
+QUICK = [("FLUX", "refl"), *(("Stable Diffusion", name) for name in STATISTICS if name != "grpo")]
+CASES = [(model, name) for model in MODELS for name in STATISTICS]
+
+
+@pytest.mark.parametrize("model,name", [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
+def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, model, name):
     """Promise 1 holds whatever is minimised."""
-    trainer = make_trainer(grpo__objective=name, run__iterations=2, optim__lr=1e-3, **SMOOTH)
+    trainer = make_trainer(**MODELS[model], grpo__objective=name, run__iterations=2, optim__lr=1e-3, **SMOOTH)
     before = trainer.engine.state_dict()
     assert (trainer._reference is not None) == (name in ("dpok", "dpo"))
     trainer.train()

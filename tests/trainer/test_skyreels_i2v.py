@@ -14,6 +14,13 @@ from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.trainers.base import NEGATIVE, negative_of, split_guidance
 from tests import tiny_checkpoints
 from tests.trainer import runs
+from tests.trainer.promises import (
+    assert_draws,
+    assert_gradients_through_both_passes,
+    assert_ratio_one,
+    assert_trains_the_same_weights,
+    keys_of,
+)
 
 SAMPLES = 2
 
@@ -34,10 +41,6 @@ def prompt(tmp_path):
     return Prompt("parity", "a red circle walks over the grass, and a cat", image=file, negative_prompt="blurry, a dog")
 
 
-def _keys(count):
-    return [noise.SampleKey(0, 0, 0, "parity", member) for member in range(count)]
-
-
 @pytest.mark.parametrize(
     "cfg_scale,batched,negative",
     [(1.0, False, ""), (5.0, False, ""), (5.0, True, "blurry, a dog")],
@@ -48,8 +51,7 @@ def test_latents_and_pixels_are_those_of_diffusers(make_trainer, diffusers_pipel
     prompt = replace(prompt, negative_prompt=negative)
     settings = {**runs.SKYREELS_I2V, "sample__cfg_scale": cfg_scale, "model__cfg_batched": batched}
     trainer = make_trainer(train=False, **settings)
-    keys = _keys(SAMPLES)
-    initial = noise.initial_noise(keys, trainer.latent_shape(), shared=False)
+    initial = noise.initial_noise(keys_of(prompt, SAMPLES), trainer.latent_shape(), shared=False)
 
     def theirs(output_type):
         clips = []
@@ -79,17 +81,7 @@ def test_latents_and_pixels_are_those_of_diffusers(make_trainer, diffusers_pipel
         assert texts[0]["encoder_hidden_states"].shape[1] != texts[1]["encoder_hidden_states"].shape[1]
     else:
         assert texts[1] is None
-    caught = []
-    stage = trainer.denoising_stage.forward
-    trainer.denoising_stage.forward = lambda batch, args: caught.append(stage(batch, args).latents) or batch
-    for micro_batch in (1, 2):
-        caught.clear()
-        media = torch.cat(
-            [trainer.draw(prompt, keys[i : i + micro_batch], deterministic=True).media for i in range(0, SAMPLES, micro_batch)]
-        )
-        torch.testing.assert_close(torch.cat(caught), latents, rtol=1e-5, atol=1e-5)
-        assert (media.float() - pixels * 255).abs().max() <= 0.5 + 1e-2
-    assert pixels.std() > 0.01
+    assert_draws(trainer, prompt, latents, pixels, micro_batches=(1, 2))
 
 
 def test_the_image_is_drawn_from_its_posterior_the_same_way_each_time(make_trainer, prompt):
@@ -133,37 +125,8 @@ def test_the_image_matters_in_the_first_frame_and_has_no_part_in_the_state(make_
 
 @pytest.mark.parametrize("batched", [False, True], ids=["two passes", "one pass"])
 def test_guidance_has_gradients_through_both_passes(make_trainer, prompt, batched):
-    """Against u + w (c - u) written out, each output from a pass of its own: its gradient is (1 - w) du + w dc."""
     trainer = make_trainer(train=False, **{**runs.SKYREELS_I2V, "model__cfg_batched": batched})
-    network, scale = trainer.denoiser, trainer.config.sample.cfg_scale
-    conditioning = trainer.conditioning(prompt, 2)
-    sample = torch.randn(2, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
-    towards = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
-    level = trainer.schedule.at(torch.tensor([0, 2]))
-    positive, negative = split_guidance(conditioning)
-
-    def gradients(output):
-        found = torch.autograd.grad((output * towards).sum(), list(network.parameters()))
-        return [g.double() for g in found]
-
-    with trainer.forward_context(conditioning):
-        output = trainer.predict(sample, level, conditioning)
-        ours = gradients(output)
-    with trainer.forward_context():
-        parts = [trainer.network_output(sample, level, part) for part in (positive, negative)]
-    conditional, unconditional = parts
-    torch.testing.assert_close(output, unconditional + scale * (conditional - unconditional), rtol=1e-5, atol=1e-5)
-    by_hand = [scale * c + (1 - scale) * u for c, u in zip(gradients(conditional), gradients(unconditional), strict=True)]
-    largest = max(g.abs().max() for g in by_hand)
-    for found, expected in zip(ours, by_hand, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest)
-    only_conditional = [scale * g for g in gradients(trainer_output(trainer, sample, level, positive))]
-    assert max((a - b).abs().max() for a, b in zip(ours, only_conditional, strict=True)) > 0.01 * largest
-
-
-def trainer_output(trainer, sample, level, conditioning):
-    with trainer.forward_context():
-        return trainer.network_output(sample, level, conditioning)
+    assert_gradients_through_both_passes(trainer, prompt)
 
 
 def test_a_prompt_without_a_negative_one_takes_the_runs(make_trainer, prompt):
@@ -203,28 +166,17 @@ QUICK = ["two passes", "one pass, full checkpointing"]
 
 @pytest.mark.parametrize("flavour", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FLAVOURS if f not in QUICK)])
 def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour):
-    """Promise 1, bitwise in float32, with guidance."""
     settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, **FLAVOURS[flavour]}
-    trainer = make_trainer(**settings)
-    trainer.train()
-    for line in trainer.log.read():
-        assert line["train/ratio_first_update_max_dev"] == 0.0
-        assert line["train/updates"] == trainer.config.grpo.updates_per_iteration and line["train/skipped_updates"] == 0
-        if trainer.config.grpo.updates_per_iteration > 1:
-            assert line["train/ratio_max_dev"] > 0.0
+    assert_ratio_one(make_trainer(**settings))
 
 
 def test_checkpointing_and_one_pass_train_the_weights_that_two_passes_do(make_trainer, tmp_path):
     """Recomputed blocks see the mask, too."""
     settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "run__iterations": 1}
-    weights = []
-    for name, flavour in {"plain": {}, "other": FLAVOURS["one pass, full checkpointing"]}.items():
-        trainer = make_trainer(**settings, **flavour, run__dir=tmp_path / name)
-        trainer.train()
-        weights.append(dict(trainer.engine.state_dict()))
-    # AdamW's first step is the learning rate (1e-5) for all but gradients that are rounding.
-    different = torch.cat([(weights[0][n] - weights[1][n]).abs().flatten() > 1e-6 for n in weights[0]])
-    assert different.double().mean() < 1e-3
+    flavours = {"plain": {}, "other": FLAVOURS["one pass, full checkpointing"]}
+    assert_trains_the_same_weights(
+        make_trainer(**settings, **flavour, run__dir=tmp_path / name) for name, flavour in flavours.items()
+    )
 
 
 def test_cached_embeddings_hold_images_and_negative_prompts(make_trainer, tmp_path):
@@ -273,7 +225,7 @@ def test_guidance_is_there_for_other_models(make_trainer, model, batched):
     off = make_trainer(train=False, **settings)
     assert off.config.sample.cfg_scale == 1.0 and not [n for n in off.conditioning(Prompt("0", "a cat"), 1) if NEGATIVE in n]
     trainer = make_trainer(**settings, sample__cfg_scale=3.0, model__cfg_batched=batched)
-    keys = _keys(2)
+    keys = keys_of(Prompt("0", "a cat"), 2)
     assert not torch.equal(trainer.draw(Prompt("0", "a cat"), keys).media, off.draw(Prompt("0", "a cat"), keys).media)
     trainer.train()
     assert trainer.log.read()[-1]["train/ratio_first_update_max_dev"] == 0.0
@@ -329,12 +281,12 @@ def test_export_is_what_diffusers_loads_and_draws_the_same_clip(make_trainer, pr
     from fastvideo_grpo import cli
 
     trainer = make_trainer(**runs.SKYREELS_I2V, optim__lr=1e-2, run__iterations=1)
-    before = trainer.draw(prompt, _keys(1), deterministic=True).media
+    before = trainer.draw(prompt, keys_of(prompt, 1), deterministic=True).media
     trainer.train()
     out = tmp_path / "exported"
     assert cli.main(["export", str(trainer.folder), "--out", str(out), "--pipeline"]) == 0
     assert "HunyuanSkyreelsImageToVideoPipeline.from_pretrained" in capsys.readouterr().out
-    ours = trainer.draw(prompt, _keys(1), deterministic=True).media
+    ours = trainer.draw(prompt, keys_of(prompt, 1), deterministic=True).media
     pipeline = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(out)
     with torch.no_grad():
         theirs = pipeline(
@@ -347,7 +299,7 @@ def test_export_is_what_diffusers_loads_and_draws_the_same_clip(make_trainer, pr
             width=48,
             num_frames=9,
             num_inference_steps=trainer.config.sample.steps,
-            latents=noise.initial_noise(_keys(1), trainer.latent_shape(), shared=False),
+            latents=noise.initial_noise(keys_of(prompt, 1), trainer.latent_shape(), shared=False),
             generator=noise.generator("image", prompt.id),
             output_type="pt",
         ).frames

@@ -60,15 +60,19 @@ class _Replayed:
         return self.walk.noise(self.next - 1)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+# The whole matrix in `make test-all`.
+GUIDANCE = {"plain": (1.0, False), "two passes": (5.0, False), "one pass": (5.0, True)}
+PARITY = [(p, eta, guidance) for p in ("epsilon", "v_prediction") for eta in (0.0, 1.0) for guidance in GUIDANCE]
+QUICK_PARITY = [case for case in PARITY if case[0] == "epsilon" or case[1:] == (1.0, "two passes")]
+
+
 @pytest.mark.parametrize(
-    "cfg_scale,batched", [(1.0, False), (5.0, False), (5.0, True)], ids=["plain", "two passes", "one pass"]
+    "prediction_type,eta,guidance",
+    [case if case in QUICK_PARITY else pytest.param(*case, marks=pytest.mark.slow) for case in PARITY],
 )
-def test_latents_and_pixels_are_those_of_diffusers(
-    make_trainer, checkpoints, monkeypatch, prediction_type, eta, cfg_scale, batched
-):
+def test_latents_and_pixels_are_those_of_diffusers(make_trainer, checkpoints, monkeypatch, prediction_type, eta, guidance):
     """Promise 2, and with DDIM's own noise as well, from the same draws."""
+    cfg_scale, batched = GUIDANCE[guidance]
     settings = {**SD, "sample__cfg_scale": cfg_scale, "model__cfg_batched": batched, "sample__steps": 6}
     trainer = make_trainer(train=False, **settings, model__path=checkpoints[prediction_type])
     pipeline = _diffusers(checkpoints[prediction_type])
@@ -166,7 +170,10 @@ FLAVOURS = {
 }
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+QUICK = ["two passes", "one pass, full checkpointing", "reverse SDE, no guidance, decaying noise"]
+
+
+@pytest.mark.parametrize("flavour", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FLAVOURS if f not in QUICK)])
 def test_every_ratio_is_exactly_one_before_the_first_optimiser_step(make_trainer, flavour):
     """Promise 1, bitwise in float32."""
     settings = {**SD, "sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, "grpo__updates_per_iteration": 2}
@@ -223,7 +230,7 @@ def test_differentiable_decode_has_gradients_and_agrees_with_decoding(make_train
     assert torch.equal(trainer.decode(latents), (pixels.detach() * 255).round().to(torch.uint8))
 
 
-@pytest.mark.parametrize("which", ["model", "ema", "adapters", "merged"])
+@pytest.mark.parametrize("which", ["ema", "adapters", *(pytest.param(w, marks=pytest.mark.slow) for w in ("model", "merged"))])
 def test_export_is_what_diffusers_loads_and_draws_the_same_pictures(
     make_trainer, tiny_stable_diffusion, tmp_path, capsys, which
 ):
@@ -267,8 +274,15 @@ def test_export_is_what_diffusers_loads_and_draws_the_same_pictures(
     assert (drawn.int() - before.int()).abs().max() > 2
 
 
-@pytest.mark.parametrize("guidance", [{"sample__cfg_scale": 1.0}, {}, {"grpo__cfg_gradients": "conditional"}])
-@pytest.mark.parametrize("every", ["none", "full"])
+@pytest.mark.parametrize(
+    "guidance,every",
+    [
+        ({"sample__cfg_scale": 1.0}, "none"),
+        ({}, "full"),
+        ({"grpo__cfg_gradients": "conditional"}, "none"),
+        pytest.param({"sample__cfg_scale": 1.0}, "every:2", marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_forward_keeps_is_what_the_estimate_counts(make_trainer, guidance, every):
     """Counted in a real forward, tensor by tensor."""
     trainer = make_trainer(**SD, **guidance, sample__width=96, engine__activation_checkpointing=every)
@@ -291,6 +305,7 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
         "model__path": DATA / "tiny-sd-shapes",
         "prompts__path": DATA / "prompts" / "shapes_train.txt",
         "prompts__eval_path": DATA / "prompts" / "shapes_heldout.txt",
+        "prompts__text_length": 77,
         "sample__height": 32,
         "sample__width": 32,
         "sample__steps": 10,
@@ -303,9 +318,9 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
         "optim__lr": 1e-3,
         "run__seed": seed,
         "prompts__seed": seed,
-        "run__iterations": 18,
-        "run__save_every": 18,
-        "run__eval_every": 18,
+        "run__iterations": 30,
+        "run__save_every": 30,
+        "run__eval_every": 30,
         "run__eval_samples": 8,
     }
     trainer = make_trainer(**settings)
@@ -323,6 +338,8 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
     [
         (["sample.transition=flow_sde"], "predicts noise; use ddim or diffusion_sde"),
         (["sample.shift=5"], "which is of flow schedules"),
+        (["sample.noise_level=1.5"], "at most 1"),
+        (["sample.steps=1000"], "use fewer steps"),
         (["sample.guidance_scale=1"], "set sample.cfg_scale"),
         (["sample.height=72"], "must be a multiple of 16 for this model: 64 or 80"),
         (["sample.frames=5"], "makes images; use 1"),

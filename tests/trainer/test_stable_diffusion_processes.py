@@ -20,8 +20,21 @@ DEEPSPEED = {"engine__kind": "deepspeed", "engine__zero_stage": 2}
 ZERO_3 = {**DEEPSPEED, "engine__zero_stage": 3}
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0}
 HOW = (*DEEPSPEED, "engine__activation_checkpointing")
+# Pairs of samples that another process drew, and a second copy of the weights (without guidance, which multiplies by 3 in the
+# samples what the pairs leave of rounding in the weights); what is remembered of each prompt; a way back through decoder and
+# reward.
+DPO = {"grpo__objective": "dpo", "sample__cfg_scale": 1.0}
+DDPO = {"grpo__objective": "ddpo", "grpo__history__minimum": 6, "grpo__history__size": 9}
+REFL = {
+    "grpo__objective": "refl",
+    "grpo__timesteps__strategy": "late",
+    "rewards__models__pixels__kind": "test_smooth_brightness",
+}
 
-QUICK = {"ZeRO 3, checkpointed": (2, {**ZERO_3, "engine__activation_checkpointing": "every:2"})}
+QUICK = {
+    "ZeRO 3, checkpointed": (2, {**ZERO_3, "engine__activation_checkpointing": "every:2"}),
+    "ZeRO 2, DPO": (2, {**DEEPSPEED, **DPO}),
+}
 REST = {
     "ZeRO 0": (2, {**DEEPSPEED, "engine__zero_stage": 0}),
     "ZeRO 2": (2, DEEPSPEED),
@@ -29,6 +42,9 @@ REST = {
     "ZeRO 2, LoRA": (2, {**DEEPSPEED, **LORA}),
     "ZeRO 3, LoRA": (2, {**ZERO_3, **LORA}),
     "ZeRO 3, KL": (2, {**ZERO_3, "grpo__kl_weight": 0.1}),
+    "ZeRO 3, DPO": (2, {**ZERO_3, **DPO}),
+    "ZeRO 2, DDPO": (2, {**DEEPSPEED, **DDPO}),
+    "ZeRO 2, ReFL": (2, {**DEEPSPEED, **REFL}),
     "ZeRO 3, 4 processes": (4, ZERO_3),
 }
 

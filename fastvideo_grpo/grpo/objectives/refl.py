@@ -40,5 +40,7 @@ class ReFL:
             # Inside a reward, a gradient of 0 times NaN is NaN: what comes out for such a row is no gradient.
             rows = judged.view(-1, *([1] * (pixels.ndim - 1)))
             pixels.register_hook(lambda gradient: torch.where(rows, gradient, 0.0))
-        loss = torch.where(judged, -reward, 0.0)
+        # What has no reward is 0 times the pixels, so that a batch of nothing else goes backwards, too, as on other processes.
+        nothing = 0.0 * torch.nan_to_num(pixels).flatten(1).sum(1)
+        loss = torch.where(judged, -torch.where(judged, reward, 0.0), nothing)
         return loss, {"unjudged": (~judged).float(), **terms.ratio(step, samples, i)}
