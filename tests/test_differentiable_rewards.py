@@ -50,8 +50,10 @@ def rewards(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_kinds(monkeypatch):
+    """Those of the package, whatever other tests of this process have registered, and put back afterwards."""
     kinds()
-    monkeypatch.setattr(registry.REWARDS, "_registered", dict(registry.REWARDS._registered))
+    own = {kind: made for kind, made in registry.REWARDS._registered.items() if made.__module__.startswith("fastvideo_grpo.")}
+    monkeypatch.setattr(registry.REWARDS, "_registered", own)
 
 
 def smooth(count, height=40, width=56, frames=1, seed=0):
