@@ -173,15 +173,17 @@ def in_processes(action: Callable[[], Any], log: Path, *, processes: int = 1) ->
     return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
 
 
-def of_one_process(tmp_path_factory: Any, checkpoint: Path, always: dict[str, Any]) -> Callable[..., Path]:
-    """``make(**settings)`` -> folder of a recorded run of one process with ``always`` and these; equal ones run once."""
+def once(tmp_path_factory: Any, tiny_checkpoint: Callable[..., Path], *, record: bool = False) -> Callable[..., Path]:
+    """``make(settings, processes=1)`` -> folder of a finished run of a tiny checkpoint; equal ones run once."""
     folders: dict[str, Path] = {}
 
-    def make(**different: Any) -> Path:
-        key = repr(sorted(different.items()))
+    def make(settings_: dict[str, Any], processes: int = 1) -> Path:
+        key = repr((processes, sorted(settings_.items())))
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("alone")
-            assert run(settings(folders[key], checkpoint, **{**always, **different}), record=True) == [0]
+            folder = tmp_path_factory.mktemp("once")
+            overrides = settings(folder, tiny_checkpoint(settings_.get("model__kind", "flux")), **settings_)
+            assert run(overrides, processes=processes, record=record) == [0] * processes
+            folders[key] = folder
         return folders[key]
 
     return make

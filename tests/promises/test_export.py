@@ -1,0 +1,85 @@
+"""Promise 7: what `export` writes is what diffusers loads, equal tensor by tensor, and draws the same samples."""
+
+import sys
+
+import pytest
+import torch
+
+from fastvideo_grpo import cli
+from fastvideo_grpo.checkpoints.export import model_names
+from fastvideo_grpo.families import FAMILIES, model_facts
+from tests.promises.models import cases
+
+WAYS = {
+    "model": ("--pipeline", "--weights", "model", "--max-shard-size", "200KB"),
+    "ema": ("--pipeline", "--weights", "ema", "--link"),
+    "adapters": (),
+    "merged": ("--pipeline", "--merge-lora"),
+}
+LORA = {"model__lora__rank": 4, "model__lora__alpha": 12.0, "optim__lr": 3e-2}
+
+
+def quick(model, case):
+    return case in ("ema", "adapters") or model.kind == "flux"
+
+
+def export(model, *arguments):
+    """`fastvideo-grpo export`; where names need no mapping importing anything of FastVideo fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"fastvideo", *(name for name in sys.modules if name.split(".")[0] == "fastvideo")}:
+            if not model.maps_names:
+                patch.setitem(sys.modules, name, None)
+        return cli.main(["export", *map(str, arguments)])
+
+
+def printed_load(text):
+    """What the command's last lines load, the code run as it is printed."""
+    code = "\n".join(line.strip() for line in text.partition("load them with\n")[2].splitlines())
+    found = {}
+    exec(code, found)
+    return found
+
+
+@pytest.mark.parametrize("model,case", cases(lambda model: WAYS, quick))
+def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_trainer, tmp_path, capsys, model, case):
+    """Checkpointed blocks, which write themselves into the parameters' names, leave no trace."""
+    lora = case in ("adapters", "merged")
+    common = {"optim__lr": 1e-2, "optim__ema_decay": 0.5, "run__iterations": 2, "engine__activation_checkpointing": "full"}
+    geometry = next(iter(model.geometries.values()))
+    trainer, prompt = make_trainer(**model.run(**{**geometry, **common, **(LORA if lora else {})})), model.prompt(tmp_path)
+    keys = model.keys(prompt, 1)
+    before = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
+    trainer.train()
+    assert export(model, trainer.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
+    pipeline = printed_load(capsys.readouterr().out)["pipeline"]
+    assert type(pipeline).__name__ == model.pipeline
+
+    network = getattr(pipeline, FAMILIES[model.kind].denoiser)
+    with trainer.engine.ema_weights() if case == "ema" else torch.no_grad():
+        ours = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
+        weights = {n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in trainer.denoiser.named_parameters()}
+        if not lora:
+            expected = model_names(model_facts(trainer.config).denoiser).to_diffusers(weights)
+            loaded = network.state_dict()
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
+    pipeline.set_progress_bar_config(disable=True)
+    model.prepare(pipeline)
+    with torch.no_grad():
+        theirs = model.draw(pipeline, trainer, prompt, model.initial(trainer, prompt, 1), "pt")
+    assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-4
+    assert (ours - before).abs().max() > 2 / 255  # training did something
+    if case == "model":
+        assert list((tmp_path / "exported").glob("*/diffusion_pytorch_model.safetensors.index.json"))
+
+
+@pytest.mark.parametrize("model,case", cases(lambda model: ("bf16",), lambda model, case: model.kind == "flux"))
+def test_a_bf16_export_is_the_float32_masters_rounded(make_trainer, tmp_path, capsys, model, case):
+    trainer = make_trainer(**model.run(optim__lr=1e-3, run__iterations=1, model__precision="bf16"))
+    trainer.train()
+    assert export(model, trainer.folder, "--out", tmp_path / "exported") == 0
+    network = printed_load(capsys.readouterr().out)[FAMILIES[model.kind].denoiser]
+    masters = model_names(model_facts(trainer.config).denoiser).to_diffusers(trainer.engine.state_dict())
+    loaded = network.state_dict()
+    assert loaded.keys() == masters.keys()
+    assert all(torch.equal(loaded[name].bfloat16(), masters[name].bfloat16()) for name in masters)

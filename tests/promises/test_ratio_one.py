@@ -1,0 +1,72 @@
+"""Promise 1: before the first optimiser step of an iteration every ratio is exactly 1, bitwise in float32."""
+
+import pytest
+import torch
+
+from tests.promises.models import GUIDANCE, MODELS, cases
+
+LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0, "optim__lr": 1e-2}
+FLAVOURS = {
+    "no guidance": GUIDANCE["no guidance"],
+    "no guidance, 1 sample": {**GUIDANCE["no guidance"], "engine__micro_batch_size": 1},
+    "no guidance, 4 samples": {**GUIDANCE["no guidance"], "engine__micro_batch_size": 4},
+    "guidance in two passes": GUIDANCE["guidance in two passes"],
+    "guidance in one pass, full checkpointing": {
+        **GUIDANCE["guidance in one pass"],
+        "engine__activation_checkpointing": "full",
+    },
+    "guidance in one pass, LoRA, every second block, 1 sample": {
+        **GUIDANCE["guidance in one pass"],
+        **LORA,
+        "engine__activation_checkpointing": "every:2",
+        "engine__micro_batch_size": 1,
+    },
+    "guidance in one pass, gradients of the prompt's alone": {
+        **GUIDANCE["guidance in one pass"],
+        "grpo__cfg_gradients": "conditional",
+    },
+    "best of": {"grpo__best_of__top": 1, "grpo__best_of__bottom": 2},
+    "KL, idle offload": {"grpo__kl_weight": 0.1, "engine__offload_idle": True},
+    "KL, LoRA, 4 samples": {"grpo__kl_weight": 0.1, **LORA, "engine__micro_batch_size": 4},
+    "timesteps per group, noise per sample": {"grpo__timesteps__per": "group", "sample__init_noise": "per_sample"},
+}
+QUICK = ("no guidance", "guidance in one pass, LoRA, every second block, 1 sample")
+
+
+def flavours(model):
+    return [*FLAVOURS, *model.flavours]
+
+
+def quick(model, case):
+    """FLUX is asked all of it here, the others what is particular to a network, and the rest in `make test-all`."""
+    return model.kind == "flux" or case in QUICK or case in model.flavours
+
+
+@pytest.mark.parametrize("model,case", cases(flavours, quick))
+def test_every_ratio_is_one_before_the_first_optimiser_step(make_trainer, model, case):
+    """From the second update of an iteration on, ratios differ from one."""
+    common = {"sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, "grpo__updates_per_iteration": 2}
+    trainer = make_trainer(**model.run(**{**common, **{**FLAVOURS, **model.flavours}[case]}))
+    trainer.train()
+    lines = trainer.log.read()
+    assert len(lines) == 2
+    for line in lines:
+        assert line["train/ratio_first_update_max_dev"] == 0.0 < line["train/ratio_max_dev"]
+        assert line["train/updates"] == 2 and line["train/skipped_updates"] == 0
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_in_bf16_it_is_one_to_1e_6_and_every_float32_master_moves(make_trainer, model):
+    precision = {"model__precision": "bf16", "model__vae_precision": "bf16"}
+    common = {"sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 1, "grpo__updates_per_iteration": 2}
+    trainer = make_trainer(**model.run(**common, **precision))
+    for part in (trainer.denoiser, trainer.get_module("vae")):
+        assert all(p.dtype == torch.bfloat16 for p in part.parameters())
+    before = {name: weight.clone() for name, weight in trainer.engine.state_dict().items()}
+    trainer.train()
+    (line,) = trainer.log.read()
+    assert line["train/ratio_first_update_max_dev"] <= 1e-6 < line["train/ratio_max_dev"]
+    after = dict(trainer.engine.state_dict())
+    assert after.keys() == {name for name, _ in trainer.denoiser.named_parameters()}
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+    assert not [name for name, weight in before.items() if torch.equal(weight, after[name])]

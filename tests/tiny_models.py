@@ -1,0 +1,53 @@
+"""Fixtures: random tiny checkpoints, and trainers on them. A folder's conftest.py imports those that its tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """``tiny_checkpoint(kind, **arguments)`` -> a random checkpoint of ``model.kind`` in the published on-disk form.
+
+    ``arguments`` are its writer's; equal ones are written once.
+    """
+    folders: dict[str, Path] = {}
+
+    def write(kind: str, **arguments: Any) -> Path:
+        key = f"{kind} {sorted(arguments.items())}"
+        if key not in folders:
+            writer = getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
+            folders[key] = writer(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
+        return folders[key]
+
+    return write
+
+
+@pytest.fixture
+def make_trainer(tiny_checkpoint, tmp_path) -> Callable[..., Any]:
+    """``make_trainer(section__key=value, ...)`` -> a trainer (FLUX unless ``model__kind`` says so) in this process, ready to
+    train."""
+
+    def make(train: bool = True, **overrides: Any) -> Any:
+        import torch
+
+        from fastvideo_grpo import config as configuration
+        from fastvideo_grpo.engines.parallel import World
+        from fastvideo_grpo.trainers.load import load_trainer
+        from tests.trainer import runs
+
+        torch.set_num_threads(1)  # thread counts change sums; the forked runs use one thread, too
+        empty = tmp_path / "empty.yaml"
+        empty.write_text("{}")
+        checkpoint = overrides.get("model__path") or tiny_checkpoint(overrides.get("model__kind", "flux"))
+        config = configuration.load(empty, runs.settings(tmp_path, checkpoint, **overrides))
+        trainer = load_trainer(config, World.current())
+        trainer.setup_training() if train else trainer.setup_rewards()
+        return trainer
+
+    return make
