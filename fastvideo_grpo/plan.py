@@ -11,7 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions, make_objective
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
+from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
 from fastvideo_grpo.grpo import timesteps

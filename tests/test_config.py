@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fastvideo_grpo import cli, families, plan
+from fastvideo_grpo import cli, config_reference, families, plan
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.tiny.flux import write_flux
@@ -110,7 +110,7 @@ def test_written_yaml_reads_back_equal(load, tmp_path):
 
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert configuration.reference() in page, "run: python -m fastvideo_grpo.config > docs/configuration.md"
+    assert config_reference.reference() in page, "run: python -m fastvideo_grpo.config_reference > docs/configuration.md"
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
 from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
 from fastvideo_grpo.memory import estimate
 from fastvideo_grpo.rewards import reward_set
@@ -528,8 +529,8 @@ def test_pairs_may_have_timesteps_per_sample_where_nothing_is_drawn():
 
 
 def test_refl_at_noisy_steps_is_cautioned_against():
-    assert not configuration.cautions(_config("grpo.objective=refl"))
-    (line,) = configuration.cautions(_config("grpo.objective=refl", "grpo.timesteps.strategy=random"))
+    assert not cautions(_config("grpo.objective=refl"))
+    (line,) = cautions(_config("grpo.objective=refl", "grpo.timesteps.strategy=random"))
     assert "set late, with fraction 0.25" in line
 
 
