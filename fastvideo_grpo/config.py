@@ -82,8 +82,8 @@ class PromptsConfig:
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
         512,
-        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and stable_diffusion's CLIP (77 if left out) pad and cut "
-        "to them, HunyuanVideo's Llama only cuts",
+        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and Stable Diffusion's CLIP pad and cut to them, "
+        "HunyuanVideo's Llama only cuts",
         minimum=1,
     )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
@@ -93,37 +93,29 @@ class PromptsConfig:
 class SampleConfig:
     """How a sample is drawn."""
 
-    height: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
-    width: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
-    frames: int = _key(1, "frames of a video, 4k + 1; 1: an image (one latent frame)", minimum=1)
+    height: int = _key(720, "pixels", minimum=1)
+    width: int = _key(720, "pixels", minimum=1)
+    frames: int = _key(1, "frames of a video, as many as the model's VAE takes (those here 4k + 1); 1: an image", minimum=1)
     fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
     vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
-    steps: int = _key(16, "sampling steps, the paper's T (stable_diffusion: 50 if left out)", minimum=2)
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key(
         "flow_sde",
         "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8), of those that predict noise ddim or "
-        "diffusion_sde (eq. 7) (stable_diffusion: ddim if left out)",
+        "diffusion_sde (eq. 7)",
         choices=transitions.names,
     )
-    noise_level: float = _key(
-        0.3,
-        "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from (stable_diffusion: 1.0 if left out)",
-        above=0,
-    )
+    noise_level: float = _key(0.3, "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from", above=0)
     noise_decay: float = _key(
         0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
     )
-    guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
-    cfg_scale: float = _key(
-        1.0,
-        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion, wan: 5.0 if left out)",
-        minimum=1,
-    )
+    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0)
+    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1)
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared",
-        "initial noise: shared by a prompt's group (the paper) or per_sample (objectives ddpo, dpok, refl: this if left out)",
+        "initial noise: shared by a prompt's group (the paper) or per_sample",
         choices=["shared", "per_sample"],
     )
 
@@ -142,19 +134,17 @@ class TimestepsConfig:
 
     strategy: str = _key(
         "random",
-        "random, first (noisiest), last, all, or late: one drawn from the last ones (objective refl: late if left out)",
+        "random, first (noisiest), last, all, or late: one drawn from the last ones",
         choices=list(timesteps.STRATEGIES),
     )
     fraction: float = _key(
         0.6,
         "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
-        "draw from (objective refl: 0.25 if left out)",
+        "draw from",
         above=0,
         maximum=1,
     )
-    per: str = _key(
-        "sample", "one random draw per sample, or per group (objective dpo: group if left out)", choices=["sample", "group"]
-    )
+    per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
 
 
 @dataclass
@@ -173,34 +163,24 @@ class GRPOConfig:
 
     prompts_per_iteration: int = _key(32, "prompts drawn per iteration", minimum=1)
     group_size: int = _key(12, "samples of each prompt, the paper's G", minimum=2)
-    best_of: BestOfConfig | None = _key(
-        None, "train only on top and bottom samples of each group (objective dpo: {top: 1, bottom: 1} if left out)"
-    )
+    best_of: BestOfConfig | None = _key(None, "train only on top and bottom samples of each group")
     timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
     normalisation: str = _key(
         "group",
-        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards "
-        "(objective ddpo: prompt_history, dpok: global if left out)",
+        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards",
         choices=list(NORMALISATIONS),
     )
     history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
     clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
-    updates_per_iteration: int = _key(
-        4,
-        "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion, wan: 1 if left out)",
-        minimum=1,
-    )
+    updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
     cfg_gradients: str = _key(
         "both",
         "passes of classifier-free guidance that are trained: both (the paper) or conditional",
         choices=["both", "conditional"],
     )
     kl_weight: float = _key(
-        0.0,
-        "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept (objective dpok: 0.01 if left "
-        "out)",
-        minimum=0,
+        0.0, "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept", minimum=0
     )
     objective: str = _key("grpo", "what an update minimises (docs/objectives.md)", choices=objectives.names)
     objective_params: dict[str, Any] = _key({}, "settings of the objective's own (dpo: beta)")

@@ -7,9 +7,11 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from fastvideo_grpo.config import Config, name_in_file
+from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.grpo.objectives import OBJECTIVES
 
 
 def reference() -> str:
@@ -35,9 +37,23 @@ def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
         bounds = {"minimum": "at least", "above": "above", "maximum": "at most"}
         limits = [f"{words} {f.metadata[name]}" for name, words in bounds.items() if name in f.metadata]
         allowed = ", ".join((known() if callable(known) else known) if known is not None else limits)
-        yield f"| `{prefix}{name_in_file(f.name)}` | {shown} | {allowed} | {f.metadata['help']} |"
+        key = prefix + name_in_file(f.name)
+        yield f"| `{key}` | {shown} | {allowed} | {f.metadata['help']}{_left_out(key)} |"
         if isinstance(inner, type):
             yield from _reference_rows(inner, f"{prefix}{f.name}.{'NAME.' if isinstance(default, dict) else ''}")
+
+
+def _left_out(key: str) -> str:
+    """What models and objectives have in place of the key's own default."""
+    parts = []
+    for sort, registry in (("", FAMILIES), ("objective ", OBJECTIVES)):
+        kinds: dict[str, list[str]] = {}
+        for name, thing in registry.usable().items():
+            value = OmegaConf.select(OmegaConf.create(dict(getattr(thing, "defaults", {}))), key)
+            if value is not None and not OmegaConf.is_config(value):
+                kinds.setdefault(str(value), []).append(name)
+        parts += [f"{sort}{', '.join(names)}: {value}" for value, names in kinds.items()]
+    return f" ({'; '.join(parts)} if left out)" if parts else ""
 
 
 if __name__ == "__main__":
