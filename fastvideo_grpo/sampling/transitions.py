@@ -4,7 +4,7 @@ A transition takes the network's ``output`` at ``sample`` and the levels it goes
 ``N(mean, std^2)`` of the next sample together with a draw from it, or the density of a given next sample (replay).
 Everything is float32, whatever the network ran in: a trajectory kept in bf16 changes log-probs by 3e-3 (the clip range is
 1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta; with ``noise_decay`` it falls on the way to the data, see
-:class:`NoiseLevel`.
+:class:`StochasticTransition`. Equation numbers are those of DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Transition(Protocol):
         ...
 
 
-class NoiseLevel:
-    """How much noise a sampler adds: ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1 noise, 0 data).
+class StochasticTransition:
+    """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
+    noise, 0 data).
 
     ``noise_decay`` 0 leaves it constant (the paper); 1 lets it fall linearly.
 
@@ -117,7 +118,7 @@ def _finish(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, n
     return Step(next_sample, mean, std.to(mean.device), denoised, log_prob)
 
 
-class FlowSDE(NoiseLevel):
+class FlowSDE(StochasticTransition):
     """The reverse SDE of rectified flow, equation (8), in one Euler-Maruyama step.
 
     With ``D = sigma - sigma_next``, ``u`` the velocity, ``e`` the noise level:
@@ -170,7 +171,7 @@ class ODE(FlowSDE):
         super().__init__(0.0)
 
 
-class DDIM(NoiseLevel):
+class DDIM(StochasticTransition):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
     ``denoised = (z - sigma eps) / alpha``;
@@ -206,17 +207,17 @@ class DDIM(NoiseLevel):
         return _finish(mean, variance.sqrt().float(), denoised, noise, next_sample)
 
 
-class DiffusionSDE(NoiseLevel):
+class DiffusionSDE(StochasticTransition):
     """The reverse SDE of diffusion, equation (7), in one step.
 
     With ``f dt = d log alpha`` and ``g^2 dt = 2 alpha sigma d(sigma / alpha)`` (the paper's section 7.2), the score
-    ``-eps / sigma`` and ``eta = sigma / alpha`` it reads, in ``z / alpha``,
+    ``-eps / sigma`` and ``ratio = sigma / alpha`` (the paper's eta, equation (5), not DDIM's) it reads, in ``z / alpha``,
 
-        ``d(z / alpha) = (1 + e^2) eps d eta + e sqrt(2 eta d eta) dw``,
+        ``d(z / alpha) = (1 + e^2) eps d ratio + e sqrt(2 ratio d ratio) dw``,
 
-    where no time is left: ``d eta < 0`` from noise to data. Deterministic (e = 0) it is equation (5), DDIM's step. One
-    Euler-Maruyama step of it, so ``std = e alpha_next sqrt(2 eta (eta - eta_next))``. The step to sigma 0 adds no noise and
-    returns ``denoised``.
+    where no time is left: ``d ratio < 0`` from noise to data. Deterministic (e = 0) it is equation (5), DDIM's step. One
+    Euler-Maruyama step of it, so ``std = e alpha_next sqrt(2 ratio (ratio - ratio_next))``. The step to sigma 0 adds no noise
+    and returns ``denoised``.
     """
 
     prediction: ClassVar[Prediction] = "noise"
@@ -238,15 +239,15 @@ class DiffusionSDE(NoiseLevel):
         """See :class:`Transition`; ``output`` is the predicted noise."""
         epsilon, sample = output.float(), sample.float()
         noise_level = self.noise_at(level)
-        # In float64: both etas are large near noise, and their difference is what counts.
+        # In float64: both ratios are large near noise, and their difference is what counts.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
-        eta, eta_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
+        ratio, ratio_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
         denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
-        drift = (1 + noise_level**2) * (eta - eta_next) * alpha_next
+        drift = (1 + noise_level**2) * (ratio - ratio_next) * alpha_next
         scale = (alpha_next / alpha).float()
         mean = _per_sample(scale, sample) * sample - _per_sample(drift.float(), sample) * epsilon
         last = next_level.sigma == 0
-        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * eta * (eta - eta_next)).sqrt()).float())
+        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * ratio * (ratio - ratio_next)).sqrt()).float())
         mean = torch.where(_per_sample(last, sample), denoised, mean)
         return _finish(mean, std, denoised, noise, next_sample)
 
@@ -281,7 +282,7 @@ def prediction(name: str) -> Prediction:
 
 
 def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Transition:
-    """The transition called ``name`` at ``noise_level``, which decays as :class:`NoiseLevel` says.
+    """The transition called ``name`` at ``noise_level``, which decays as :class:`StochasticTransition` says.
 
     Raises:
         ValueError: an unknown name, a negative noise level or decay, or a noise level with the deterministic ``ode``.
