@@ -41,7 +41,7 @@ class Step:
 
 
 class Transition(Protocol):
-    """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean.
+    """A sampler's step. Made with ``(noise_level, noise_decay)``.
 
     ``prediction``: what ``step`` takes the network's output for. ``noise_level``: 0 where the step draws nothing.
     """
@@ -59,7 +59,10 @@ class Transition(Protocol):
         noise: Tensor | None = None,
         next_sample: Tensor | None = None,
     ) -> Step:
-        """Go from ``level`` to ``next_level``; ``output`` and ``sample`` are ``[B, ...]``."""
+        """Go from ``level`` to ``next_level``; ``output`` and ``sample`` are ``[B, ...]``.
+
+        ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean. See :func:`draw_or_replay`.
+        """
         ...
 
     def deterministic(self) -> Transition:
@@ -91,27 +94,28 @@ class StochasticTransition:
         return self.noise_level * (level.timestep / 1000) ** self.noise_decay
 
 
-def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """``[B]`` on the CPU -> ``[B, 1, ...]`` on the device of ``like``, to be broadcast over it."""
     return value.to(like.device).view(-1, *([1] * (like.ndim - 1)))
 
 
-def _finish(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None) -> Step:
-    """Draw or replay under ``N(mean, std^2)``; ``std`` is ``[B]`` on the CPU."""
+def draw_or_replay(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None) -> Step:
+    """The step under ``N(mean, std^2)``: draws with ``noise``, replays ``next_sample``, else takes the mean; the log-prob as
+    :class:`Step` says. ``std`` ``[B]`` on the CPU. Raises ValueError when both are given."""
     if noise is not None and next_sample is not None:
         raise ValueError("give noise (to draw) or next_sample (to replay), not both")
     has_density = std > 0
     if next_sample is not None:
         next_sample = next_sample.to(mean).detach()
     elif noise is not None:
-        next_sample = mean + _per_sample(std, mean) * noise.to(mean)
+        next_sample = mean + per_sample(std, mean) * noise.to(mean)
     else:
         next_sample = mean
     log_prob = None
     if bool(has_density.any()):
         # Where std is 0 the NaN is written on purpose: a density that does not exist must not be read as a number.
         safe = torch.where(has_density, std, torch.nan)
-        scale = _per_sample(safe, mean)
+        scale = per_sample(safe, mean)
         # The drawn sample counts as data: gradients flow through the mean only.
         squared = (next_sample.detach() - mean) ** 2
         log_prob = (-squared / (2 * scale**2)).flatten(1).mean(1) - (safe.log() + 0.5 * math.log(2 * math.pi)).to(mean.device)
@@ -144,18 +148,18 @@ class FlowSDE(StochasticTransition):
     ) -> Step:
         """See :class:`Transition`; ``output`` is the velocity ``eps - x``."""
         velocity, sample = output.float(), sample.float()
-        sigma = _per_sample(level.sigma, sample)
+        sigma = per_sample(level.sigma, sample)
         distance = level.sigma - next_level.sigma
         denoised = sample - sigma * velocity
-        mean = sample - _per_sample(distance, sample) * velocity
+        mean = sample - per_sample(distance, sample) * velocity
         last = next_level.sigma == 0
         noise_level = self.noise_at(level)
         std = torch.where(last, 0.0, noise_level * distance.sqrt())
         if self.noise_level > 0:
-            score = -(sample + _per_sample(level.alpha, sample) * velocity) / sigma
-            mean = mean + _per_sample(0.5 * noise_level**2 * distance, sample) * score
-            mean = torch.where(_per_sample(last, sample), denoised, mean)
-        return _finish(mean, std, denoised, noise, next_sample)
+            score = -(sample + per_sample(level.alpha, sample) * velocity) / sigma
+            mean = mean + per_sample(0.5 * noise_level**2 * distance, sample) * score
+            mean = torch.where(per_sample(last, sample), denoised, mean)
+        return draw_or_replay(mean, std, denoised, noise, next_sample)
 
 
 class ODE(FlowSDE):
@@ -202,9 +206,9 @@ class DDIM(StochasticTransition):
         sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
         variance = self.noise_at(level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
         direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
-        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
-        mean = _per_sample(next_level.alpha, sample) * denoised + _per_sample(direction, sample) * epsilon
-        return _finish(mean, variance.sqrt().float(), denoised, noise, next_sample)
+        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+        mean = per_sample(next_level.alpha, sample) * denoised + per_sample(direction, sample) * epsilon
+        return draw_or_replay(mean, variance.sqrt().float(), denoised, noise, next_sample)
 
 
 class DiffusionSDE(StochasticTransition):
@@ -242,14 +246,14 @@ class DiffusionSDE(StochasticTransition):
         # In float64: both ratios are large near noise, and their difference is what counts.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         ratio, ratio_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
-        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
+        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
         drift = (1 + noise_level**2) * (ratio - ratio_next) * alpha_next
         scale = (alpha_next / alpha).float()
-        mean = _per_sample(scale, sample) * sample - _per_sample(drift.float(), sample) * epsilon
+        mean = per_sample(scale, sample) * sample - per_sample(drift.float(), sample) * epsilon
         last = next_level.sigma == 0
         std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * ratio * (ratio - ratio_next)).sqrt()).float())
-        mean = torch.where(_per_sample(last, sample), denoised, mean)
-        return _finish(mean, std, denoised, noise, next_sample)
+        mean = torch.where(per_sample(last, sample), denoised, mean)
+        return draw_or_replay(mean, std, denoised, noise, next_sample)
 
 
 Make = Callable[[float, float], Transition]
