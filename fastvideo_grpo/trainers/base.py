@@ -32,8 +32,9 @@ from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import FAMILIES, lora_settings, prompts_of
+from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import objectives, timesteps
-from fastvideo_grpo.grpo.advantages import Advantages, normalisation
+from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.selection import Row, best_of, pairs, regroup
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
@@ -274,7 +275,7 @@ class GRPOTrainer:
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
         self.objective = configuration.make_objective(config)
-        self.normalisation = normalisation(
+        self.normalisation = normalisations.get(
             config.grpo.normalisation,
             history_size=config.grpo.history.size,
             history_minimum=config.grpo.history.minimum,
@@ -486,7 +487,7 @@ class GRPOTrainer:
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
             metrics = self._reward_metrics(iteration, rollout)
-            advantages = self.normalisation(
+            advantages = self.normalisation.advantages(
                 rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in groups]
             )
             metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
