@@ -194,8 +194,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
-    rollouts = len(dealt.rollout(0))
-    updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
+    rollouts = len(dealt.rollout_batches(0))
+    updates = sum(len(dealt.update_batches(u, 0)) for u in range(grpo.updates_per_iteration))
     bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
     embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
     if family.reads_images:

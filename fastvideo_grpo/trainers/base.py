@@ -554,7 +554,7 @@ class GRPOTrainer:
         shape = (len(groups), self.config.grpo.group_size)
         table = torch.zeros(3, len(names), *shape, dtype=torch.float32)  # score, raw score, valid
         self.forget_conditioning()
-        jobs = self.dealing.rollout(self.world.data_rank)
+        jobs = self.dealing.rollout_batches(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))
         retried = self.rewards.retried.total()
@@ -666,7 +666,7 @@ class GRPOTrainer:
             counted = self._counted_draws(update, chosen)
             if counted == 0:
                 continue  # no sample of these prompts counts, on all ranks alike
-            batches = self.dealing.update(update, self.world.data_rank)
+            batches = self.dealing.update_batches(update, self.world.data_rank)
             with clock.phase("exchange"):
                 rows = self._fetch_rows(update, rollout, chosen)
             per_sample = timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
@@ -724,7 +724,7 @@ class GRPOTrainer:
         for rank in range(self.world.size):
             keys = [
                 (what, group, row.member)
-                for group, k in self.dealing.update(update, rank // size)
+                for group, k in self.dealing.update_batches(update, rank // size)
                 for row in chosen[group][k]
                 for what in ("latents", "log_probs")
             ]
