@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.extensions import Registry, not_callable
 from fastvideo_grpo.sampling.schedules import Level
 
 Prediction = Literal["velocity", "noise"]
@@ -260,11 +260,10 @@ Make = Callable[[float, float], Transition]
 
 
 def _problem(name: str, offered: Any) -> str | None:
-    known = get_args(Prediction)
-    found = getattr(offered, "prediction", None)
-    if not callable(offered):
-        return f"which is no class and no function, but a {type(offered).__name__}"
-    return None if found in known else f"whose attribute `prediction` is {found!r}; allowed: {', '.join(known)}"
+    known, found = get_args(Prediction), getattr(offered, "prediction", None)
+    if found in known or not callable(offered):
+        return not_callable(name, offered)
+    return f"whose attribute `prediction` is {found!r}; allowed: {', '.join(known)}"
 
 
 TRANSITIONS: Registry[Make] = Registry("transition", "fastvideo_grpo.transitions", problem=_problem)
