@@ -19,6 +19,7 @@ from typing import Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_checks import check
 from fastvideo_grpo.families import FAMILIES, ModelFacts
 from fastvideo_grpo.memory import MemoryEstimate, estimate
 from fastvideo_grpo.plan import count_parameters
@@ -174,7 +175,7 @@ def planned(size: Size, way: Way, gpus: int, lora: bool = False) -> MemoryEstima
     """The estimate for one process of so many."""
     config, facts, parameters = _loaded(size, lora)
     config = replace(config, engine=replace(config.engine, **way.settings))
-    configuration.check(config)
+    check(config)
     return estimate(config, facts, gpus, parameters)
 
 

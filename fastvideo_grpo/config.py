@@ -1,16 +1,15 @@
 """The run configuration: dataclasses filled from YAML and dotted overrides, checked before anything is loaded.
 
-Every key's meaning stands beside it (``docs/configuration.md`` is printed from here). Checks that need the checkpoint's own
-configuration (patch size, channels) live in :mod:`fastvideo_grpo.plan`.
+Every key's meaning stands beside it (:mod:`fastvideo_grpo.config_reference` prints them). What values alone rule out is in
+:mod:`fastvideo_grpo.config_checks`; what the model rules out is in its family's ``problems``, which
+:func:`fastvideo_grpo.plan.check_run` asks.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.extensions import Registry, nearest
+from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import NORMALISATIONS
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
@@ -83,8 +82,8 @@ class PromptsConfig:
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
         512,
-        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and stable_diffusion's CLIP (77 if left out) pad and cut "
-        "to them, HunyuanVideo's Llama only cuts",
+        "tokens of the sequence text encoder: FLUX's T5, Wan's UMT5 and Stable Diffusion's CLIP pad and cut to them, "
+        "HunyuanVideo's Llama only cuts",
         minimum=1,
     )
     seed: int = _key(0, "seed of the order in which prompts are drawn")
@@ -94,37 +93,29 @@ class PromptsConfig:
 class SampleConfig:
     """How a sample is drawn."""
 
-    height: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
-    width: int = _key(720, "pixels (stable_diffusion: 512 if left out)", minimum=1)
-    frames: int = _key(1, "frames of a video, 4k + 1; 1: an image (one latent frame)", minimum=1)
+    height: int = _key(720, "pixels", minimum=1)
+    width: int = _key(720, "pixels", minimum=1)
+    frames: int = _key(1, "frames of a video, as many as the model's VAE takes (those here 4k + 1); 1: an image", minimum=1)
     fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
     vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
-    steps: int = _key(16, "sampling steps, the paper's T (stable_diffusion: 50 if left out)", minimum=2)
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key(
         "flow_sde",
         "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8), of those that predict noise ddim or "
-        "diffusion_sde (eq. 7) (stable_diffusion: ddim if left out)",
+        "diffusion_sde (eq. 7)",
         choices=transitions.names,
     )
-    noise_level: float = _key(
-        0.3,
-        "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from (stable_diffusion: 1.0 if left out)",
-        above=0,
-    )
+    noise_level: float = _key(0.3, "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from", above=0)
     noise_decay: float = _key(
         0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
     )
-    guidance_scale: float = _key(3.5, "embedded guidance (models distilled for it; skyreels_i2v: 1.0 if left out)", minimum=0)
-    cfg_scale: float = _key(
-        1.0,
-        "classifier-free guidance w: u + w (c - u); 1: none (skyreels_i2v, stable_diffusion, wan: 5.0 if left out)",
-        minimum=1,
-    )
+    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0)
+    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1)
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared",
-        "initial noise: shared by a prompt's group (the paper) or per_sample (objectives ddpo, dpok, refl: this if left out)",
+        "initial noise: shared by a prompt's group (the paper) or per_sample",
         choices=["shared", "per_sample"],
     )
 
@@ -143,19 +134,17 @@ class TimestepsConfig:
 
     strategy: str = _key(
         "random",
-        "random, first (noisiest), last, all, or late: one drawn from the last ones (objective refl: late if left out)",
+        "random, first (noisiest), last, all, or late: one drawn from the last ones",
         choices=list(timesteps.STRATEGIES),
     )
     fraction: float = _key(
         0.6,
         "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
-        "draw from (objective refl: 0.25 if left out)",
+        "draw from",
         above=0,
         maximum=1,
     )
-    per: str = _key(
-        "sample", "one random draw per sample, or per group (objective dpo: group if left out)", choices=["sample", "group"]
-    )
+    per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
 
 
 @dataclass
@@ -174,34 +163,24 @@ class GRPOConfig:
 
     prompts_per_iteration: int = _key(32, "prompts drawn per iteration", minimum=1)
     group_size: int = _key(12, "samples of each prompt, the paper's G", minimum=2)
-    best_of: BestOfConfig | None = _key(
-        None, "train only on top and bottom samples of each group (objective dpo: {top: 1, bottom: 1} if left out)"
-    )
+    best_of: BestOfConfig | None = _key(None, "train only on top and bottom samples of each group")
     timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
     normalisation: str = _key(
         "group",
-        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards "
-        "(objective ddpo: prompt_history, dpok: global if left out)",
+        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards",
         choices=list(NORMALISATIONS),
     )
     history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
     clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
-    updates_per_iteration: int = _key(
-        4,
-        "optimiser steps per iteration; each takes whole prompts (skyreels_i2v, stable_diffusion, wan: 1 if left out)",
-        minimum=1,
-    )
+    updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
     cfg_gradients: str = _key(
         "both",
         "passes of classifier-free guidance that are trained: both (the paper) or conditional",
         choices=["both", "conditional"],
     )
     kl_weight: float = _key(
-        0.0,
-        "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept (objective dpok: 0.01 if left "
-        "out)",
-        minimum=0,
+        0.0, "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept", minimum=0
     )
     objective: str = _key("grpo", "what an update minimises (docs/objectives.md)", choices=objectives.names)
     objective_params: dict[str, Any] = _key({}, "settings of the objective's own (dpo: beta)")
@@ -377,6 +356,8 @@ def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = Non
     Raises:
         ConfigError: as :func:`load` does.
     """
+    from fastvideo_grpo.config_checks import check  # checks are made of configurations
+
     given = OmegaConf.merge(values, _parse_overrides(overrides or []))
     of_objective = _defaults(given, "grpo.objective", objectives.OBJECTIVES)
     of_model = _defaults(given, "model.kind", _families())
@@ -432,17 +413,18 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
     return OmegaConf.from_dotlist(overrides)
 
 
-def _in_file(name: str) -> str:
+def name_in_file(name: str) -> str:
     """A field's name as files have it."""
     return name.rstrip("_")
 
 
-def _known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+def known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """All keys of a section and those below it, as files have them; ``*`` stands for a name that a run gives."""
     for name, hint in get_type_hints(cls).items():
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        yield prefix + _in_file(name)
+        yield prefix + name_in_file(name)
         if isinstance(inner, type):
-            yield from _known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
+            yield from known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
 
 
 def _merged(raw: Any) -> Any:
@@ -467,10 +449,10 @@ def _to_dataclasses(raw: Any) -> Config:
 
 
 def _told(error: OmegaConfBaseException) -> ConfigError:
-    key = _in_file(str(getattr(error, "full_key", None) or ""))
+    key = name_in_file(str(getattr(error, "full_key", None) or ""))
     if "not in" in str(error):
-        near = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.6)
-        allowed = [_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
+        near = difflib.get_close_matches(key, list(known_keys(Config)), n=1, cutoff=0.6)
+        allowed = [name_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
         hint = f"did you mean {near[0]}? " if near else ""
         return ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}")
     return ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})")
@@ -506,113 +488,7 @@ def _section_of(key: str) -> type[Any]:
 
 def _help_of(key: str) -> str:
     section, _, name = key.rpartition(".")
-    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if _in_file(f.name) == name), "")
-
-
-def _check_values(node: Any, prefix: str) -> Iterator[str]:
-    """Problems of single values, from the bounds and choices beside each key."""
-    for f in fields(node):
-        value, key, allowed = getattr(node, f.name), prefix + _in_file(f.name), f.metadata
-        if is_dataclass(value):
-            yield from _check_values(value, key + ".")
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                if is_dataclass(item):
-                    yield from _check_values(item, f"{key}.{name}.")
-        elif value is None:
-            continue
-        elif allowed.get("choices") is not None:
-            known = allowed["choices"]() if callable(allowed["choices"]) else allowed["choices"]
-            if value not in known:
-                near = nearest(value, known) if isinstance(value, str) else ""
-                yield f"{key} is {value!r}{near}; allowed: {', '.join(map(str, known))}"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                yield f"{key} is {value}; it must be a finite number"
-            elif "minimum" in allowed and value < allowed["minimum"]:
-                yield f"{key} is {value}; it must be at least {allowed['minimum']}"
-            elif "above" in allowed and value <= allowed["above"]:
-                yield f"{key} is {value}; it must be above {allowed['above']}"
-            elif "maximum" in allowed and value > allowed["maximum"]:
-                yield f"{key} is {value}; it must be at most {allowed['maximum']}"
-
-
-def _check_combinations(config: Config) -> Iterator[str]:
-    grpo, sample = config.grpo, config.sample
-    if grpo.best_of is not None and grpo.best_of.top + grpo.best_of.bottom > grpo.group_size:
-        yield (
-            f"grpo.best_of takes {grpo.best_of.top} + {grpo.best_of.bottom} samples of a group of {grpo.group_size}: "
-            f"set grpo.group_size to at least {grpo.best_of.top + grpo.best_of.bottom}"
-        )
-    if grpo.history.minimum > grpo.history.size:
-        yield (
-            f"grpo.history.minimum is {grpo.history.minimum}, but no more than grpo.history.size={grpo.history.size} rewards "
-            f"of a prompt are remembered: set the size to at least {grpo.history.minimum}"
-        )
-    try:
-        objective = make_objective(config)
-    except ValueError as error:
-        yield str(error)
-    else:
-        yield from _check_objective(config, objective)
-    if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
-        yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
-    if sample.negative_prompt and sample.cfg_scale <= 1:
-        yield (
-            f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
-            "set it above 1 (SkyReels-I2V and Stable Diffusion take 5), or remove the negative prompt"
-        )
-    if config.model.cfg_batched and sample.cfg_scale <= 1:
-        yield (
-            f"model.cfg_batched is true, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it above 1, or "
-            "model.cfg_batched=false"
-        )
-    if grpo.cfg_gradients != "both" and sample.cfg_scale <= 1:
-        yield (
-            f"grpo.cfg_gradients is {grpo.cfg_gradients}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it "
-            "above 1, or grpo.cfg_gradients=both"
-        )
-    if sample.transition == "ode":
-        yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde (of noise predictors: ddim)"
-    else:
-        try:
-            transitions.get(sample.transition, noise_level=sample.noise_level, noise_decay=sample.noise_decay)
-        except ValueError as error:
-            yield f"sample.transition: {error}"
-    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
-        yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
-    if config.optim.ema_decay == 1.0:
-        yield "optim.ema_decay is 1.0, an average that never moves; use 0.995, or null for none"
-    if not config.rewards.models:
-        yield "rewards.models is empty; name at least one reward, for example rewards.models.size.kind=jpeg_size"
-    rewards = config.rewards
-    longest = rewards.timeout_s * (rewards.retries + 1) + rewards.backoff_s * (2**rewards.retries - 1)
-    if config.engine.kind == "deepspeed" and longest >= 60 * config.run.timeout_minutes:
-        yield (
-            f"rewards.timeout_s={rewards.timeout_s:g} with {rewards.retries} retries lets a reward take {longest:g} s for a "
-            f"micro-batch, and the other processes give up after run.timeout_minutes={config.run.timeout_minutes:g}: "
-            f"set run.timeout_minutes to at least {math.ceil(longest / 60) + 5}"
-        )
-    weights = [o.weight for r in config.rewards.models.values() for o in r.outputs.values()]
-    if weights and not any(weights) and all(r.outputs for r in config.rewards.models.values()):
-        yield "every rewards.models.*.outputs.*.weight is 0; at least one must count"
-    if config.engine.kind == "local" and config.engine.offload != "none":
-        yield f"engine.offload is {config.engine.offload!r}, which needs engine.kind=deepspeed"
-    if config.engine.kind == "local" and config.engine.deepspeed_json is not None:
-        yield f"engine.deepspeed_json is {config.engine.deepspeed_json!r}, which needs engine.kind=deepspeed"
-    if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
-        yield "engine.offload is 'parameters', which needs engine.zero_stage=3"
-    if config.engine.kind == "local" and config.engine.sequence_parallel > 1:
-        yield f"engine.sequence_parallel is {config.engine.sequence_parallel}, which needs engine.kind=deepspeed (and torchrun)"
-    try:
-        checkpointed_blocks(config.engine.activation_checkpointing)
-    except ValueError as error:
-        yield f"engine.activation_checkpointing {error}"
-    if sample.frames % 4 != 1:
-        below = max(1, sample.frames - (sample.frames - 1) % 4)
-        yield f"sample.frames is {sample.frames}; it must be 4k + 1: {below} or {below + 4}"
-    if config.engine.offload == "optimizer" and config.engine.zero_stage == 0:
-        yield "engine.offload is 'optimizer', which needs engine.zero_stage of 1, 2 or 3"
+    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if name_in_file(f.name) == name), "")
 
 
 def make_objective(config: Config) -> objectives.Objective:
@@ -631,56 +507,6 @@ def make_objective(config: Config) -> objectives.Objective:
     )
 
 
-def _check_objective(config: Config, objective: objectives.Objective) -> Iterator[str]:
-    """What the objective's needs rule out (whether the rewards have gradients: :mod:`fastvideo_grpo.plan`)."""
-    grpo, engine = config.grpo, config.engine
-    name, size, best, when = grpo.objective, engine.micro_batch_size, grpo.best_of, grpo.timesteps
-    if grpo.kl_weight > 0 and not objectives.takes(name, "kl_weight"):
-        yield (
-            f"grpo.kl_weight is {grpo.kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
-            f"{', '.join(objectives.taking('kl_weight'))} have)"
-        )
-    default = GRPOConfig()
-    for key in ("clip_range", "advantage_clip"):
-        if not objectives.takes(name, key) and getattr(grpo, key) != getattr(default, key):
-            yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
-    if objective.needs_reward_gradients and grpo.normalisation != default.normalisation:
-        yield f"grpo.normalisation is {grpo.normalisation}, but objective {name} has no advantages: leave it out"
-    if grpo.normalisation != "prompt_history" and grpo.history != default.history:
-        yield (
-            f"grpo.history is set, but grpo.normalisation={grpo.normalisation} remembers nothing: set prompt_history, or leave "
-            "it out"
-        )
-    if objective.pairs:
-        if best is None or best.top != best.bottom:
-            now = "null" if best is None else f"{{top: {best.top}, bottom: {best.bottom}}}"
-            yield (
-                f"grpo.best_of is {now}, but objective {name} takes pairs of a best and a worst sample: set as many top as "
-                "bottom, for example grpo.best_of={top: 1, bottom: 1}"
-            )
-        if size % 2:
-            yield (
-                f"engine.micro_batch_size is {size}, but objective {name} takes pairs: set it to "
-                f"{f'{size - 1} or ' if size > 1 else ''}{size + 1}"
-            )
-        if when.per == "sample" and when.strategy in ("random", "late"):
-            yield (
-                f"grpo.timesteps.per is 'sample', but the two samples of a pair of objective {name} are compared at the same "
-                f"timesteps: set grpo.timesteps.per=group, or strategy first, last or all (not {when.strategy})"
-            )
-    if objective.needs_reward_gradients:
-        if engine.sequence_parallel > 1:
-            yield (
-                f"engine.sequence_parallel is {engine.sequence_parallel}, but objective {name} needs the gradient of the "
-                "rewards, which only the first process of a group has: use 1"
-            )
-        if engine.offload_idle:
-            yield (
-                f"engine.offload_idle is true, but objective {name} goes backwards through the VAE, which would have left the "
-                "device: use false"
-            )
-
-
 def checkpointed_blocks(value: str) -> int:
     """``engine.activation_checkpointing`` as a number: 0 none, 1 every block, K every K-th.
 
@@ -694,32 +520,6 @@ def checkpointed_blocks(value: str) -> int:
     if value not in known:
         raise ValueError(f"is {value!r}; allowed: none, full, every:K with K of 1 or more (every:2 is every second block)")
     return known[value]
-
-
-def cautions(config: Config) -> list[str]:
-    """What can run but is seldom meant, a line each."""
-    lines = []
-    if config.sample.cfg_scale > 1 and config.grpo.updates_per_iteration > 1:
-        lines.append(
-            f"grpo.updates_per_iteration is {config.grpo.updates_per_iteration} with sample.cfg_scale="
-            f"{config.sample.cfg_scale:g}: guidance multiplies what an update changes, and the paper makes one update per "
-            "iteration with it; watch train/clip_fraction, or set 1"
-        )
-    when = config.grpo.timesteps
-    if make_objective(config).needs_reward_gradients and when.strategy != "late":
-        lines.append(
-            f"grpo.timesteps.strategy is {when.strategy}, but objective {config.grpo.objective} is meant for one late step: "
-            "the clean sample predicted at a noisy one is a blur that no reward was made for; set late, with fraction 0.25"
-        )
-    return lines
-
-
-def check(config: Config) -> None:
-    """Raise :class:`ConfigError` naming every bad value and impossible combination."""
-    problems = list(_check_values(config, ""))
-    problems += [] if problems else list(_check_combinations(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -746,7 +546,7 @@ def changed_on_resume(old: dict[str, Any], config: Config) -> list[str]:
 
     Keys that a later version added count as their defaults.
     """
-    known = {*_known_keys(Config)}
+    known = {*known_keys(Config)}
     before = _flat(to_dict(_to_dataclasses(OmegaConf.create({k: v for k, v in old.items() if k in known}))))
     after = _flat(to_dict(config))
     for flat in (before, after):
@@ -758,37 +558,3 @@ def changed_on_resume(old: dict[str, Any], config: Config) -> list[str]:
         if "http" in (flat.get(f"rewards.models.{name}.placement") for flat in (before, after)):
             changed = [key for key in changed if not key.startswith(f"rewards.models.{name}.params.")]
     return [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)]
-
-
-def reference() -> str:
-    """Every key with default and meaning, as Markdown (docs/configuration.md)."""
-    lines = []
-    for section in fields(Config):
-        cls = get_type_hints(Config)[section.name]
-        lines += [f"## {section.name}", "", str(cls.__doc__), "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
-        lines += list(_reference_rows(cls, section.name + "."))
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
-    for f in fields(cls):
-        hint = get_type_hints(cls)[f.name]
-        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        default = f.default if f.default_factory is NO_DEFAULT else f.default_factory()
-        shown = "required" if default == MISSING else "null" if default is None else str(default)
-        if is_dataclass(default):
-            shown = ""
-        known = f.metadata["choices"]
-        bounds = {"minimum": "at least", "above": "above", "maximum": "at most"}
-        limits = [f"{words} {f.metadata[name]}" for name, words in bounds.items() if name in f.metadata]
-        allowed = ", ".join((known() if callable(known) else known) if known is not None else limits)
-        yield f"| `{prefix}{_in_file(f.name)}` | {shown} | {allowed} | {f.metadata['help']} |"
-        if isinstance(inner, type):
-            yield from _reference_rows(inner, f"{prefix}{f.name}.{'NAME.' if isinstance(default, dict) else ''}")
-
-
-if __name__ == "__main__":
-    print("# Configuration\n\nEvery key of a run, as `fastvideo_grpo/config.py` defines it; this page is printed from there")
-    print("(`python -m fastvideo_grpo.config > docs/configuration.md`).\n")
-    print(reference(), end="")

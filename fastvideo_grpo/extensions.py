@@ -96,6 +96,11 @@ class Registry(Generic[T]):
         return thing
 
 
+def not_callable(name: str, offered: Any) -> str | None:
+    """What is wrong with a thing that is no class and no function, for a :class:`Registry` of what makes things."""
+    return None if callable(offered) else f"which is no class and no function, but a {type(offered).__name__}"
+
+
 def entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
     """What installed packages offer under ``group``."""
     return _installed(group, tuple(sys.path))

@@ -11,7 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, cautions, make_objective
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
+from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
 from fastvideo_grpo.grpo import timesteps
@@ -193,8 +194,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
-    rollouts = len(dealt.rollout(0))
-    updates = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration))
+    rollouts = len(dealt.rollout_batches(0))
+    updates = sum(len(dealt.update_batches(u, 0)) for u in range(grpo.updates_per_iteration))
     bytes_per = 2 if config.prompts.embedding_dtype == "bf16" else 4
     embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
     if family.reads_images:

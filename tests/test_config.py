@@ -1,6 +1,7 @@
 """The configuration: every wrong key and value stops at once and says what would work."""
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fastvideo_grpo import cli, families, plan
+from fastvideo_grpo import cli, config_reference, families, plan
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.grpo.objectives import OBJECTIVES
 from fastvideo_grpo.tiny.flux import write_flux
 from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
 
@@ -108,9 +110,20 @@ def test_written_yaml_reads_back_equal(load, tmp_path):
     assert configuration.load(tmp_path / "written.yaml") == config
 
 
+def test_the_reference_says_what_models_and_objectives_have_where_a_key_is_left_out():
+    page = config_reference.reference().splitlines()
+    for registry in (families.FAMILIES, OBJECTIVES):
+        for name, thing in registry.usable().items():
+            for section, values in getattr(thing, "defaults", {}).items():
+                for key, value in values.items():
+                    row = [line for line in page if line.startswith(f"| `{section}.{key}")]
+                    shown = value.values() if isinstance(value, dict) else [value]
+                    assert all(any(name in line and f": {one}" in line for line in row) for one in shown), (name, section, key)
+
+
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert configuration.reference() in page, "run: python -m fastvideo_grpo.config > docs/configuration.md"
+    assert config_reference.reference() in page, "run: python -m fastvideo_grpo.config_reference > docs/configuration.md"
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -178,7 +191,6 @@ def video_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (["sample.frames=6"], "sample.frames is 6; it must be 4k . 1.*: 5 or 9"),
         (["sample.width=40"], "sample.width is 40; it must be a multiple of 16 for this model: 32 or 48"),
         (["engine.kind=deepspeed", "engine.sequence_parallel=3"], "must divide the 1 processes and the model's 4"),
         (["sample.transition=ddim"], "hunyuan_video predicts velocity"),
@@ -193,6 +205,22 @@ def test_what_a_video_model_rules_out(run_config, video_checkpoint, overrides, m
         return
     with pytest.raises(ConfigError, match=message):
         _check(run_config(*settings))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "frames", "message"),
+    [(4, 6, "4k . 1 for this model: 5 or 9"), (2, 4, "2k . 1 for this model: 3 or 5"), (2, 3, None)],
+)
+def test_how_many_frames_is_the_models_vae_to_say(run_config, video_checkpoint, ratio, frames, message):
+    settings = [f"model.path={video_checkpoint}", "model.kind=hunyuan_video", "sample.height=32", "sample.width=32"]
+    config = run_config(*settings, f"sample.frames={frames}")
+    facts = families.model_facts(config)
+    facts.vae["temporal_compression_ratio"] = ratio
+    problems = list(families.FAMILIES["hunyuan_video"].problems(config, facts))
+    if message is None:
+        assert not problems
+    else:
+        assert re.match(f"sample.frames is {frames}; it must be {message}", *problems)
 
 
 def test_a_deepspeed_json_is_compared_before_anything_is_loaded(run_config, tmp_path):

@@ -16,7 +16,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_every_sample_is_drawn_once_and_every_rank_draws_as_many(case):
     case.check()
-    shares = [case.rollout(rank) for rank in range(case.ranks)]
+    shares = [case.rollout_batches(rank) for rank in range(case.ranks)]
     drawn = [(group, member) for share in shares for group, members in share for member in members]
     assert sorted(drawn) == [(g, m) for g in range(case.prompts) for m in range(case.group_size)]
     assert len({len(share) for share in shares}) == 1
@@ -26,7 +26,7 @@ def test_every_sample_is_drawn_once_and_every_rank_draws_as_many(case):
 @pytest.mark.parametrize("case", CASES)
 def test_updates_are_whole_groups_whatever_the_number_of_ranks(case):
     for update in range(case.updates):
-        shares = [case.update(update, rank) for rank in range(case.ranks)]
+        shares = [case.update_batches(update, rank) for rank in range(case.ranks)]
         assert len({len(share) for share in shares}) == 1
         assert {group for share in shares for group, _ in share} == set(case.groups_of(update))
     assert [g for u in range(case.updates) for g in case.groups_of(u)] == list(range(case.prompts))
@@ -37,7 +37,7 @@ def test_without_best_of_a_sample_is_trained_where_it_was_drawn(case):
     owners = case.owners()
     for rank in range(case.ranks):
         for update in range(case.updates):
-            for group, k in case.update(update, rank):
+            for group, k in case.update_batches(update, rank):
                 first = k * case.micro_batch_size
                 assert all(owners[group, first + row] == rank for row in range(case.micro_batch_size))
 

@@ -10,15 +10,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config import ConfigError, EngineConfig
 from fastvideo_grpo.engines.deepspeed import deepspeed_config
 from fastvideo_grpo.engines.local import LocalEngine
 from fastvideo_grpo.engines.parallel import World
@@ -266,8 +266,8 @@ def test_checkpoints_are_agreed_on_by_all_ranks(launch):
 
 
 def config(stage, offload, path=None, precision="fp32", **changes):
-    engine = SimpleNamespace(zero_stage=stage, offload=offload, micro_batch_size=2, deepspeed_json=path)
-    return deepspeed_config(SimpleNamespace(**(vars(OPTIM) | changes)), engine, precision, World())
+    engine = EngineConfig(zero_stage=stage, offload=offload, micro_batch_size=2, deepspeed_json=path)
+    return deepspeed_config(replace(OPTIM, **changes), engine, precision, World())
 
 
 def brought(path, changes):

@@ -1,12 +1,13 @@
 """LocalEngine: the reference all other engines are compared with, so it is compared with plain torch."""
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from fastvideo_grpo.config import OptimConfig
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 from fastvideo_grpo.engines.local import LocalEngine
 from fastvideo_grpo.engines.shards import EngineStateError
@@ -15,15 +16,8 @@ torch.set_num_threads(1)
 
 
 def optim(**changes):
-    values = {
-        "lr": 1e-2,
-        "betas": [0.9, 0.99],
-        "weight_decay": 0.1,
-        "max_grad_norm": None,
-        "warmup_steps": 0,
-        "ema_decay": None,
-    }
-    return SimpleNamespace(**(values | changes))
+    plain = OptimConfig(lr=1e-2, betas=[0.9, 0.99], weight_decay=0.1, max_grad_norm=None)
+    return replace(plain, **changes)
 
 
 def network(seed=0):

@@ -11,6 +11,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
 from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
 from fastvideo_grpo.memory import estimate
 from fastvideo_grpo.rewards import reward_set
@@ -230,7 +231,7 @@ class _Toy:
         self.objective = _objective(
             name, clip_range=0.2, kl_weight=0.01 if name == "dpok" else 0.0, params={"beta": 0.5} if name == "dpo" else {}
         )
-        self.normalisation = advantages.normalisation(NORMALISATION[name], history_size=32, history_minimum=16)
+        self.normalisation = advantages.get(NORMALISATION[name], history_size=32, history_minimum=16)
         self.strategy, self.fraction = ("late", 0.25) if name == "refl" else ("all", 1.0)
 
     def step_at(self, weights, z, index, **how):
@@ -252,7 +253,7 @@ class _Toy:
         """The rows that are trained on, as the trainer picks them."""
         states, log_probs, rewards = self.rollout(self.groups)
         prompts = [f"p{group}" for group in range(self.groups)]
-        found = self.normalisation({"r": rewards}, {"r": torch.ones_like(rewards).bool()}, {"r": 1.0}, prompts)
+        found = self.normalisation.advantages({"r": rewards}, {"r": torch.ones_like(rewards).bool()}, {"r": 1.0}, prompts)
         rows = []
         for group in range(self.groups):
             members = list(range(self.size))
@@ -329,9 +330,9 @@ def _normalise(name, rewards, valid=None, weights=None, prompts=None, size=32, m
     rewards = rewards if isinstance(rewards, dict) else {"r": torch.tensor(rewards)}
     valid = valid or {key: torch.ones_like(value).bool() for key, value in rewards.items()}
     weights = weights or dict.fromkeys(rewards, 1.0)
-    made = name if callable(name) else advantages.normalisation(name, history_size=size, history_minimum=minimum)
+    made = advantages.get(name, history_size=size, history_minimum=minimum) if isinstance(name, str) else name
     groups = len(next(iter(rewards.values())))
-    return made(rewards, valid, weights, prompts or [f"p{group}" for group in range(groups)])
+    return made.advantages(rewards, valid, weights, prompts or [f"p{group}" for group in range(groups)])
 
 
 def test_global_advantages_are_standard_scores_over_all_valid_samples_of_the_iteration():
@@ -408,12 +409,12 @@ def test_a_history_goes_on_exactly_where_it_was_saved():
 
 
 def test_a_normalisation_without_memory_refuses_another_ones():
-    made = advantages.normalisation("group", history_size=32, history_minimum=16)
+    made = advantages.get("group", history_size=32, history_minimum=16)
     assert made.state() == {}
     with pytest.raises(ValueError, match="remembers nothing"):
         made.restore({"r": {"a": [1.0]}})
     with pytest.raises(ValueError, match="known: group, global, prompt_history"):
-        advantages.normalisation("batch", history_size=32, history_minimum=16)
+        advantages.get("batch", history_size=32, history_minimum=16)
 
 
 # --- pairs and timesteps ----------------------------------------------------------------------------------------------
@@ -528,8 +529,8 @@ def test_pairs_may_have_timesteps_per_sample_where_nothing_is_drawn():
 
 
 def test_refl_at_noisy_steps_is_cautioned_against():
-    assert not configuration.cautions(_config("grpo.objective=refl"))
-    (line,) = configuration.cautions(_config("grpo.objective=refl", "grpo.timesteps.strategy=random"))
+    assert not cautions(_config("grpo.objective=refl"))
+    (line,) = cautions(_config("grpo.objective=refl", "grpo.timesteps.strategy=random"))
     assert "set late, with fraction 0.25" in line
 
 

@@ -1,4 +1,5 @@
-"""Diffusion and rectified flow are one process in two notations (the paper's equations 5, 7 and 8, and its section 7.2)."""
+"""Diffusion and rectified flow are one process in two notations (equations 5, 7 and 8 of DanceGRPO, Xue et al.
+2025, arXiv:2505.07818, and its section 7.2)."""
 
 import itertools
 import math

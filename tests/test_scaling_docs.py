@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling_table
-from fastvideo_grpo.config import Config, _known_keys
+from fastvideo_grpo.config import Config, known_keys
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "scaling.md").read_text()
@@ -28,10 +28,10 @@ def test_the_table_of_lora_is_what_the_estimate_says():
 
 
 def test_every_key_that_is_named_exists():
-    sections = "|".join(name for name in _known_keys(Config) if "." not in name)
+    sections = "|".join(name for name in known_keys(Config) if "." not in name)
     named = set(re.findall(rf"`(?:(?:{sections})\.[a-z0-9_.]+)", TEXT))
     assert len(named) > 15
-    assert {key.strip("`") for key in named} <= set(_known_keys(Config))
+    assert {key.strip("`") for key in named} <= set(known_keys(Config))
 
 
 def test_every_file_that_is_named_exists():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from fastvideo_grpo.engines.ema import ExponentialMovingAverage
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.shards import ENGINE_JSON, EngineStateError, SavedTensors, read_engine_json, write_tensors
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.config import OptimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +149,7 @@ class AdamWEngine:
     kind = ""
     zero_stage: int | None = None
 
-    def __init__(self, module: nn.Module, optim: Any, *, precision: str, world: World) -> None:
+    def __init__(self, module: nn.Module, optim: OptimConfig, *, precision: str, world: World) -> None:
         if optim.lr <= 0 or not math.isfinite(optim.lr):
             raise ValueError(f"optim.lr is {optim.lr}; it must be a positive number")
         self.optim = optim
@@ -280,11 +283,11 @@ class AdamWEngine:
 
     def _whole(self, name: str, piece: Tensor | None, device: torch.device | str) -> Tensor:
         """A parameter's float32 state put together from all ranks' pieces, on every rank."""
-        held = self.span(name)
+        share = self.span(name)
         shape = self._shapes[name]
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
-        if held is not None and piece is not None:
-            whole[held[0] : held[0] + held[1]] = piece.detach().to(whole.device)
+        if share is not None and piece is not None:
+            whole[share[0] : share[0] + share[1]] = piece.detach().to(whole.device)
         return self.world.all_reduce_sum_in_place(whole).view(shape)
 
     def state_dict(self) -> dict[str, Tensor]:

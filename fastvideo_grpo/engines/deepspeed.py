@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from fastvideo_grpo.engines.base import AdamWEngine, cast_parameters
 from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
 from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.config import EngineConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ class DeepSpeedEngine(AdamWEngine):
             and moved to `world.device`. Trainable: those with requires_grad; frozen ones work at every stage. With
             `zero_stage` 3 also one from `sharded_loading.load_partitioned`, with or without adapters added since.
         optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay.
-        engine_cfg: zero_stage (0 to 3), offload ("none", "optimizer": AdamW's state and step on the CPU, "parameters":
-            the weights too, stage 3 only), micro_batch_size; deepspeed_json, if there: a DeepSpeed configuration
+        engine_config: zero_stage (0 to 3), offload ("none", "optimizer": AdamW's state and step on the CPU, "parameters":
+            the weights too, stage 3 only), micro_batch_size; deepspeed_json (None, or a DeepSpeed configuration
             file that may repeat what ours say, say "auto", and tune the rest.
         precision: "fp32" or "bf16".
         world: from `World.current()`. Without a process group one of a single process is made.
@@ -52,15 +55,15 @@ class DeepSpeedEngine(AdamWEngine):
     def __init__(
         self,
         module: nn.Module,
-        optim: Any,
-        engine_cfg: Any,
+        optim: OptimConfig,
+        engine_config: EngineConfig,
         *,
         precision: str = "fp32",
         world: World | None = None,
         ema_device: str | torch.device = "cpu",
     ) -> None:
         world = with_process_group(world or World.current())
-        self.zero_stage = _zero_stage(engine_cfg, precision)
+        self.zero_stage = _zero_stage(engine_config, precision)
         super().__init__(module, optim, precision=precision, world=world)
         deepspeed = import_deepspeed(world)
         self._adam = torch.optim.AdamW(
@@ -70,7 +73,7 @@ class DeepSpeedEngine(AdamWEngine):
             weight_decay=optim.weight_decay,
             foreach=False,
         )
-        config = deepspeed_config(optim, engine_cfg, precision, world)
+        config = deepspeed_config(optim, engine_config, precision, world)
         self.module = _initialize(model=module, optimizer=self._adam, config=config)
         self._gathered = deepspeed.zero.GatheredParameters
         self._start_ema(ema_device)
@@ -188,7 +191,7 @@ class DeepSpeedEngine(AdamWEngine):
 
 
 def partitioned_reference(
-    module: nn.Module, optim: Any, engine_cfg: Any, *, precision: str = "fp32", world: World | None = None
+    module: nn.Module, optim: OptimConfig, engine_config: EngineConfig, *, precision: str = "fp32", world: World | None = None
 ) -> nn.Module:
     """A frozen module whose weights stay in ZeRO-3 partitions: calling it gathers them layer by layer and lets them go.
 
@@ -198,7 +201,7 @@ def partitioned_reference(
     Args:
         module: from `sharded_loading.load_partitioned`, or a plain one (the same on every rank). All parameters are
             frozen; plain ones are cast to `precision`.
-        optim, engine_cfg, precision, world: those of the engine; `engine_cfg.zero_stage` is 3.
+        optim, engine_config, precision, world: those of the engine; `engine_config.zero_stage` is 3.
 
     Returns:
         What to call under `torch.no_grad()` in the place of `module`.
@@ -207,32 +210,32 @@ def partitioned_reference(
         ValueError: `zero_stage` is not 3, or another setting that DeepSpeedEngine refuses.
     """
     world = with_process_group(world or World.current())
-    if engine_cfg.zero_stage != 3:
+    if engine_config.zero_stage != 3:
         raise ValueError(
-            f"a partitioned reference needs engine.zero_stage=3, not {engine_cfg.zero_stage}; copy the module instead"
+            f"a partitioned reference needs engine.zero_stage=3, not {engine_config.zero_stage}; copy the module instead"
         )
     cast_parameters(module.requires_grad_(False), precision)
     import_deepspeed(world)
-    return _initialize(model=module, config=deepspeed_config(optim, engine_cfg, precision, world))
+    return _initialize(model=module, config=deepspeed_config(optim, engine_config, precision, world))
 
 
-def deepspeed_config(optim: Any, engine_cfg: Any, precision: str, world: World) -> dict[str, Any]:
-    """DeepSpeed's JSON configuration for ours, with the keys of `engine_cfg.deepspeed_json` (a path) laid over it: what
+def deepspeed_config(optim: OptimConfig, engine_config: EngineConfig, precision: str, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration for ours, with the keys of `engine_config.deepspeed_json` (a path) laid over it: what
     repeats ours or says "auto" is taken, tuning keys go through.
 
     Raises:
         ConfigError: the file cannot be read or contradicts ours.
     """
-    stage = _zero_stage(engine_cfg, precision)
+    stage = _zero_stage(engine_config, precision)
     zero: dict[str, Any] = {"stage": stage}
     # Pinned memory belongs to CUDA; on a CPU there is nothing to pin for.
     cpu = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-    if engine_cfg.offload != "none":
+    if engine_config.offload != "none":
         zero["offload_optimizer"] = dict(cpu)
-    if engine_cfg.offload == "parameters":
+    if engine_config.offload == "parameters":
         zero["offload_param"] = dict(cpu)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": engine_cfg.micro_batch_size,
+        "train_micro_batch_size_per_gpu": engine_config.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the real number is announced per update
         "gradient_clipping": float(optim.max_grad_norm or 0.0) if stage else 0.0,
         "zero_optimization": zero,
@@ -243,16 +246,16 @@ def deepspeed_config(optim: Any, engine_cfg: Any, precision: str, world: World) 
         "zero_force_ds_cpu_optimizer": False,  # its own is a C++ extension to be compiled
         "wall_clock_breakdown": False,
     }
-    path = getattr(engine_cfg, "deepspeed_json", None)
-    return merge_json(config, path, _stated(optim, engine_cfg, precision, world)) if path else config
+    path = engine_config.deepspeed_json
+    return merge_json(config, path, _stated(optim, engine_config, precision, world)) if path else config
 
 
-def _stated(optim: Any, engine_cfg: Any, precision: str, world: World) -> list[Stated]:
+def _stated(optim: OptimConfig, engine_config: EngineConfig, precision: str, world: World) -> list[Stated]:
     """The DeepSpeed keys that follow from ours."""
-    size, clip, stage = engine_cfg.micro_batch_size, float(optim.max_grad_norm or 0.0), engine_cfg.zero_stage
-    offload = f"engine.offload is {engine_cfg.offload}"
-    optimizer_device = "none" if engine_cfg.offload == "none" else "cpu"
-    parameter_device = "cpu" if engine_cfg.offload == "parameters" else "none"
+    size, clip, stage = engine_config.micro_batch_size, float(optim.max_grad_norm or 0.0), engine_config.zero_stage
+    offload = f"engine.offload is {engine_config.offload}"
+    optimizer_device = "none" if engine_config.offload == "none" else "cpu"
+    parameter_device = "cpu" if engine_config.offload == "parameters" else "none"
     bf16 = precision == "bf16"
     masters = "weights, moments and gradients are float32 at every model.precision"
     leave = "leave it out"
@@ -286,8 +289,8 @@ def _stated(optim: Any, engine_cfg: Any, precision: str, world: World) -> list[S
     ]
 
 
-def _zero_stage(engine_cfg: Any, precision: str) -> int:
-    stage, offload = engine_cfg.zero_stage, engine_cfg.offload
+def _zero_stage(engine_config: EngineConfig, precision: str) -> int:
+    stage, offload = engine_config.zero_stage, engine_config.offload
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"engine.zero_stage is {stage!r}; allowed: 0, 1, 2, 3")
     if offload not in ("none", "optimizer", "parameters"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config import ConfigError, OptimConfig
 
 # Adam's sections of the optimizer's parameters that choose an implementation of the same step.
 _SAME_STEP = ("torch_adam", "foreach", "fused")
@@ -81,7 +81,7 @@ def merge_json(config: dict[str, Any], path: str | os.PathLike[str], stated: lis
     return _laid_over(config, extra)
 
 
-def optimizer_stated(optim: Any) -> list[Stated]:
+def optimizer_stated(optim: OptimConfig) -> list[Stated]:
     """What the JSON's `optimizer` and `scheduler` may say beside our AdamW with its linear warm-up."""
     lr, warmup = optim.lr, optim.warmup_steps or 0
     ours = "the optimiser here is torch's AdamW"

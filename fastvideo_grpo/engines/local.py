@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo.engines.base import MOMENTS, AdamWEngine
 from fastvideo_grpo.engines.parallel import World
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.config import OptimConfig
 
 
 class LocalEngine(AdamWEngine):
@@ -36,7 +39,7 @@ class LocalEngine(AdamWEngine):
     def __init__(
         self,
         module: nn.Module,
-        optim: Any,
+        optim: OptimConfig,
         *,
         precision: str = "fp32",
         device: str | torch.device | None = None,

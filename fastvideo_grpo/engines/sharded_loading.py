@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from fastvideo_grpo.engines.base import DTYPES
 from fastvideo_grpo.engines.deepspeed import deepspeed_config, import_deepspeed, with_process_group
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from fastvideo_grpo.config import EngineConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +238,8 @@ def fused_parts(names: Collection[str], mapping: Callable[[str], tuple[str, int 
 def load_partitioned(
     module: nn.Module,
     weights: Callable[[], WeightSource],
-    optim: Any,
-    engine_cfg: Any,
+    optim: OptimConfig,
+    engine_config: EngineConfig,
     *,
     precision: str,
     world: World,
@@ -253,7 +256,7 @@ def load_partitioned(
     Args:
         module: built under `torch.device("meta")`.
         weights: opens the source; called on rank 0 only, so that only rank 0 needs the files.
-        optim, engine_cfg, precision, world: those of the engine; `engine_cfg.zero_stage` is 3.
+        optim, engine_config, precision, world: those of the engine; `engine_config.zero_stage` is 3.
         buffers: name -> value, for buffers that `weights` lacks and that the module builds on the meta device too.
 
     Returns:
@@ -264,11 +267,11 @@ def load_partitioned(
             tensors that the module lacks, other shapes.
         ValueError: `zero_stage` is not 3, or another setting that DeepSpeedEngine refuses; a buffer is left without value.
     """
-    if engine_cfg.zero_stage != 3:
-        raise ValueError(f"weights are loaded in partitions with engine.zero_stage=3 only, not {engine_cfg.zero_stage}")
+    if engine_config.zero_stage != 3:
+        raise ValueError(f"weights are loaded in partitions with engine.zero_stage=3 only, not {engine_config.zero_stage}")
     world = with_process_group(world)
     deepspeed = import_deepspeed(world)
-    config = deepspeed_config(optim, engine_cfg, precision, world)
+    config = deepspeed_config(optim, engine_config, precision, world)
     given = dict(buffers or {})
 
     source: WeightSource | None = None

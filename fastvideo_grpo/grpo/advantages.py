@@ -26,7 +26,7 @@ class Advantages:
 class Normalisation(Protocol):
     """Rewards to advantages. What it remembers is state of the run, the same on all ranks."""
 
-    def __call__(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         valid: Mapping[str, Tensor],
@@ -89,7 +89,7 @@ class PromptHistory:
         self.minimum = minimum
         self.scores: dict[str, dict[str, list[float]]] = {}  # reward -> prompt -> scores, the oldest first
 
-    def __call__(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         valid: Mapping[str, Tensor],
@@ -126,19 +126,22 @@ class _Stateless:
     def __init__(self, function: Callable[..., Advantages]) -> None:
         self.function = function
 
-    def __call__(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         valid: Mapping[str, Tensor],
         weights: Mapping[str, float],
         prompts: Sequence[str],
     ) -> Advantages:
+        """See :class:`Normalisation`."""
         return self.function(rewards, valid, weights)
 
     def state(self) -> dict[str, Any]:
+        """See :class:`Normalisation`."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Normalisation`."""
         if state:
             raise ValueError(f"this normalisation remembers nothing, but was given the scores of {', '.join(state)}")
 
@@ -146,7 +149,7 @@ class _Stateless:
 NORMALISATIONS = ("group", "global", "prompt_history")
 
 
-def normalisation(name: str, *, history_size: int, history_minimum: int) -> Normalisation:
+def get(name: str, *, history_size: int, history_minimum: int) -> Normalisation:
     """The normalisation called ``name``; the rest is for ``prompt_history``.
 
     Raises:

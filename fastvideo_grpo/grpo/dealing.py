@@ -86,7 +86,7 @@ class Dealing:
         size = self.prompts // self.updates
         return range(update * size, (update + 1) * size)
 
-    def rollout(self, rank: int) -> list[tuple[int, list[int]]]:
+    def rollout_batches(self, rank: int) -> list[tuple[int, list[int]]]:
         """Rollout micro-batches of a rank, as (group, members); an update's groups are sampled where they are trained."""
         mine = []
         for update in range(self.updates):
@@ -98,7 +98,7 @@ class Dealing:
             mine += _share(batches, rank, self.ranks)
         return mine
 
-    def update(self, update: int, rank: int) -> list[tuple[int, int]]:
+    def update_batches(self, update: int, rank: int) -> list[tuple[int, int]]:
         """Update micro-batches of a rank, as (group, index among the group's regrouped micro-batches)."""
         batches = [(group, k) for group in self.groups_of(update) for k in range(self._update_per_group)]
         return _share(batches, rank, self.ranks)
@@ -106,7 +106,10 @@ class Dealing:
     def owners(self) -> dict[tuple[int, int], int]:
         """(group, member) -> the rank whose rollout drew it."""
         return {
-            (group, member): rank for rank in range(self.ranks) for group, members in self.rollout(rank) for member in members
+            (group, member): rank
+            for rank in range(self.ranks)
+            for group, members in self.rollout_batches(rank)
+            for member in members
         }
 
 

@@ -14,12 +14,14 @@ MediaKind = Literal["image", "video", "any"]
 class RewardRequest:
     """Samples to be scored.
 
-    prompts: B strings, the prompt each sample was drawn for.
-    media: uint8 [B, F, H, W, 3], RGB in 0..255; an image has F = 1.
-    fps: frames per second of a video, None for images or where it is not known.
-    metadata: B dicts, what else the prompt file says about each prompt; empty dicts when left out.
+    Args:
+        prompts: B strings, the prompt each sample was drawn for.
+        media: uint8 ``[B, F, H, W, 3]``, RGB in 0..255; an image has F = 1.
+        fps: frames per second of a video, None for images or where it is not known.
+        metadata: B dicts, what else the prompt file says about each prompt; empty dicts when left out.
 
-    Raises ValueError when the shapes, the dtype or the lengths disagree.
+    Raises:
+        ValueError: the shapes, the dtype or the lengths disagree.
     """
 
     prompts: list[str]
@@ -54,10 +56,11 @@ class RewardRequest:
 class RewardResult:
     """Scores of one reward.
 
-    scores: for each of the reward's outputs float32 [B]; larger is better.
-    valid: bool [B]; False where the reward could not judge the sample. The score there is not used, so a reward never
-        has to make one up.
-    invalid_because: why samples are marked invalid, for the log; the same words each time, so that they can be counted.
+    Args:
+        scores: for each of the reward's outputs float32 ``[B]``; larger is better.
+        valid: bool ``[B]``; False where the reward could not judge the sample. The score there is not used, so a reward
+            never has to make one up.
+        invalid_because: why samples are marked invalid, for the log; the same words each time, so that they can be counted.
     """
 
     scores: dict[str, torch.Tensor]
@@ -67,16 +70,18 @@ class RewardResult:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A reward model. It may raise: `RewardSet` then masks its samples and says which reward failed and why.
+    """A reward model. It may raise: ``RewardSet`` then masks its samples and says which reward failed and why.
 
-    outputs: names of its scores. media_kind: what it can look at, images (one frame), videos, or any of the two.
+    Attributes:
+        outputs: names of its scores.
+        media_kind: what it can look at, images (one frame), videos, or any of the two.
     """
 
     outputs: tuple[str, ...]
     media_kind: MediaKind
 
     def score(self, request: RewardRequest) -> RewardResult:
-        """Score the samples of `request`; every output has float32 [B], in the order of the request."""
+        """Score the samples of ``request``; every output has float32 ``[B]``, in the order of the request."""
         ...
 
     def to(self, device: torch.device | str) -> Reward:
@@ -90,20 +95,23 @@ class Reward(Protocol):
 
 @runtime_checkable
 class DifferentiableReward(Protocol):
-    """What a reward has beside `Reward` if an objective may follow its gradient back to the pixels (ReFL, Xu et al.,
+    """What a reward has beside ``Reward`` if an objective may follow its gradient back to the pixels (ReFL, Xu et al.,
     arXiv 2304.05977)."""
 
     def score_differentiably(
         self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> dict[str, torch.Tensor]:
-        """Score media that are no bytes yet; on media rounded to bytes, what `score` gives, to about the rounding.
-
-        pixels: float [B, F, H, W, 3], RGB in 0..1, with gradients; on the device that the reward was moved to.
-        prompts, metadata: B each, as in `RewardRequest`.
-        Returns for each of the reward's outputs floating [B], differentiable in `pixels`; NaN where a sample cannot be
-        judged, as a constant, since a gradient of NaN would spoil the whole batch.
+        """Score media that are no bytes yet; on media rounded to bytes, what ``score`` gives, to about the rounding.
 
         A sample's score depends on its own pixels alone. The reward's weights take no gradients. An autocast, no_grad or
-        inference_mode of its `score` may not be around this.
+        inference_mode of its ``score`` may not be around this.
+
+        Args:
+            pixels: float ``[B, F, H, W, 3]``, RGB in 0..1, with gradients; on the device that the reward was moved to.
+            prompts, metadata: B each, as in :class:`RewardRequest`.
+
+        Returns:
+            for each of the reward's outputs floating ``[B]``, differentiable in ``pixels``; NaN where a sample cannot be
+            judged, as a constant, since a gradient of NaN would spoil the whole batch.
         """
         ...

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fastvideo_grpo.extensions import Registry, nearest
+from fastvideo_grpo.extensions import Registry, nearest, not_callable
 from fastvideo_grpo.rewards.base import DifferentiableReward, Reward
 
 Factory = Callable[..., Reward]
@@ -23,11 +23,7 @@ def _import_own() -> None:
         importlib.import_module(module.name)
 
 
-def _problem(kind: str, offered: Any) -> str | None:
-    return None if callable(offered) else f"which is no class and no function, but a {type(offered).__name__}"
-
-
-REWARDS: Registry[Factory] = Registry("reward kind", "fastvideo_grpo.rewards", problem=_problem, import_own=_import_own)
+REWARDS: Registry[Factory] = Registry("reward kind", "fastvideo_grpo.rewards", problem=not_callable, import_own=_import_own)
 
 
 def register(kind: str) -> Callable[[F], F]:

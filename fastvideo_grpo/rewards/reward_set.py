@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScoredBatch:
-    """What a `RewardSet` says of B samples; every dict has one entry per name "MODEL/OUTPUT".
+    """What a :class:`RewardSet` says of B samples; every dict has one entry per name "MODEL/OUTPUT".
 
-    scores: float32 [B] on the CPU, after the outputs' transforms; NaN where invalid. This is what is optimised.
-    raw: float32 [B] on the CPU, as the reward gave it; NaN where invalid.
-    valid: bool [B] on the CPU.
-    failures: one line for each thing that went wrong in this batch, with the reward's name and the number of samples.
+    Attributes:
+        scores: float32 ``[B]`` on the CPU, after the outputs' transforms; NaN where invalid. This is what is optimised.
+        raw: float32 ``[B]`` on the CPU, as the reward gave it; NaN where invalid.
+        valid: bool ``[B]`` on the CPU.
+        failures: one line for each thing that went wrong in this batch, with the reward's name and the number of samples.
     """
 
     scores: dict[str, torch.Tensor]
@@ -41,24 +42,31 @@ class ScoredBatch:
 
 
 class RewardSet:
-    """The rewards of `rewards.models`: a mapping from a name to an entry with `kind` and, each optional, `checkpoint`,
-    `params`, `placement` with its keys, and `outputs` (OUTPUT -> `weight`, 1 if left out, and the keys of
-    `OutputTransform`), as keys or as attributes. Without `outputs` all outputs of the reward count with weight 1.
+    """The rewards of a run, ``rewards.models``.
 
     Each reward has a thread that asks it, one request after the other, so that slow ones (processes, servers) work side by
-    side. A request that fails is asked again, `retries` times, after `backoff_s`, twice that, and so on; what then has no
+    side. A request that fails is asked again, ``retries`` times, after ``backoff_s``, twice that, and so on; what then has no
     score is masked.
 
-    device, offload_idle, timeout_s: see `placement.place`.
-    elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
-        names, weights and transforms only.
+    Args:
+        models: MODEL -> an entry with ``kind`` and, each optional, ``checkpoint``, ``params``, ``placement`` with its keys, and
+            ``outputs`` (OUTPUT -> ``weight``, 1 if left out, and the keys of ``OutputTransform``), as keys or as attributes.
+            Without ``outputs`` all outputs of the reward count with weight 1.
+        device, offload_idle, timeout_s: see :func:`~fastvideo_grpo.rewards.placement.place`.
+        retries, backoff_s: how often a request that failed is asked again, and the seconds before the first time.
+        elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
+            names, weights and transforms only.
 
-    names: "MODEL/OUTPUT" in the order of the configuration. weights, transforms: by name. rewards: MODEL -> Reward.
-    failure_counts: micro-batches that lost samples to a failure, by its message, since this set was made.
-    retried: requests that were asked again, by reward, since this set was made.
+    Attributes:
+        names: "MODEL/OUTPUT" in the order of the configuration.
+        weights, transforms: by name.
+        rewards: MODEL -> Reward.
+        failure_counts: micro-batches that lost samples to a failure, by its message, since this set was made.
+        retried: requests that were asked again, by reward, since this set was made.
 
-    Raises ValueError, with the key, for anything wrong in the configuration; every entry is checked before the first
-    reward is loaded.
+    Raises:
+        ValueError: with the key, for anything wrong in the configuration; every entry is checked before the first reward is
+            loaded.
     """
 
     def __init__(
@@ -108,7 +116,11 @@ class RewardSet:
         return list(self.weights)
 
     def check_frames(self, frames: int) -> None:
-        """Raise ValueError if a reward cannot look at media of `frames` frames; to be called once, before the run."""
+        """To be called once, before the run.
+
+        Raises:
+            ValueError: a reward cannot look at media of ``frames`` frames.
+        """
         for model, reward in self.rewards.items():
             unfit = {"image": frames > 1, "video": frames == 1}.get(reward.media_kind, False)
             if unfit:
@@ -129,8 +141,8 @@ class RewardSet:
 
     def begin(self, failures: float = math.inf, seconds: float = math.inf) -> None:
         """Begin a round of requests in which a reward that fails is left alone at some point, since one that hangs would hold
-        the run for each request: once it has no score for more than `failures` samples (which end the run anyway), or
-        when its failures have taken `seconds`. An attempt that has begun is waited for."""
+        the run for each request: once it has no score for more than ``failures`` samples (which end the run anyway), or
+        when its failures have taken ``seconds``. An attempt that has begun is waited for."""
         self._failures_left = dict.fromkeys(self.rewards, failures)
         self._seconds_left = dict.fromkeys(self.rewards, seconds)
 
@@ -139,12 +151,12 @@ class RewardSet:
 
         A reward that raises, is late, or whose answer has a wrong shape or lacks an output, has all its samples masked; one
         that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
-        `failures`, and logged the first time.
+        ``failures``, and logged the first time.
         """
         return self.submit(request).result()
 
     def submit(self, request: RewardRequest) -> PendingScores:
-        """Begin to score; `result()` waits. Requests are scored in the order they come in, whenever they are collected."""
+        """Begin to score; ``result()`` waits. Requests are scored in the order they come in, whenever they are collected."""
         if not self.rewards:
             raise RuntimeError("the rewards are with another process, which scores its samples")
         asked = {}
@@ -159,19 +171,24 @@ class RewardSet:
     ) -> dict[str, torch.Tensor]:
         """What the rewards say of media that are no bytes yet, with gradients.
 
-        pixels: float [B, F, H, W, 3], RGB in 0..1; what is not float32 is converted. prompts, metadata: B each, as in
-        `RewardRequest`; no metadata is as good as empty dicts.
-
-        Returns, for each "MODEL/OUTPUT" of nonzero weight, in the order of `names`, float32 [B] on the device of `pixels`:
-        the score after the output's transform, without the weight, differentiable in `pixels`. Where the reward gave no
-        finite number it is NaN, and constant. No other reward is asked.
-
         It is computed in the calling thread, once, with no time limit, while the rewards' threads must be idle: collect
-        every `submit` before. The loop does, since an update begins when all samples are scored.
+        every ``submit`` before. The loop does, since an update begins when all samples are scored.
 
-        Raises ValueError for media of another form, what `check_differentiable` raises, and, naming the reward, for an
-        answer that lacks an output, has another shape or carries no gradient; RuntimeError where the rewards are with
-        another process. What a reward raises passes through, with a note that names it.
+        Args:
+            pixels: float ``[B, F, H, W, 3]``, RGB in 0..1; what is not float32 is converted.
+            prompts, metadata: B each, as in :class:`RewardRequest`; no metadata is as good as empty dicts.
+
+        Returns:
+            for each "MODEL/OUTPUT" of nonzero weight, in the order of ``names``, float32 ``[B]`` on the device of ``pixels``:
+            the score after the output's transform, without the weight, differentiable in ``pixels``. Where the reward gave no
+            finite number it is NaN, and constant. No other reward is asked.
+
+        Raises:
+            ValueError: media of another form, what :func:`check_differentiable` raises, and, naming the reward, an answer
+                that lacks an output, has another shape or carries no gradient.
+            RuntimeError: the rewards are with another process.
+
+        What a reward raises passes through, with a note that names it.
         """
         if not self.rewards:
             raise RuntimeError("the rewards are with another process, where no gradient comes from")
@@ -243,7 +260,7 @@ class RewardSet:
         return answer
 
     def note(self, failures: list[str], message: str, count: int, size: int) -> None:
-        """Count and tell a failure that cost `count` of `size` samples; log it the first time."""
+        """Count and tell a failure that cost ``count`` of ``size`` samples; log it the first time."""
         failures.append(f"{message} ({count} of {size} samples masked)")
         if message not in self.failure_counts:
             logger.warning("%s (%d of %d samples masked; told once, counted always)", message, count, size)
@@ -287,8 +304,10 @@ class PendingScores:
 class _Answer:
     """What the attempts at a request have given so far.
 
-    raw, valid: by name, [B]. failures: message -> samples that the last attempt failed at. judgements: message -> samples
-    that the reward says it cannot judge, which is an answer, and not asked again.
+    Attributes:
+        raw, valid: by name, ``[B]``.
+        failures: message -> samples that the last attempt failed at.
+        judgements: message -> samples that the reward says it cannot judge, which is an answer, and not asked again.
     """
 
     def __init__(self, model: str, names: list[str], size: int) -> None:
@@ -370,7 +389,11 @@ def _describe(value: Any) -> str:
 
 
 def check_entry(model: str, entry: Any) -> None:
-    """Raise ValueError, with the key, for a wrong entry of `rewards.models`; loads nothing and opens no file."""
+    """Check an entry of ``rewards.models``; loads nothing and opens no file.
+
+    Raises:
+        ValueError: with the key, what is wrong.
+    """
     if "/" in model:
         raise ValueError(f"rewards.models has the name '{model}'; a name may not hold '/', which joins it to an output")
     known = check_placement(model, entry)
@@ -381,8 +404,12 @@ def check_entry(model: str, entry: Any) -> None:
 
 
 def check_differentiable(model: str, entry: Any) -> None:
-    """Raise ValueError, with the key, where an entry that `check_entry` accepts cannot give the gradient of its scores; one
-    whose outputs all have weight 0 is only watched and needs none. Loads nothing and opens no file."""
+    """Check that an entry that :func:`check_entry` accepts can give the gradient of its scores; one whose outputs all have
+    weight 0 is only watched and needs none. Loads nothing and opens no file.
+
+    Raises:
+        ValueError: with the key, why it cannot.
+    """
     outputs = get(entry, "outputs") or {}
     counting = [output for output, settings in outputs.items() if get(settings, "weight") != 0]
     if outputs and not counting:

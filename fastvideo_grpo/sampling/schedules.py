@@ -1,8 +1,8 @@
 """Noise schedules: the levels a sample passes on its way from noise to data.
 
-Both paradigms of the paper are paths ``z = alpha x + sigma eps`` (SPEC section 1). A schedule is the list of
+Both paradigms of the paper are paths ``z = alpha x + sigma eps``, equations (1) and (3). A schedule is the list of
 ``(alpha, sigma, timestep)`` triples of its ``steps + 1`` levels, from noise to data; transition ``i`` goes from level
-``i`` to level ``i + 1``.
+``i`` to level ``i + 1``. Equation numbers are those of DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Level:
-    """The noise level of each sample of a batch: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU.
+    """Where each sample of a batch stands on the path: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU.
 
     They stay on the CPU so that asking whether a level is the last one never waits for a device.
     """
@@ -128,7 +128,7 @@ _LEVELS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "st
 # Keys of a scheduler_config.json that would change the levels or the step, and the value with which they do not.
 _UNCHANGED: dict[str, Any] = {
     "clip_sample": False,
-    "num_train_timesteps": 1000,  # what times are measured in, here and in NoiseLevel
+    "num_train_timesteps": 1000,  # what times are measured in, here and in StochasticTransition
     "prediction_type": ("epsilon", "v_prediction"),
     "rescale_betas_zero_snr": False,
     "thresholding": False,

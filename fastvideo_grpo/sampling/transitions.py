@@ -4,7 +4,7 @@ A transition takes the network's ``output`` at ``sample`` and the levels it goes
 ``N(mean, std^2)`` of the next sample together with a draw from it, or the density of a given next sample (replay).
 Everything is float32, whatever the network ran in: a trajectory kept in bf16 changes log-probs by 3e-3 (the clip range is
 1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta; with ``noise_decay`` it falls on the way to the data, see
-:class:`NoiseLevel`.
+:class:`StochasticTransition`. Equation numbers are those of DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.extensions import Registry, not_callable
 from fastvideo_grpo.sampling.schedules import Level
 
 Prediction = Literal["velocity", "noise"]
@@ -41,7 +41,7 @@ class Step:
 
 
 class Transition(Protocol):
-    """A sampler's step. ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean.
+    """A sampler's step. Made with ``(noise_level, noise_decay)``.
 
     ``prediction``: what ``step`` takes the network's output for. ``noise_level``: 0 where the step draws nothing.
     """
@@ -59,7 +59,10 @@ class Transition(Protocol):
         noise: Tensor | None = None,
         next_sample: Tensor | None = None,
     ) -> Step:
-        """Go from ``level`` to ``next_level``; ``output`` and ``sample`` are ``[B, ...]``."""
+        """Go from ``level`` to ``next_level``; ``output`` and ``sample`` are ``[B, ...]``.
+
+        ``noise`` given: draw; ``next_sample`` given: replay; neither: the mean. See :func:`draw_or_replay`.
+        """
         ...
 
     def deterministic(self) -> Transition:
@@ -67,8 +70,9 @@ class Transition(Protocol):
         ...
 
 
-class NoiseLevel:
-    """How much noise a sampler adds: ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1 noise, 0 data).
+class StochasticTransition:
+    """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
+    noise, 0 data).
 
     ``noise_decay`` 0 leaves it constant (the paper); 1 lets it fall linearly.
 
@@ -90,34 +94,35 @@ class NoiseLevel:
         return self.noise_level * (level.timestep / 1000) ** self.noise_decay
 
 
-def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """``[B]`` on the CPU -> ``[B, 1, ...]`` on the device of ``like``, to be broadcast over it."""
     return value.to(like.device).view(-1, *([1] * (like.ndim - 1)))
 
 
-def _finish(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None) -> Step:
-    """Draw or replay under ``N(mean, std^2)``; ``std`` is ``[B]`` on the CPU."""
+def draw_or_replay(mean: Tensor, std: Tensor, denoised: Tensor, noise: Tensor | None, next_sample: Tensor | None) -> Step:
+    """The step under ``N(mean, std^2)``: draws with ``noise``, replays ``next_sample``, else takes the mean; the log-prob as
+    :class:`Step` says. ``std`` ``[B]`` on the CPU. Raises ValueError when both are given."""
     if noise is not None and next_sample is not None:
         raise ValueError("give noise (to draw) or next_sample (to replay), not both")
     has_density = std > 0
     if next_sample is not None:
         next_sample = next_sample.to(mean).detach()
     elif noise is not None:
-        next_sample = mean + _per_sample(std, mean) * noise.to(mean)
+        next_sample = mean + per_sample(std, mean) * noise.to(mean)
     else:
         next_sample = mean
     log_prob = None
     if bool(has_density.any()):
         # Where std is 0 the NaN is written on purpose: a density that does not exist must not be read as a number.
         safe = torch.where(has_density, std, torch.nan)
-        scale = _per_sample(safe, mean)
+        scale = per_sample(safe, mean)
         # The drawn sample counts as data: gradients flow through the mean only.
         squared = (next_sample.detach() - mean) ** 2
         log_prob = (-squared / (2 * scale**2)).flatten(1).mean(1) - (safe.log() + 0.5 * math.log(2 * math.pi)).to(mean.device)
     return Step(next_sample, mean, std.to(mean.device), denoised, log_prob)
 
 
-class FlowSDE(NoiseLevel):
+class FlowSDE(StochasticTransition):
     """The reverse SDE of rectified flow, equation (8), in one Euler-Maruyama step.
 
     With ``D = sigma - sigma_next``, ``u`` the velocity, ``e`` the noise level:
@@ -143,18 +148,18 @@ class FlowSDE(NoiseLevel):
     ) -> Step:
         """See :class:`Transition`; ``output`` is the velocity ``eps - x``."""
         velocity, sample = output.float(), sample.float()
-        sigma = _per_sample(level.sigma, sample)
+        sigma = per_sample(level.sigma, sample)
         distance = level.sigma - next_level.sigma
         denoised = sample - sigma * velocity
-        mean = sample - _per_sample(distance, sample) * velocity
+        mean = sample - per_sample(distance, sample) * velocity
         last = next_level.sigma == 0
         noise_level = self.noise_at(level)
         std = torch.where(last, 0.0, noise_level * distance.sqrt())
         if self.noise_level > 0:
-            score = -(sample + _per_sample(level.alpha, sample) * velocity) / sigma
-            mean = mean + _per_sample(0.5 * noise_level**2 * distance, sample) * score
-            mean = torch.where(_per_sample(last, sample), denoised, mean)
-        return _finish(mean, std, denoised, noise, next_sample)
+            score = -(sample + per_sample(level.alpha, sample) * velocity) / sigma
+            mean = mean + per_sample(0.5 * noise_level**2 * distance, sample) * score
+            mean = torch.where(per_sample(last, sample), denoised, mean)
+        return draw_or_replay(mean, std, denoised, noise, next_sample)
 
 
 class ODE(FlowSDE):
@@ -170,7 +175,7 @@ class ODE(FlowSDE):
         super().__init__(0.0)
 
 
-class DDIM(NoiseLevel):
+class DDIM(StochasticTransition):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
     ``denoised = (z - sigma eps) / alpha``;
@@ -201,22 +206,22 @@ class DDIM(NoiseLevel):
         sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
         variance = self.noise_at(level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
         direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
-        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
-        mean = _per_sample(next_level.alpha, sample) * denoised + _per_sample(direction, sample) * epsilon
-        return _finish(mean, variance.sqrt().float(), denoised, noise, next_sample)
+        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+        mean = per_sample(next_level.alpha, sample) * denoised + per_sample(direction, sample) * epsilon
+        return draw_or_replay(mean, variance.sqrt().float(), denoised, noise, next_sample)
 
 
-class DiffusionSDE(NoiseLevel):
+class DiffusionSDE(StochasticTransition):
     """The reverse SDE of diffusion, equation (7), in one step.
 
     With ``f dt = d log alpha`` and ``g^2 dt = 2 alpha sigma d(sigma / alpha)`` (the paper's section 7.2), the score
-    ``-eps / sigma`` and ``eta = sigma / alpha`` it reads, in ``z / alpha``,
+    ``-eps / sigma`` and ``ratio = sigma / alpha`` (the paper's eta, equation (5), not DDIM's) it reads, in ``z / alpha``,
 
-        ``d(z / alpha) = (1 + e^2) eps d eta + e sqrt(2 eta d eta) dw``,
+        ``d(z / alpha) = (1 + e^2) eps d ratio + e sqrt(2 ratio d ratio) dw``,
 
-    where no time is left: ``d eta < 0`` from noise to data. Deterministic (e = 0) it is equation (5), DDIM's step. One
-    Euler-Maruyama step of it, so ``std = e alpha_next sqrt(2 eta (eta - eta_next))``. The step to sigma 0 adds no noise and
-    returns ``denoised``.
+    where no time is left: ``d ratio < 0`` from noise to data. Deterministic (e = 0) it is equation (5), DDIM's step. One
+    Euler-Maruyama step of it, so ``std = e alpha_next sqrt(2 ratio (ratio - ratio_next))``. The step to sigma 0 adds no noise
+    and returns ``denoised``.
     """
 
     prediction: ClassVar[Prediction] = "noise"
@@ -238,28 +243,27 @@ class DiffusionSDE(NoiseLevel):
         """See :class:`Transition`; ``output`` is the predicted noise."""
         epsilon, sample = output.float(), sample.float()
         noise_level = self.noise_at(level)
-        # In float64: both etas are large near noise, and their difference is what counts.
+        # In float64: both ratios are large near noise, and their difference is what counts.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
-        eta, eta_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
-        denoised = (sample - _per_sample(level.sigma, sample) * epsilon) / _per_sample(level.alpha, sample)
-        drift = (1 + noise_level**2) * (eta - eta_next) * alpha_next
+        ratio, ratio_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
+        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+        drift = (1 + noise_level**2) * (ratio - ratio_next) * alpha_next
         scale = (alpha_next / alpha).float()
-        mean = _per_sample(scale, sample) * sample - _per_sample(drift.float(), sample) * epsilon
+        mean = per_sample(scale, sample) * sample - per_sample(drift.float(), sample) * epsilon
         last = next_level.sigma == 0
-        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * eta * (eta - eta_next)).sqrt()).float())
-        mean = torch.where(_per_sample(last, sample), denoised, mean)
-        return _finish(mean, std, denoised, noise, next_sample)
+        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * ratio * (ratio - ratio_next)).sqrt()).float())
+        mean = torch.where(per_sample(last, sample), denoised, mean)
+        return draw_or_replay(mean, std, denoised, noise, next_sample)
 
 
 Make = Callable[[float, float], Transition]
 
 
 def _problem(name: str, offered: Any) -> str | None:
-    known = get_args(Prediction)
-    found = getattr(offered, "prediction", None)
-    if not callable(offered):
-        return f"which is no class and no function, but a {type(offered).__name__}"
-    return None if found in known else f"whose attribute `prediction` is {found!r}; allowed: {', '.join(known)}"
+    known, found = get_args(Prediction), getattr(offered, "prediction", None)
+    if found in known or not callable(offered):
+        return not_callable(name, offered)
+    return f"whose attribute `prediction` is {found!r}; allowed: {', '.join(known)}"
 
 
 TRANSITIONS: Registry[Make] = Registry("transition", "fastvideo_grpo.transitions", problem=_problem)
@@ -281,7 +285,7 @@ def prediction(name: str) -> Prediction:
 
 
 def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Transition:
-    """The transition called ``name`` at ``noise_level``, which decays as :class:`NoiseLevel` says.
+    """The transition called ``name`` at ``noise_level``, which decays as :class:`StochasticTransition` says.
 
     Raises:
         ValueError: an unknown name, a negative noise level or decay, or a noise level with the deterministic ``ode``.

@@ -26,7 +26,7 @@ def evaluations_per_iteration(config: Config) -> int:
     """
     grpo, passes = config.grpo, 2 if config.sample.cfg_scale > 1 else 1
     dealt = dealing(config, ranks=1)
-    rows = sum(len(dealt.update(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
+    rows = sum(len(dealt.update_batches(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
     trained = rows * timesteps.count(config.sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
     sampling = grpo.prompts_per_iteration * grpo.group_size * config.sample.steps * passes * FORWARD
     # In one pass over both texts the gradient goes back through both, whatever is made of it.

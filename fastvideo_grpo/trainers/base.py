@@ -32,8 +32,9 @@ from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import FAMILIES, lora_settings, prompts_of
+from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import objectives, timesteps
-from fastvideo_grpo.grpo.advantages import Advantages, normalisation
+from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.selection import Row, best_of, pairs, regroup
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
@@ -274,7 +275,7 @@ class GRPOTrainer:
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
         self.objective = configuration.make_objective(config)
-        self.normalisation = normalisation(
+        self.normalisation = normalisations.get(
             config.grpo.normalisation,
             history_size=config.grpo.history.size,
             history_minimum=config.grpo.history.minimum,
@@ -486,7 +487,7 @@ class GRPOTrainer:
             groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, groups, clock)
             metrics = self._reward_metrics(iteration, rollout)
-            advantages = self.normalisation(
+            advantages = self.normalisation.advantages(
                 rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in groups]
             )
             metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
@@ -553,7 +554,7 @@ class GRPOTrainer:
         shape = (len(groups), self.config.grpo.group_size)
         table = torch.zeros(3, len(names), *shape, dtype=torch.float32)  # score, raw score, valid
         self.forget_conditioning()
-        jobs = self.dealing.rollout(self.world.data_rank)
+        jobs = self.dealing.rollout_batches(self.world.data_rank)
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))
         retried = self.rewards.retried.total()
@@ -665,7 +666,7 @@ class GRPOTrainer:
             counted = self._counted_draws(update, chosen)
             if counted == 0:
                 continue  # no sample of these prompts counts, on all ranks alike
-            batches = self.dealing.update(update, self.world.data_rank)
+            batches = self.dealing.update_batches(update, self.world.data_rank)
             with clock.phase("exchange"):
                 rows = self._fetch_rows(update, rollout, chosen)
             per_sample = timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
@@ -723,7 +724,7 @@ class GRPOTrainer:
         for rank in range(self.world.size):
             keys = [
                 (what, group, row.member)
-                for group, k in self.dealing.update(update, rank // size)
+                for group, k in self.dealing.update_batches(update, rank // size)
                 for row in chosen[group][k]
                 for what in ("latents", "log_probs")
             ]

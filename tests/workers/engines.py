@@ -14,8 +14,8 @@ import math
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.config import EngineConfig, LoRAConfig, OptimConfig
 from fastvideo_grpo.engines.base import MOMENTS
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine, import_deepspeed, partitioned_reference
@@ -96,7 +96,7 @@ BROUGHT = {
     },
     "wall_clock_breakdown": False,
 }
-OPTIM = SimpleNamespace(lr=1e-3, betas=[0.9, 0.95], weight_decay=0.01, max_grad_norm=0.1, warmup_steps=3, ema_decay=0.75)
+OPTIM = OptimConfig(lr=1e-3, betas=[0.9, 0.95], weight_decay=0.01, max_grad_norm=0.1, warmup_steps=3, ema_decay=0.75)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -158,7 +158,7 @@ def whole_state(folder):
 
 def make_engine(world, folder, name):
     precision, stage, offload, form = name.split("-")
-    config = SimpleNamespace(zero_stage=int(stage), offload=offload, micro_batch_size=4)
+    config = EngineConfig(zero_stage=int(stage), offload=offload, micro_batch_size=4)
     if form == "partitioned":
         with torch.device("meta"):
             module = Network()
@@ -285,8 +285,8 @@ def check_move(world, source, root, name, target):
 
 def check_gradient_precision(world, stage, offload):
     """The sum over backward passes in bf16, of addends that bfloat16 would lose: 1 + 8 * 2^-9 on each rank."""
-    config = SimpleNamespace(zero_stage=stage, offload=offload, micro_batch_size=1)
-    optim = SimpleNamespace(**{**vars(OPTIM), "max_grad_norm": None})
+    config = EngineConfig(zero_stage=stage, offload=offload, micro_batch_size=1)
+    optim = replace(OPTIM, max_grad_norm=None)
     module = nn.Linear(8, 8, bias=False)
     engine = DeepSpeedEngine(module, optim, config, precision="bf16", world=world)
     x = torch.ones(1, 8, dtype=torch.bfloat16)
@@ -372,7 +372,7 @@ class PeakMemory:
 
 def check_memory(world, folder, precision):
     """Loading a Tower in partitions, and calling it as a frozen reference."""
-    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4, deepspeed_json=folder / "small.json")
+    config = EngineConfig(zero_stage=3, offload="none", micro_batch_size=4, deepspeed_json=folder / "small.json")
     if world.rank == 0:
         folder.mkdir()
         write_tower(folder, precision)
@@ -420,7 +420,7 @@ def check_memory(world, folder, precision):
 
 def check_adapters(world, folder):
     """LoRA on a partitioned base, beside a partitioned reference, against one process."""
-    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4)
+    config = EngineConfig(zero_stage=3, offload="none", micro_batch_size=4)
     lora = LoRAConfig(rank=2, alpha=4, targets=["layers.0", "layers.2"])
 
     def partitioned():
@@ -457,7 +457,7 @@ def check_adapters(world, folder):
 
 def check_refusals(world, folder):
     """What load_partitioned says on this rank."""
-    config = SimpleNamespace(zero_stage=3, offload="none", micro_batch_size=4)
+    config = EngineConfig(zero_stage=3, offload="none", micro_batch_size=4)
 
     class Buffered(Network):
         def __init__(self):
@@ -493,7 +493,7 @@ def check_refusals(world, folder):
                 module,
                 lambda: source(folder / NETWORK),
                 OPTIM,
-                SimpleNamespace(**(vars(config) | changes)),
+                replace(config, **changes),
                 precision="fp32",
                 world=world,
             )
@@ -506,9 +506,7 @@ def check_refusals(world, folder):
             module = Network()
         load_partitioned(module, lambda: CheckpointReader(folder / NETWORK), OPTIM, config, precision="fp32", world=world)
         try:
-            DeepSpeedEngine(
-                module, OPTIM, SimpleNamespace(**(vars(config) | {"zero_stage": stage})), precision=precision, world=world
-            )
+            DeepSpeedEngine(module, OPTIM, replace(config, zero_stage=stage), precision=precision, world=world)
         except ValueError as error:
             return str(error)
         return "no error"
@@ -532,7 +530,7 @@ def check_json(world, folder):
     if world.rank == 0:
         path.write_text(json.dumps(BROUGHT))
     world.barrier()
-    config = SimpleNamespace(zero_stage=3, offload="parameters", micro_batch_size=4, deepspeed_json=path)
+    config = EngineConfig(zero_stage=3, offload="parameters", micro_batch_size=4, deepspeed_json=path)
     engine = DeepSpeedEngine(Network(), OPTIM, config, precision="bf16", world=world)
     single = LocalEngine(Network(), OPTIM, precision="bf16")
     norms = [update(single, 4, 1), update(engine, 4, 1, rank=world.rank, size=world.size)]

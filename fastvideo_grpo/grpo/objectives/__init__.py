@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.extensions import Registry, not_callable
 from fastvideo_grpo.grpo.objectives.base import Objective, Replay, SampleBatch
 from fastvideo_grpo.grpo.objectives.ddpo import DDPO
 from fastvideo_grpo.grpo.objectives.dpo import DPO
@@ -38,11 +38,7 @@ _NEEDS = ("needs_reference", "needs_reward_gradients", "pairs")
 Make = Callable[..., Objective]
 
 
-def _problem(name: str, offered: Any) -> str | None:
-    return None if callable(offered) else f"which is no class and no function, but a {type(offered).__name__}"
-
-
-OBJECTIVES: Registry[Make] = Registry("objective", "fastvideo_grpo.objectives", problem=_problem)
+OBJECTIVES: Registry[Make] = Registry("objective", "fastvideo_grpo.objectives", problem=not_callable)
 
 
 def names() -> list[str]:

@@ -14,8 +14,9 @@ from fastvideo_grpo.sampling.transitions import Step
 class SampleBatch:
     """The rows of an update micro-batch, on the device.
 
-    ``advantages`` float32 ``[B]``, ``log_probs`` float32 ``[B, n]`` of the rollout at the chosen timesteps, ``timesteps``
-    int64 ``[B, n]`` (CPU), ``weights`` float32 ``[B]`` (0 for rows that only fill the micro-batch).
+    ``advantages`` float32 ``[B]``; ``log_probs`` float32 ``[B, n]`` of the rollout at the chosen timesteps; ``timesteps``
+    int64 ``[B, n]`` (CPU): indices of the chosen transitions, 0 the noisiest; not the network's timestep; ``weights`` float32
+    ``[B]`` (0 for rows that only fill the micro-batch).
     """
 
     advantages: Tensor
@@ -62,9 +63,9 @@ class Objective(Protocol):
     pairs: bool
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row ``[B]`` for draw ``i``, and per-row statistics ``{name: [B]}``.
+        """The loss of each row ``[B]`` for its ``i``-th chosen timestep, and per-row statistics ``{name: [B]}``.
 
-        One draw at a time, so that only one forward's activations are alive. The caller multiplies by the rows' weights and
+        One timestep at a time, so that only one forward's activations are alive. The caller multiplies by the rows' weights and
         divides by the number of valid (sample, timestep) pairs of the whole update, over all ranks.
         """
         ...
