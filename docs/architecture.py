@@ -1,0 +1,233 @@
+"""The parts of the package, their sizes, who imports whom, and the way of a trajectory: ``python docs/architecture.py``
+writes the tables of docs/architecture.md and its picture anew."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastvideo_grpo"
+DOCUMENT = ROOT / "docs" / "architecture.md"
+
+PICTURE = ROOT / "docs" / "images" / "trajectory.png"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place a trajectory comes through.
+
+    ``does``: what happens there. ``file``, ``names``: where, in the package. ``leaves``: what goes on from there.
+    """
+
+    does: str
+    file: str
+    names: tuple[str, ...]
+    leaves: str
+
+
+ROLLOUT = (
+    Stop("prompts, dealt to ranks", "grpo/dealing.py", ("rollout_batches",), "(group, members) of B samples"),
+    Stop("what the network is told", "trainers/policy.py", ("conditioning",), "tensors [B, ...]"),
+    Stop("noise of each sample", "sampling/noise.py", ("initial_noise", "step_noise"), "[B, C, F, H, W] on the CPU"),
+    Stop("T steps to data", "sampling/rollout.py", ("rollout",), "latents [B, T+1, ...]\nlog_probs [B, T]"),
+    Stop("decoding", "trainers/stages.py", ("LeaderDecodingStage",), "media uint8 [B, F, H, W, 3]"),
+    Stop("rewards", "rewards/reward_set.py", ("submit",), "a score, or why there is none"),
+    Stop("everybody's scores", "trainers/scoring.py", ("ScoreTable",), "scores, valid [P, G]"),
+)
+STEP = (
+    Stop("the network, with guidance", "trainers/policy.py", ("predict", "network_output"), "velocity or noise [B, ...]"),
+    Stop("mean, deviation, log-prob", "sampling/transitions.py", ("draw_or_replay",), "next latents, log_prob [B]"),
+)
+UPDATE = (
+    Stop("better than its group?", "grpo/advantages.py", ("advantages",), "advantages [P, G]"),
+    Stop("who is trained on", "grpo/selection.py", ("best_of", "regroup"), "update micro-batches"),
+    Stop("sent to who trains on it", "trainers/replay.py", ("fetch_trajectories",), "latents, old log_probs"),
+    Stop("a chosen step once more", "trainers/replay.py", ("TrajectoryReplay",), "log_prob [B] with gradients"),
+    Stop("the clipped ratio", "grpo/objectives/grpo.py", ("loss",), "loss [B]"),
+    Stop("gradients, then AdamW", "engines/base.py", ("backward", "step"), "weights"),
+    Stop("saved", "checkpoints/store.py", ("save",), "checkpoints/ITERATION/"),
+)
+
+Graph = dict[str, dict[str, set[str]]]
+"""Part -> {"loading": parts it imports when it is loaded, "use": those that a function imports when it is called}."""
+
+
+def files() -> list[Path]:
+    """Every file of the package."""
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def part_of(module: str) -> str:
+    """``fastvideo_grpo.trainers.base`` -> "trainers/"; a file beside the folders stands for itself: "config.py"."""
+    name = module.split(".")[1]
+    return f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+
+
+def module_of(file: Path) -> str:
+    names = [*file.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imported(file: Path) -> Iterator[tuple[str, str]]:
+    """(module of this package, "loading" or "use") of each import statement; those for type checkers are left out."""
+    inside = set()
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= {id(below) for below in ast.walk(node)}
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for below in ast.walk(node):
+                below.body = [] if isinstance(below, ast.If) else getattr(below, "body", [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvideo_grpo"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("fastvideo_grpo.")]
+        else:
+            continue
+        for name in names:
+            yield name, "use" if id(node) in inside else "loading"
+
+
+def graph() -> Graph:
+    """Which part imports which others of this package."""
+    found: Graph = defaultdict(lambda: {"loading": set(), "use": set()})
+    for file in files():
+        module = module_of(file)
+        if module == "fastvideo_grpo":
+            continue
+        own = part_of(module)
+        found[own]  # a part that imports nothing is one, too
+        for name, when in imported(file):
+            if name.count(".") >= 1 and (other := part_of(name)) != own and (PACKAGE / other).exists():
+                found[own][when].add(other)
+    for edges in found.values():
+        edges["use"] -= edges["loading"]
+    return dict(found)
+
+
+def layers(edges: Graph) -> list[list[str]]:
+    """Parts in an order in which each imports, when it is loaded, those of the lines before only.
+
+    Raises:
+        ValueError: there is none; names the parts that import each other in a circle.
+    """
+    left, order = {part: set(found["loading"]) for part, found in edges.items()}, []
+    while left:
+        free = sorted(part for part, needs in left.items() if not needs & left.keys())
+        if not free:
+            raise ValueError(f"parts that import each other in a circle: {', '.join(sorted(left))}")
+        order.append(free)
+        for part in free:
+            del left[part]
+    return order
+
+
+def sizes_table() -> str:
+    """Lines of each part, and its largest files."""
+    parts = defaultdict(list)
+    for file in files():
+        if file.parent != PACKAGE or file.stem != "__init__":
+            parts[part_of(module_of(file))].append(file)
+    rows = ["| part | files | lines | largest |", "|---|--:|--:|---|"]
+    for part, found in sorted(parts.items(), key=lambda item: -sum(map(lines, item[1]))):
+        largest = sorted(found, key=lines, reverse=True)[:3] if part.endswith("/") else []
+        named = ", ".join(f"`{file.relative_to(PACKAGE / part)}` {lines(file)}" for file in largest)
+        rows.append(f"| `{part}` | {len(found)} | {sum(map(lines, found))} | {named} |")
+    total = [lines(file) for file in files()]
+    return "\n".join([*rows, f"| all | {len(total)} | {sum(total)} | |"])
+
+
+def imports_table() -> str:
+    """Parts from the bottom up, and what each imports."""
+    edges = graph()
+    rows = ["| layer | part | imports when it is loaded | and when a function needs it |", "|--:|---|---|---|"]
+    for number, parts in enumerate(layers(edges)):
+        for part in parts:
+            cells = (", ".join(f"`{other}`" for other in sorted(edges[part][when])) for when in ("loading", "use"))
+            rows.append(f"| {number} | `{part}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def walk_table() -> str:
+    """The way of a trajectory, place by place."""
+    rows = ["| | where | what happens | what goes on from there |", "|--:|---|---|---|"]
+    for part, stops in (("rollout", ROLLOUT), ("each step", STEP), ("update", UPDATE)):
+        for number, stop in enumerate(stops, start=1):
+            names = ", ".join(f"`{name}`" for name in stop.names)
+            rows.append(f"| {part} {number} | `{stop.file}`: {names} | {stop.does} | {stop.leaves} |")
+    return "\n".join(rows)
+
+
+def draw_picture(file: Path) -> None:
+    """The same as a picture: the rollout above, the update below, the step that both make in between."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    width, height, gap = 2.75, 1.25, 0.3
+    figure, axes = pyplot.subplots(figsize=(19, 6.4), dpi=90)
+    axes.set_axis_off()
+    axes.set_xlim(-0.1, 7 * (width + gap))
+    axes.set_ylim(-0.6, 6.6)
+    line = {"color": "#44546a", "lw": 1.2}
+
+    def box(column: float, y: float, stop: Stop, colour: str) -> None:
+        x = column * (width + gap)
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.03", fc=colour, ec="#44546a", lw=1.2))
+        texts = ((1.0, stop.does, {"weight": "bold"}), (0.62, stop.file, {"family": "monospace"}))
+        for up, text, font in (*texts, (0.27, ", ".join(stop.names), {"family": "monospace"})):
+            axes.text(x + width / 2, y + up, text, ha="center", va="center", fontsize=8.7, **font)
+        axes.text(x + width / 2, y - 0.12, stop.leaves, ha="center", va="top", fontsize=8.6, color="#7f3f00")
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], style: str = "-|>") -> None:
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=13, **line))
+
+    def middle(column: int) -> float:
+        return column * (width + gap) + width / 2
+
+    title = {"fontsize": 12, "weight": "bold", "color": "#44546a"}
+    for y, stops, colour in ((4.8, ROLLOUT, "#dcebf7"), (0.0, UPDATE, "#fde9d9")):
+        for column, stop in enumerate(stops):
+            box(column, y, stop, colour)
+            if column:
+                arrow((column * (width + gap) - gap + 0.03, y + 0.62), (column * (width + gap) - 0.03, y + 0.62))
+    for column, stop in enumerate(STEP, start=3):
+        box(column, 2.45, stop, "#e5f1dc")
+    arrow((middle(3) + width / 2 + 0.03, 3.07), (middle(4) - width / 2 - 0.03, 3.07), "<|-|>")
+    arrow((middle(3), 4.25), (middle(3), 3.75), "<|-|>")
+    arrow((middle(3), 2.1), (middle(3), 1.35), "<|-|>")
+    axes.plot([middle(6), middle(6), middle(0), middle(0)], [4.45, 1.85, 1.85, 1.6], ls=":", **line)
+    arrow((middle(0), 1.6), (middle(0), 1.32))
+    axes.text(0, 6.25, "rollout: no gradients", **title)
+    axes.text(middle(3) - width / 2 - 0.15, 2.95, "the step that both make", ha="right", **title)
+    axes.text(middle(0) + 0.2, 1.45, "update: gradients, one timestep at a time", **title)
+    figure.savefig(file, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+TABLES = {"walk": walk_table, "sizes": sizes_table, "imports": imports_table}
+
+
+def written(text: str) -> str:
+    """The document with its tables as they are now."""
+    for name, table in TABLES.items():
+        before, after = f"<!-- {name}: by docs/architecture.py -->\n", f"<!-- end of {name} -->"
+        start, end = text.index(before) + len(before), text.index(after)
+        text = f"{text[:start]}{table()}\n{text[end:]}"
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    draw_picture(PICTURE)
