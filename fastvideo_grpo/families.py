@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from fastvideo_grpo import published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
 from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.sampling import schedules, transitions
 
@@ -230,7 +230,7 @@ class Family:
         from fastvideo_grpo.unet_memory import unet_bytes
 
         shape = (config.engine.micro_batch_size, *self.latent_shape(facts, config.sample))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.precision]
+        dtype = DTYPES[config.model.precision]
         every = checkpointed_blocks(config.engine.activation_checkpointing)
         return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
 

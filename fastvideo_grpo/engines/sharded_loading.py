@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.base import DTYPES
 from fastvideo_grpo.engines.deepspeed import deepspeed_config, import_deepspeed, with_process_group
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.precision import DTYPES
 
 logger = logging.getLogger(__name__)
 

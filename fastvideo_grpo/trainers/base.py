@@ -36,6 +36,7 @@ from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import Advantages, normalisation
 from fastvideo_grpo.grpo.selection import Row, best_of, pairs, regroup
 from fastvideo_grpo.plan import dealing
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id
 from fastvideo_grpo.prompts.order import PromptOrder
@@ -55,9 +56,6 @@ from fastvideo_grpo.trainers.replay import TrajectoryReplay
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 MAX_PENDING = 4
 """Micro-batches that may wait to be scored (``rewards.async``): their media take host memory."""

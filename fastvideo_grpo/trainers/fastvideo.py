@@ -34,10 +34,11 @@ from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
+from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned  # noqa: E402
+from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer, is_partitioned  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)

@@ -18,12 +18,13 @@ from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
 from fastvideo_grpo.families import FAMILIES, model_facts
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import schedules
 from fastvideo_grpo.sampling.rollout import Walk, rollout
 from fastvideo_grpo.sampling.schedules import Level, Schedule
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned
+from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer, is_partitioned
 
 disable_progress_bar()  # a few small files are no long work
 

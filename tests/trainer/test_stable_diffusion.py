@@ -121,6 +121,16 @@ def test_embeddings_are_those_of_diffusers(make_trainer, tiny_stable_diffusion):
         torch.testing.assert_close(part["encoder_hidden_states"], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision,dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_vae_decodes_in_the_precision_that_is_asked_for(make_trainer, precision, dtype):
+    trainer = make_trainer(train=False, **SD, model__vae_precision=precision)
+    assert {parameter.dtype for parameter in trainer.get_module("vae").parameters()} == {dtype}
+    latents = torch.randn(2, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
+    rounded = trainer.decode(latents, differentiable=True)
+    exact = make_trainer(train=False, **SD).decode(latents, differentiable=True)
+    assert 0 < (rounded - exact).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("trained", ["both", "conditional"])
 @pytest.mark.parametrize("batched", [False, True], ids=["two passes", "one pass"])
 def test_guidance_has_gradients_through_the_passes_that_are_trained(make_trainer, batched, trained):

@@ -4,8 +4,9 @@ import torch
 
 from dots.network import load
 from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.sampling.rollout import rollout
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer
+from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer
 
 
 class DotsGRPOTrainer(GRPOTrainer):
