@@ -43,8 +43,8 @@ def measure(job: Job) -> dict[str, Any]:
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.studies import pixels
-    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
     from fastvideo_grpo.trainers.load import load_trainer
+    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 
     started = time.monotonic()
     config = configuration.build(job.values)

@@ -32,13 +32,15 @@ from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
+from fastvideo_grpo.engines.make import uses_zero3  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
 from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
-from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer, is_partitioned  # noqa: E402
+from fastvideo_grpo.trainers.base import GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.policy import Drawn  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
@@ -90,7 +92,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             pin_cpu_memory=False,
             disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
-        loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if is_partitioned(config) else {}
+        loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if uses_zero3(config) else {}
         if with_text_encoders:
             loaded |= self.read_tokenizers(Path(config.model.path))
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
@@ -142,7 +144,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""
 
     def make_reference(self) -> nn.Module:
-        if not is_partitioned(self.config):
+        if not uses_zero3(self.config):
             return super().make_reference()
         from fastvideo_grpo.engines.deepspeed import partitioned_reference
 

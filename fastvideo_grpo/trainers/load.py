@@ -9,7 +9,8 @@ from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.families import FAMILIES, configured_prompts
-from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache, to_encode
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.conditioning import embedding_cache, to_encode
 
 
 def trainer_class(kind: str) -> type[GRPOTrainer]:

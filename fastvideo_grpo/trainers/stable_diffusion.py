@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
 from fastvideo_grpo.families import FAMILIES, model_facts
@@ -24,7 +25,8 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import schedules
 from fastvideo_grpo.sampling.rollout import Walk, rollout
 from fastvideo_grpo.sampling.schedules import Level, Schedule
-from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer, is_partitioned
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.policy import Drawn
 
 disable_progress_bar()  # a few small files are no long work
 
@@ -61,7 +63,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
     def _load_unet(self) -> nn.Module:
         """The UNet; with ZeRO-3 in partitions, read tensor by tensor, so that no process holds all of it."""
         config, world = self.config, self.world
-        if not is_partitioned(config):
+        if not uses_zero3(config):
             unet = _load(UNet2DConditionModel, self.checkpoint / "unet", DTYPES[config.model.precision])
             return unet.to(world.device)
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, load_partitioned
@@ -74,7 +76,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         )
 
     def make_reference(self) -> nn.Module:
-        if not is_partitioned(self.config):
+        if not uses_zero3(self.config):
             return super().make_reference()
         from fastvideo_grpo.engines.deepspeed import partitioned_reference
 
