@@ -3,7 +3,7 @@
 import torch
 
 from fastvideo_grpo.sampling import noise
-from fastvideo_grpo.trainers.base import split_guidance
+from fastvideo_grpo.trainers.conditioning import split_guidance
 
 
 def keys_of(prompt, count):

@@ -11,7 +11,7 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import check_images
 from fastvideo_grpo.sampling import noise
-from fastvideo_grpo.trainers.base import NEGATIVE, negative_of, split_guidance
+from fastvideo_grpo.trainers.conditioning import NEGATIVE, negative_of, split_guidance
 from tests import tiny_checkpoints
 from tests.trainer import runs
 from tests.trainer.promises import (

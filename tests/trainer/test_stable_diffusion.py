@@ -15,7 +15,7 @@ from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.rollout import Walk
-from fastvideo_grpo.trainers.base import split_guidance
+from fastvideo_grpo.trainers.conditioning import split_guidance
 from tests import tiny_checkpoints
 from tests.trainer import runs
 from tests.trainer.memory import kept_for_backward

@@ -6,7 +6,8 @@ from dots.network import load
 from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.sampling.rollout import rollout
-from fastvideo_grpo.trainers.base import Drawn, GRPOTrainer
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.policy import Drawn
 
 
 class DotsGRPOTrainer(GRPOTrainer):
