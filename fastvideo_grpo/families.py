@@ -30,15 +30,17 @@ class ModelFacts:
     Attributes:
         source: where they were read, for a person.
         components: component -> its ``config.json`` (of the scheduler: ``scheduler_config.json``).
+        trained: the component whose configuration ``denoiser`` is.
     """
 
     source: str
     components: dict[str, dict[str, Any]]
+    trained: str
 
     @property
     def denoiser(self) -> dict[str, Any]:
         """The configuration of the network that is trained."""
-        return next(self.components[name] for name in ("transformer", "unet") if name in self.components)
+        return self.components[self.trained]
 
     @property
     def hidden_width(self) -> int:
@@ -179,7 +181,7 @@ class Family:
     def facts(self, path: Path, *, published_if_missing: bool = False) -> ModelFacts:
         """Read the checkpoint's configuration files; see :func:`model_facts`."""
         if not path.exists() and published_if_missing:
-            return ModelFacts(f"the published configuration of {self.name} ({path} is not there)", self.configs)
+            return ModelFacts(f"the published configuration of {self.name} ({path} is not there)", self.configs, self.denoiser)
         index = path / "model_index.json"
         if not index.is_file():
             what = "has no model_index.json" if path.exists() else "does not exist"
@@ -201,7 +203,7 @@ class Family:
             if not file.is_file():
                 raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
             parts[component] = json.loads(file.read_text())
-        return ModelFacts(str(path), parts)
+        return ModelFacts(str(path), parts, self.denoiser)
 
     def _where_from(self, path: Path) -> str:
         if self.kind not in _OWN:

@@ -16,9 +16,9 @@ class DotsGRPOTrainer(GRPOTrainer):
     def __init__(self, config, world, *, with_text_encoders=True):
         self.config, self.world = config, world
         self.facts = model_facts(config)
-        names = ["transformer", "vae", *(self.text_encoders if with_text_encoders else ())]
+        names = ["mixer", "vae", *(self.text_encoders if with_text_encoders else ())]
         self.components = {name: load(self.checkpoint, name).to(world.device) for name in names}
-        self.components["transformer"].to(DTYPES[config.model.precision])
+        self.components["mixer"].to(DTYPES[config.model.precision])
         self.setup(config, world)
 
     def get_module(self, name):
