@@ -193,7 +193,7 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
             assert drawn.media is not None  # one process
             images.append(to_image(drawn.media[i]))
             text = prompt.text if i < trained else f"{prompt.text} (kept out)"
-            captions.append(caption(text, {name: scores[i].item() for name, scores in drawn.scores.items()}))
+            captions.append(caption(text, drawn.by_sample()[i]))
     path = folder / "before_after.png"
     grid(images, captions, len(before.prompts), row_titles=["before", "after"]).save(path)
     return path
@@ -209,8 +209,7 @@ def _before_after_clips(folder: Path, trained: int, before: FixedSamples, after:
         for when, drawn in (("before", before), ("after", after)):
             assert drawn.media is not None  # one process
             sheets.append(contact_sheet(drawn.media[i]))
-            scores = {name: values[i].item() for name, values in drawn.scores.items()}
-            captions.append(f"{when}: {caption(text, scores)}")
+            captions.append(f"{when}: {caption(text, drawn.by_sample()[i])}")
     path = folder / "before_after.png"
     rows(sheets, captions).save(path)
     return path

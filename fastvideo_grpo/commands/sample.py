@@ -94,8 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
     """Load the model, draw and save; returns the grid's path."""
-    import math
-
     from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
@@ -110,10 +108,6 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
         trainer.load_weights(checkpoint.weights(which))
     drawn = sample_fixed(trainer, prompts, samples, "sample")
     assert drawn.media is not None  # one process
-    rewards = [
-        {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
-        for i in range(len(drawn.media))
-    ]
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4), fps=config.sample.fps)
+    save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=config.sample.fps)
     return out / "grid.png"

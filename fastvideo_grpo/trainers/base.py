@@ -398,10 +398,7 @@ class GRPOTrainer(Policy):
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
         if drawn.media is not None:
-            rewards = [
-                {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
-                for i in range(len(prompts))
-            ]
+            rewards = drawn.by_sample()
             folder = self.folder / "samples" / f"{iteration:06d}"
             captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
             with keep_going(folder):

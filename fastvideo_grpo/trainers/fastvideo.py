@@ -102,7 +102,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.post_init()
         self.prepare_transformer(self.get_module("transformer"))
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
-        # not rounded on its way, and predict() casts to what the network computes in.
+        # not rounded on its way, and network_output() casts to what the network computes in.
         args.pipeline_config.dit_precision = "fp32"
         self._check_attention(config.model.attention)
         self.get_module("vae").requires_grad_(False)
@@ -143,17 +143,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     def prepare_transformer(self, transformer: nn.Module) -> None:
         """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""
 
-    def make_reference(self) -> nn.Module:
-        if not uses_zero3(self.config):
-            return super().make_reference()
-        from fastvideo_grpo.engines.deepspeed import partitioned_reference
-
+    def load_denoiser(self) -> nn.Module:
         module = self._load_partitioned(self.config, self.world)
         self.prepare_transformer(module)
-        config = self.config
-        return partitioned_reference(
-            module.eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
-        )
+        return module
 
     def _check_attention(self, wanted: str) -> None:
         """FastVideo falls back to another kernel in silence, for instance where the head size is not supported."""
@@ -204,7 +197,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             height=sample.height,
             width=sample.width,
             num_inference_steps=sample.steps,
-            guidance_scale=1.0,  # a higher one would ask for a negative prompt; guidance, embedded or not, is in predict
+            # A higher one would ask for a negative prompt: guidance is in predict(), embedded guidance in network_output().
+            guidance_scale=1.0,
             seed=0,  # the stages draw nothing: the noise is given
         )
 

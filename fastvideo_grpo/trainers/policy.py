@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
+from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, lora_settings
+from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings, model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
@@ -26,6 +27,7 @@ from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Trajectory, Walk
 from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.trainers.conditioning import NEGATIVE, embedding_cache, negative_of, split_guidance, to_encode
 
@@ -45,27 +47,50 @@ class Drawn:
 
 
 class Policy:
-    """A generator that is drawn from, trained or not. A subclass loads the model, then calls :meth:`setup`."""
+    """A generator that is drawn from, trained or not. A subclass loads the model.
+
+    Attributes:
+        text_encoders, tokenizers: component names in model_index.json; they leave memory when all embeddings are cached.
+        config, world: of the run, and its processes.
+        facts: what the checkpoint's configuration files say.
+        dtype: what the network computes in.
+        schedule, transition: how it is sampled.
+        engine: around the network once it is trained.
+    """
 
     text_encoders: ClassVar[tuple[str, ...]] = ()
     tokenizers: ClassVar[tuple[str, ...]] = ()
 
     config: Config
     world: World
+    facts: ModelFacts
+    dtype: torch.dtype
+    schedule: Schedule
+    transition: Transition
     engine: Engine | None = None
 
+    _conditioning: dict[str, Conditioning]
+    _cache: EmbeddingCache | None = None
+    _reference: nn.Module | None = None
+    _inside_reference = False
+
     # --- what a model must say for itself -----------------------------------------------------------------------------
+
+    def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
+        """Load the checkpoint onto ``world.device``, set ``self.config`` and ``self.world``, then call :meth:`setup`.
+
+        Args:
+            with_text_encoders: False leaves text encoders and tokenizers on disk (all embeddings are cached).
+        """
+        raise NotImplementedError
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """Conditioning of each prompt, tensors ``[1, ...]``. A prompt's must not depend on the others in the list."""
         raise NotImplementedError
 
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's initial noise."""
-        raise NotImplementedError
-
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
-        """One pass of ``self.network`` at ``sample`` ``[B, ...]``, with gradients when they are enabled."""
+        """One pass of ``self.network`` at the states ``sample`` ``[B, ...]`` (float32): velocity or noise as the family's
+        ``prediction`` says, same shape, any float dtype; with gradients when they are enabled."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
@@ -75,9 +100,15 @@ class Policy:
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
+        Enters :meth:`forward_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
+        itself.
+
         Args:
             conditioning: tensors ``[B, ...]``.
             initial: float32 ``[B, *latent_shape()]`` on the CPU.
+
+        Returns:
+            Media, which samples are finite, and the trajectory if ``walk.record``.
         """
         raise NotImplementedError
 
@@ -94,6 +125,26 @@ class Policy:
         raise NotImplementedError
 
     # --- what a model may say besides -----------------------------------------------------------------------------------
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's initial noise, without the batch; see :meth:`pack` for that of the sampler's states."""
+        return FAMILIES[self.config.model.kind].latent_shape(self.facts, self.config.sample)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Noise ``[B, *latent_shape()]`` -> the shape of the sampler's states (FLUX packs 2x2 latents into tokens)."""
+        return latents
+
+    def load_denoiser(self) -> nn.Module:
+        """The network as the checkpoint has it, frozen, with ZeRO-3 in partitions: asked for once more where a run with ZeRO-3
+        needs a reference, since what no process holds whole cannot be copied.
+
+        Raises:
+            UserError: the model's trainer does not say how.
+        """
+        raise UserError(
+            f"model.kind={self.config.model.kind}: grpo.objective={self.config.grpo.objective} needs a frozen reference, and "
+            "with engine.zero_stage=3 its trainer has no load_denoiser to read one; use engine.zero_stage=2 or model.lora"
+        )
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
@@ -142,15 +193,15 @@ class Policy:
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, config: Config, world: World) -> None:
-        """Everything a loaded model needs to sample."""
+        """Everything a loaded model needs to sample; called when its components are there."""
         self.config, self.world = config, world
+        self.facts = model_facts(config)
         self.dtype = DTYPES[config.model.precision]
         self.schedule = self.make_schedule()
         self.transition = transitions.get(
             config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
         )
-        self._conditioning: dict[str, Conditioning] = {}
-        self._cache: EmbeddingCache | None = None
+        self._conditioning = {}
         if config.model.lora is not None:
             add_lora(self.denoiser, lora_settings(config), config.run.seed)
         else:
@@ -172,13 +223,11 @@ class Policy:
 
     @property
     def network(self) -> nn.Module:
-        """What ``predict`` calls: the engine's module, or the reference while :meth:`reference_weights` is entered."""
+        """What :meth:`network_output` calls: the engine's module, or the reference while :meth:`reference_weights` is
+        entered."""
         if self._inside_reference and self._reference is not None:
             return self._reference
         return self.denoiser if self.engine is None else self.engine.module
-
-    _reference: nn.Module | None = None
-    _inside_reference = False
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -191,11 +240,19 @@ class Policy:
             self._inside_reference = False
 
     def make_reference(self) -> nn.Module:
-        """A frozen copy of the starting weights, before the engine takes the network."""
-        return copy.deepcopy(self.denoiser).requires_grad_(False)
+        """A frozen copy of the starting weights, before the engine takes the network; with ZeRO-3 in partitions, too."""
+        config = self.config
+        if not uses_zero3(config):
+            return copy.deepcopy(self.denoiser).requires_grad_(False)
+        from fastvideo_grpo.engines.deepspeed import partitioned_reference
+
+        return partitioned_reference(
+            self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
+        )
 
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
-        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included.
+        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
+        float32 with guidance, else in the dtype that :meth:`network_output` gives.
 
         With classifier-free guidance of scale w (``sample.cfg_scale``) it is u + w (c - u), where c is the output for the
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
@@ -278,7 +335,3 @@ class Policy:
     def fps(self) -> float | None:
         """Frames a second of a video; None for images."""
         return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Noise in :meth:`latent_shape` -> the shape of the sampler's states, where a model packs them."""
-        return latents

@@ -13,7 +13,7 @@ from fastvideo.pipelines.stages.base import PipelineStage
 from torch import Tensor
 
 from fastvideo_grpo.prompts.embeddings import Conditioning
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk, rollout
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples, rollout
 from fastvideo_grpo.trainers.policy import Policy
 
 
@@ -50,7 +50,7 @@ class RolloutStage(PipelineStage):
             batch.latents,
             request.walk,
         )
-        request.finite = batch.latents.isfinite().flatten(1).all(1).cpu()
+        request.finite = finite_samples(batch.latents)
         return batch
 
 
