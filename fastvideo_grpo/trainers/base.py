@@ -190,12 +190,12 @@ class GRPOTrainer(Policy):
                 self._stop(iteration)
                 return False
             clock = Clock()
-            groups = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
-            rollout = self.rollout(iteration, groups, clock)
+            prompts = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
+            rollout = self.rollout(iteration, prompts, clock)
             metrics = {"iteration": iteration, **reward_metrics(rollout, self.rewards)}
             self._check_invalid(iteration, rollout)
             advantages = self.normalisation(
-                rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in groups]
+                rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in prompts]
             )
             metrics["advantage/zero_spread_groups"] = int(advantages.zero_spread.sum())
             chosen = self.select(advantages)
@@ -248,7 +248,7 @@ class GRPOTrainer(Policy):
         if self.world.rank == 0:
             self._lock.close()
 
-    def rollout(self, iteration: int, groups: list[Prompt], clock: Clock) -> Rollout:
+    def rollout(self, iteration: int, prompts: list[Prompt], clock: Clock) -> Rollout:
         """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores.
 
         With ``rewards.async`` the rewards look at a micro-batch while the next ones are sampled. Scoring itself exchanges
@@ -257,7 +257,7 @@ class GRPOTrainer(Policy):
         """
         latents: dict[tuple[int, int], Tensor] = {}
         log_probs: dict[tuple[int, int], Tensor] = {}
-        shape = (len(groups), self.config.grpo.group_size)
+        shape = (len(prompts), self.config.grpo.group_size)
         table = ScoreTable(self.rewards.names, *shape)
         self.forget_conditioning()
         jobs = self.dealing.rollout(self.world.data_rank)
@@ -272,7 +272,7 @@ class GRPOTrainer(Policy):
                 table.add(group, members, scores.result(), sound)
 
         for done, (group, members) in enumerate(jobs, start=1):
-            prompt = groups[group]
+            prompt = prompts[group]
             keys = [SampleKey(self.config.run.seed, iteration, group, prompt.id, member) for member in members]
             with clock.phase("rollout"):
                 drawn = self.draw(prompt, keys)
@@ -295,7 +295,7 @@ class GRPOTrainer(Policy):
         retried = int(
             self.world.all_reduce_sum(torch.tensor([float(self.rewards.retried.total() - retried)], dtype=torch.float64))[0]
         )
-        return Rollout(groups, latents, log_probs, scores, raw, valid, retried)
+        return Rollout(prompts, latents, log_probs, scores, raw, valid, retried)
 
     def _check_invalid(self, iteration: int, rollout: Rollout) -> None:
         """Save what was trained and raise when too many samples of an iteration have no score that counts."""
