@@ -1,7 +1,8 @@
 """The run configuration: dataclasses filled from YAML and dotted overrides, checked before anything is loaded.
 
 Every key's meaning stands beside it (``docs/configuration.md`` is printed from here). Checks that need the checkpoint's own
-configuration (patch size, channels) live in :mod:`fastvideo_grpo.plan`.
+configuration (patch size, channels) are its family's ``problems`` (:mod:`fastvideo_grpo.families`), called by
+``plan.check_run``.
 """
 
 from __future__ import annotations
@@ -560,7 +561,7 @@ def _check_combinations(config: Config) -> Iterator[str]:
     if sample.negative_prompt and sample.cfg_scale <= 1:
         yield (
             f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
-            "set it above 1 (SkyReels-I2V and Stable Diffusion take 5), or remove the negative prompt"
+            "set it above 1, or remove the negative prompt"
         )
     if config.model.cfg_batched and sample.cfg_scale <= 1:
         yield (
