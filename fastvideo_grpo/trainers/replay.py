@@ -75,7 +75,7 @@ class TrajectoryReplay:
             score = scores[name].to(total)
             unjudged = int((~score.isfinite()).sum())
             if unjudged:
-                rewards.note([], f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
+                rewards.note(f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
             total = total + weight * score
         return total
 

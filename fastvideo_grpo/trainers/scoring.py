@@ -123,7 +123,7 @@ def sound_samples(finite: Tensor, trajectory: Trajectory, rewards: RewardSet) ->
     last = trajectory.log_probs.shape[1] - 1
     sound = finite & trajectory.log_probs[:, :last].isfinite().all(1)
     if not bool(sound.all()):
-        rewards.note([], "sampling: latents or log-probs are not finite", int((~sound).sum()), len(sound))
+        rewards.note("sampling: latents or log-probs are not finite", int((~sound).sum()), len(sound))
     return sound
 
 
