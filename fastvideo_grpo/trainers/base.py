@@ -29,7 +29,7 @@ from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.families import FAMILIES, prompts_of
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages, normalisation
-from fastvideo_grpo.grpo.selection import Row, best_of, pairs, regroup
+from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
@@ -65,7 +65,8 @@ class Rollout:
 
     ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
     the leader of its sequence-parallel group has them.
-    ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``retried``: requests to rewards that were made again.
+    ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``raw``: the scores before the outputs' transforms.
+    ``prompts``: of each group. ``retried``: requests to rewards that were made again.
     """
 
     prompts: list[Prompt]
@@ -312,8 +313,8 @@ class GRPOTrainer(Policy):
             "What was trained before it is saved; repair the reward and start the same command again"
         )
 
-    def select(self, advantages: Advantages) -> list[list[list[Row]]]:
-        """Which members of each group are trained on: for each group its update micro-batches of rows."""
+    def select(self, advantages: Advantages) -> list[list[MicroBatch]]:
+        """Which members of each group are trained on, in update micro-batches ``[group][k]``."""
         size, best = self.config.engine.micro_batch_size, self.config.grpo.best_of
         chosen = []
         for values, valid in zip(advantages.values, advantages.valid, strict=True):
@@ -327,18 +328,18 @@ class GRPOTrainer(Policy):
         return chosen
 
     def update(
-        self, iteration: int, rollout: Rollout, advantages: Advantages, chosen: list[list[list[Row]]], clock: Clock
+        self, iteration: int, rollout: Rollout, advantages: Advantages, chosen: list[list[MicroBatch]], clock: Clock
     ) -> dict[str, Any]:
         """Steps 5 and 6: the optimiser steps of an iteration, over replays of the rollout's micro-batches."""
         engine = self.engine
         assert engine is not None
         grpo = self.config.grpo
-        stats = UpdateStatistics()
+        total = UpdateStatistics()
         norms: list[float] = []
         skipped_before = engine.skipped_updates
         lr = engine.lr
         for update in range(grpo.updates_per_iteration):
-            counted = self._counted_draws(update, chosen)
+            counted = self._trained_transitions(update, chosen)
             if counted == 0:
                 continue  # no sample of these prompts counts, on all ranks alike
             batches = self.dealing.update(update, self.world.data_rank)
@@ -351,11 +352,11 @@ class GRPOTrainer(Policy):
                 replay, samples = replay_batch(self, iteration, rollout, trajectories, advantages, group, chosen[group][k])
                 for i in range(per_sample):
                     with clock.phase("update"), self.forward_context(replay.conditioning):
-                        loss, info = self.objective.loss(replay, samples, i)
+                        loss, statistics = self.objective.loss(replay, samples, i)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
                         loss = (loss * samples.weights).sum() / counted / self.world.sequence_parallel
                         engine.backward(loss)
-                    stats.add(loss, info, samples.weights, first=not norms)
+                    total.add(loss, statistics, samples.weights, first=not norms)
                 show(done, len(batches))
             with clock.phase("update"):
                 norms.append(engine.step())
@@ -363,15 +364,15 @@ class GRPOTrainer(Policy):
         if not norms:
             logger.warning("iteration %d made no update: no sample counts (all masked, or no pair differs)", iteration + 1)
         return {
-            **stats.summary(self.world),
+            **total.summary(self.world),
             "train/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "train/lr": lr,
             "train/updates": len(finite),
             "train/skipped_updates": grpo.updates_per_iteration - len(norms) + engine.skipped_updates - skipped_before,
         }
 
-    def _counted_draws(self, update: int, chosen: list[list[list[Row]]]) -> int:
-        """(sample, timestep) pairs that count in an update, over all ranks."""
+    def _trained_transitions(self, update: int, chosen: list[list[MicroBatch]]) -> int:
+        """Transitions (of a sample, at a timestep) that count in an update, over all ranks."""
         rows = sum(row.weight > 0 for group in self.dealing.groups_of(update) for batch in chosen[group] for row in batch)
         grpo = self.config.grpo
         return rows * timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)

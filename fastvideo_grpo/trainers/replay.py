@@ -11,7 +11,7 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.dealing import Dealing
-from fastvideo_grpo.grpo.selection import Row
+from fastvideo_grpo.grpo.selection import MicroBatch
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
@@ -81,7 +81,7 @@ class TrajectoryReplay:
 
 
 def fetch_trajectories(
-    update: int, rollout: Rollout, chosen: list[list[list[Row]]], dealing: Dealing, world: World
+    update: int, rollout: Rollout, chosen: list[list[MicroBatch]], dealing: Dealing, world: World
 ) -> Trajectories:
     """The trajectories this rank trains on in an update, from who has them: the leader of its own sequence-parallel group, or
     another's, since best-of-N may put a sample with a group that did not draw it. All ranks call it."""
@@ -109,20 +109,21 @@ def replay_batch(
     trajectories: Trajectories,
     advantages: Advantages,
     group: int,
-    batch: list[Row],
+    batch: MicroBatch,
 ) -> tuple[TrajectoryReplay, objectives.SampleBatch]:
     """An update micro-batch of a group, as an objective is given it: what can be computed again, and what is known of it."""
     config, prompt, device = trainer.config, rollout.prompts[group], trainer.world.device
     members = [row.member for row in batch]
     keys = [SampleKey(config.run.seed, iteration, group, prompt.id, member) for member in members]
     which = config.grpo.timesteps
-    when = timesteps.choose(keys, trainer.schedule.steps, which.strategy, which.fraction, which.per)
+    chosen_timesteps = timesteps.choose(keys, trainer.schedule.steps, which.strategy, which.fraction, which.per)
     latents = torch.stack([trajectories["latents", group, member] for member in members])
     log_probs = torch.stack([trajectories["log_probs", group, member] for member in members])
     samples = objectives.SampleBatch(
         advantages=advantages.values[group, members].to(device),
-        log_probs=log_probs.gather(1, when).to(device),
-        timesteps=when,
+        log_probs=log_probs.gather(1, chosen_timesteps).to(device),
+        timesteps=chosen_timesteps,
         weights=torch.tensor([row.weight for row in batch], device=device),
     )
-    return TrajectoryReplay(trainer, latents, when, trainer.conditioning(prompt, len(members)), prompt), samples
+    conditioning = trainer.conditioning(prompt, len(members))
+    return TrajectoryReplay(trainer, latents, chosen_timesteps, conditioning, prompt), samples
