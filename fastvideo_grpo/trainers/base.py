@@ -185,7 +185,7 @@ class GRPOTrainer(Policy):
             self.unlock()
             return True
         if self.first_iteration == 0:
-            self._evaluate_and_picture(0)
+            self._before_training()
         for iteration in range(self.first_iteration, config.iterations):
             if stop is not None and stop.agreed(self.world):
                 self._stop(iteration)
@@ -240,7 +240,7 @@ class GRPOTrainer(Policy):
             self.wandb.log(metrics)
         self.console.iteration(finished, config.iterations, metrics)
         if due(config.sample_every):
-            self.picture(finished)
+            self.save_pictures(finished)
         if due(config.save_every):
             self._save(finished)
 
@@ -394,20 +394,21 @@ class GRPOTrainer(Policy):
             metrics.update({f"eval/{name}/{key}": value for key, value in summary.items()})
         return metrics
 
-    def picture(self, iteration: int) -> FixedSamples:
-        """Save pictures or clips of fixed prompts and noise in ``samples/ITERATION/``."""
+    def save_pictures(self, finished: int) -> FixedSamples:
+        """Save pictures or clips of fixed prompts and noise in ``samples/FINISHED/``, the number of finished iterations."""
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
         if drawn.media is not None:
             rewards = drawn.by_sample()
-            folder = self.folder / "samples" / f"{iteration:06d}"
+            folder = self.folder / "samples" / f"{finished:06d}"
             captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
             with keep_going(folder):
                 files = save_samples(folder, drawn.media, [p.text for p in prompts], rewards, fps=self.fps)
-                self.wandb.log_pictures(max(iteration - 1, 0), files, captions)
+                self.wandb.log_pictures(max(finished - 1, 0), files, captions)
         return drawn
 
-    def _evaluate_and_picture(self, iteration: int) -> None:
+    def _before_training(self) -> None:
+        """Evaluate and save pictures of the starting weights, where the run does so later."""
         if self.config.run.eval_every:
             metrics = self.evaluate()
             if self.world.rank == 0:
@@ -416,9 +417,10 @@ class GRPOTrainer(Policy):
                 self.wandb.log({"iteration": 0, **metrics})
             self.console.evaluation("before training", metrics)
         if self.config.run.sample_every:
-            self.picture(iteration)
+            self.save_pictures(0)
 
-    def _save(self, iteration: int) -> None:
+    def _save(self, finished: int) -> None:
+        """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run."""
         engine = self.engine
         assert engine is not None
 
@@ -434,5 +436,5 @@ class GRPOTrainer(Policy):
                 "git_commit": git_commit(),
             }
 
-        if self.store.save(iteration, write):
-            self._saved = iteration
+        if self.store.save(finished, write):
+            self._saved = finished
