@@ -135,9 +135,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan.check_run(config, families.model_facts(config), ranks=1)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)

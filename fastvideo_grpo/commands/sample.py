@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
     """Load the model, draw and save; returns the grid's path."""
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.tracking.pictures import save_samples
     from fastvideo_grpo.trainers.load import load_trainer
 

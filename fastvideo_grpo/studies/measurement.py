@@ -39,9 +39,9 @@ def measure(job: Job) -> dict[str, Any]:
 
     from fastvideo_grpo import config as configuration
     from fastvideo_grpo.checkpoints.store import write_atomic
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.studies import pixels
     from fastvideo_grpo.trainers.load import load_trainer
     from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards

@@ -179,11 +179,12 @@ class Policy:
         """Entered around every use of the text encoders; with ``engine.offload_idle`` they are in host memory outside."""
         return self._on_device(*self.text_encoders)
 
-    def _on_device(self, *names: str) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        for name in names if self.config.engine.offload_idle else ():
-            stack.enter_context(resident(self.get_module(name), self.world.device))
-        return stack
+    @contextmanager
+    def _on_device(self, *names: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in names if self.config.engine.offload_idle else ():
+                stack.enter_context(resident(self.get_module(name), self.world.device))
+            yield
 
     @staticmethod
     def to_media(pixels: Tensor) -> Tensor:
