@@ -384,7 +384,7 @@ def measure(case: Case) -> None:
             "exchange": clock.seconds["exchange"],
         },
     }
-    trainer.unlock()
+    trainer.close()
     if trainer.world.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)
     trainer.world.barrier()

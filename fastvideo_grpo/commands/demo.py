@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,12 +142,12 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
-    trainer.setup_training()
-    show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
-    pictures_before = sample_fixed(trainer, show, 1, "pictures")
-    trainer.train()
-    pictures_after = sample_fixed(trainer, show, 1, "pictures")
+    with closing(load_trainer(config, World.current())) as trainer:
+        trainer.setup_training()
+        show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
+        pictures_before = sample_fixed(trainer, show, 1, "pictures")
+        trainer.train()
+        pictures_after = sample_fixed(trainer, show, 1, "pictures")
     before = json.loads((folder / "evaluation_before.json").read_text())
     after = trainer.log.read()[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,12 +102,12 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
-    if config.rewards.models:
-        trainer.setup_rewards()
-    if checkpoint is not None:
-        trainer.load_weights(checkpoint.weights(which))
-    drawn = sample_fixed(trainer, prompts, samples, "sample")
+    with closing(load_trainer(config, World.current())) as trainer:
+        if config.rewards.models:
+            trainer.setup_rewards()
+        if checkpoint is not None:
+            trainer.load_weights(checkpoint.weights(which))
+        drawn = sample_fixed(trainer, prompts, samples, "sample")
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
     save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=config.sample.fps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import closing
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
@@ -59,10 +60,6 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
-    trainer = load_trainer(config, world)
-    try:
+    with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
         return trainer.train(stop)
-    finally:
-        if hasattr(trainer, "rewards"):
-            trainer.rewards.close()

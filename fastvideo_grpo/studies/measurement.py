@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,9 @@ def measure(job: Job) -> dict[str, Any]:
     config = configuration.build(job.values)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
     stopped = None
-    trainer.setup_training()
-    try:
+    with closing(load_trainer(config, World.current())) as trainer:
+        trainer.setup_training()
         counter = EvaluationCounter(trainer)
         if job.trained:
             try:
@@ -63,9 +63,6 @@ def measure(job: Job) -> dict[str, Any]:
         counted = counter.total
         prompts = [prompt for of_set in trainer.evaluation_sets().values() for prompt in of_set]
         samples = sample_fixed(trainer, prompts, SAMPLES, "evaluation")
-    finally:
-        trainer.unlock()
-        trainer.rewards.close()
     assert samples.media is not None  # one process
     per_prompt = {
         name.rpartition("/")[2]: scores.view(len(prompts), SAMPLES).double().mean(1).tolist()

@@ -11,7 +11,9 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ class Rollout:
 
 
 class GRPOTrainer(Policy):
-    """GRPO on a generator. A subclass is the generator's :class:`Policy`."""
+    """GRPO on a generator. A subclass is the generator's :class:`Policy`. Whoever loads one calls :meth:`close` in the end."""
 
     rewards: RewardSet
 
@@ -105,23 +107,28 @@ class GRPOTrainer(Policy):
         self.cache_embeddings([*self.prompts, *self.eval_prompts], self.console)
         if self.objective.needs_reference and config.model.lora is None:
             self._reference = self.make_reference()
-        self._lock = self.world.on_rank_0(lambda: lock_folder(self.folder))
+        world.on_rank_0(lambda: self._held.enter_context(lock_folder(self.folder)))
         every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, world)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self._denoiser_identity = encoder_identity(self.checkpoint, [FAMILIES[config.model.kind].denoiser], {})
-        try:
-            self.first_iteration = self._resume()
-        except BaseException:
-            self.unlock()
-            raise
+        self.first_iteration = self._resume()
         self._saved = self.first_iteration
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
             write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
         mode = config.run.wandb if world.rank == 0 else "disabled"
         self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
+
+    def close(self) -> None:
+        """Let go of the rewards and of the run's folder; may be called twice, and however far setting up came."""
+        self._held.close()
+
+    @cached_property
+    def _held(self) -> ExitStack:
+        """What :meth:`close` lets go of."""
+        return ExitStack()
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint of this run, if there is one; returns the iteration to go on with."""
@@ -151,7 +158,7 @@ class GRPOTrainer(Policy):
 
     def setup_rewards(self) -> None:
         """Make the configured rewards on the ranks that score; the others learn their names. An error is every rank's."""
-        self.rewards = make_rewards(self.config, self.world)
+        self.rewards = self._held.enter_context(closing(make_rewards(self.config, self.world)))
 
     def begin_scoring(self, failures: float = math.inf) -> None:
         """Begin an iteration's or an evaluation's requests; see :func:`~fastvideo_grpo.trainers.scoring.begin_scoring`."""
@@ -182,7 +189,6 @@ class GRPOTrainer(Policy):
         config = self.config.run
         if self.first_iteration >= config.iterations:
             self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
-            self.unlock()
             return True
         if self.first_iteration == 0:
             self._before_training()
@@ -203,7 +209,6 @@ class GRPOTrainer(Policy):
             metrics.update(self.update(iteration, rollout, advantages, chosen, clock))
             self._finish_iteration(iteration + 1, metrics, clock)
         self.wandb.finish()
-        self.unlock()
         if self._saved != config.iterations:
             raise UserError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
         return True
@@ -213,7 +218,6 @@ class GRPOTrainer(Policy):
         if self._saved != finished:
             self._save(finished)
         self.wandb.finish()
-        self.unlock()
         if self._saved != finished:
             raise UserError(f"asked to stop, but iteration {finished} was not saved in {self.store.folder}: see above")
         self.console.say(
@@ -243,11 +247,6 @@ class GRPOTrainer(Policy):
             self.save_pictures(finished)
         if due(config.save_every):
             self._save(finished)
-
-    def unlock(self) -> None:
-        """Let another process train in this run's folder."""
-        if self.world.rank == 0:
-            self._lock.close()
 
     def rollout(self, iteration: int, prompts: list[Prompt], clock: Clock) -> Rollout:
         """Steps 1 to 3: sample this rank's micro-batches, score them, and gather everybody's scores.
