@@ -420,7 +420,7 @@ def test_two_trainings_in_one_folder_are_refused(make_trainer):
     first = make_trainer()
     with pytest.raises(UserError, match="another process is training"):
         make_trainer()
-    first.unlock()
+    first.close()
     make_trainer()
 
 
