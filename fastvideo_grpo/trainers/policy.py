@@ -142,8 +142,9 @@ class Policy:
             UserError: the model's trainer does not say how.
         """
         raise UserError(
-            f"model.kind={self.config.model.kind}: grpo.objective={self.config.grpo.objective} needs a frozen reference, and "
-            "with engine.zero_stage=3 its trainer has no load_denoiser to read one; use engine.zero_stage=2 or model.lora"
+            f"model.kind={self.config.model.kind}: a frozen reference is needed (grpo.objective={self.config.grpo.objective}, "
+            f"grpo.kl_weight={self.config.grpo.kl_weight}), and its trainer has no load_denoiser that reads one with "
+            "engine.zero_stage=3; use engine.zero_stage=2 or model.lora"
         )
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
