@@ -421,6 +421,7 @@ def test_two_trainings_in_one_folder_are_refused(make_trainer):
     with pytest.raises(UserError, match="another process is training"):
         make_trainer()
     first.close()
+    first.close()  # once more does nothing
     make_trainer()
 
 
