@@ -216,7 +216,7 @@ def choose(machine: dict[str, Any], seconds: float) -> tuple[tuple[int, int, int
             "num_layers": doubles,
             "num_single_layers": singles,
         }
-        facts = ModelFacts("scaled", {**HUNYUAN_VIDEO, "transformer": transformer})
+        facts = ModelFacts("scaled", {**HUNYUAN_VIDEO, "transformer": transformer}, trained="transformer")
         for sample in SAMPLES:
             config = load_config(Case("published", "published", "cuda", (width, doubles, singles), sample))
             config.prompts.embeddings = "cached"  # the text encoders are tiny here, and do not count
@@ -384,7 +384,7 @@ def measure(case: Case) -> None:
             "exchange": clock.seconds["exchange"],
         },
     }
-    trainer.unlock()
+    trainer.close()
     if trainer.world.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)
     trainer.world.barrier()

@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.tiny.flux import write_flux
 from fastvideo_grpo.tracking.statistics import Clock
+from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.load import load_trainer
 
 GROUP = 4
@@ -84,9 +86,12 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
             "run.iterations=1",
         ],
     )
-    trainer = load_trainer(config, World.current())
-    trainer.setup_training()
-    trainer.unlock()  # the next measurement uses the same folder
+    with closing(load_trainer(config, World.current())) as trainer:
+        trainer.setup_training()
+        return _seconds(trainer, size, iterations)
+
+
+def _seconds(trainer: GRPOTrainer, size: int, iterations: int) -> tuple[float, float, float, float]:
     samples = PROMPTS * GROUP
     totals = [0.0, 0.0]
     for iteration in range(iterations + 1):
@@ -99,7 +104,7 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
             totals[1] += clock.seconds["update"] / samples / iterations
     forward, backward, decode = _bare(trainer, size, iterations)
     trained = 4  # ceil(0.6 x 6)
-    return totals[0], forward * config.sample.steps + decode, totals[1], backward * trained
+    return totals[0], forward * trainer.config.sample.steps + decode, totals[1], backward * trained
 
 
 def _advantages(trainer, rollout):

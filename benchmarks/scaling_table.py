@@ -167,7 +167,7 @@ def _loaded(size: Size, lora: bool) -> tuple[Config, ModelFacts, tuple[int, int]
         empty.write_text("{}")
         config = configuration.load(empty, [f"{key}={value}" for key, value in values.items()])
     family = FAMILIES[size.kind]
-    facts = ModelFacts(family.name, family.configs)
+    facts = ModelFacts(family.name, family.configs, family.denoiser)
     return config, facts, count_parameters(config, facts)
 
 

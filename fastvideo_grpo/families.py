@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from fastvideo_grpo import published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
 from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.sampling import schedules, transitions
 
@@ -30,15 +30,17 @@ class ModelFacts:
     Attributes:
         source: where they were read, for a person.
         components: component -> its ``config.json`` (of the scheduler: ``scheduler_config.json``).
+        trained: the component whose configuration ``denoiser`` is.
     """
 
     source: str
     components: dict[str, dict[str, Any]]
+    trained: str
 
     @property
     def denoiser(self) -> dict[str, Any]:
         """The configuration of the network that is trained."""
-        return next(self.components[name] for name in ("transformer", "unet") if name in self.components)
+        return self.components[self.trained]
 
     @property
     def hidden_width(self) -> int:
@@ -179,7 +181,7 @@ class Family:
     def facts(self, path: Path, *, published_if_missing: bool = False) -> ModelFacts:
         """Read the checkpoint's configuration files; see :func:`model_facts`."""
         if not path.exists() and published_if_missing:
-            return ModelFacts(f"the published configuration of {self.name} ({path} is not there)", self.configs)
+            return ModelFacts(f"the published configuration of {self.name} ({path} is not there)", self.configs, self.denoiser)
         index = path / "model_index.json"
         if not index.is_file():
             what = "has no model_index.json" if path.exists() else "does not exist"
@@ -201,7 +203,7 @@ class Family:
             if not file.is_file():
                 raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
             parts[component] = json.loads(file.read_text())
-        return ModelFacts(str(path), parts)
+        return ModelFacts(str(path), parts, self.denoiser)
 
     def _where_from(self, path: Path) -> str:
         if self.kind not in _OWN:
@@ -230,7 +232,7 @@ class Family:
         from fastvideo_grpo.unet_memory import unet_bytes
 
         shape = (config.engine.micro_batch_size, *self.latent_shape(facts, config.sample))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.precision]
+        dtype = DTYPES[config.model.precision]
         every = checkpointed_blocks(config.engine.activation_checkpointing)
         return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from fastvideo_grpo.config import Config, checkpointed_blocks, make_objective
 from fastvideo_grpo.families import FAMILIES, Activations, ModelFacts
+from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
     from fastvideo_grpo.unet_memory import PassBytes
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 PHASES = ("encode", "rollout", "decode", "reward", "update")
 # Tiles of FastVideo's video VAEs: pixels along a side, frames.
 _TILE, _TILE_FRAMES = 256, 17

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from fastvideo_grpo.checkpoints import diffusers_names, export
 from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, denoiser_names, tensor_shapes
 from fastvideo_grpo.config import LoRAConfig
-from fastvideo_grpo.engines.sharded_loading import CheckpointError, CheckpointReader, FusedWeights
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightFilesError
 from fastvideo_grpo.errors import UserError
 
 # Two fused layers, one of unequal parts, whose parts stand in another order in the files.
@@ -103,7 +103,7 @@ def test_weights_of_another_model_are_named(names):
 )
 def test_parts_that_do_not_make_a_whole_are_refused(change, message):
     shapes = {name: shape for name, shape in {**SHAPES, **change}.items() if shape is not None}
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(WeightFilesError, match=message):
         DiffusersNames(shapes, _mapping)
 
 

@@ -22,7 +22,7 @@ from fastvideo_grpo.config import ConfigError, EngineConfig
 from fastvideo_grpo.engines.deepspeed import deepspeed_config
 from fastvideo_grpo.engines.local import LocalEngine
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.sharded_loading import CheckpointError, CheckpointReader, FusedWeights, fused_parts
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightFilesError, fused_parts
 from tests.workers.engines import BROUGHT, CONFIGURATIONS, MOVES, OPTIM
 
 FOUR = pytest.param(4, marks=pytest.mark.slow, id="four")
@@ -194,7 +194,7 @@ def test_adapters_train_on_a_partitioned_base_beside_a_reference(ranks):
         ("extra", "0 are missing (), 2 are not in the model (unreached.bias, unreached.weight)"),
         ("missing", "2 are missing (late.bias, late.weight)"),
         ("absent", "absent.safetensors holds no safetensors file"),
-        ("failing", "CheckpointError: OSError(5, 'the disk is gone')"),  # raised on rank 0 only, while the others wait
+        ("failing", "WeightFilesError: OSError(5, 'the disk is gone')"),  # raised on rank 0 only, while the others wait
         ("stage", "engine.zero_stage=3 only, not 2"),
         ("wrapped_as_stage_2", "the module's parameters are ZeRO-3 partitions, which only engine.kind=deepspeed"),
         ("wrapped_as_bf16", "layers.0.weight was loaded in partitions as torch.float32, but model.precision is bf16"),
@@ -424,7 +424,7 @@ def test_a_reader_gives_every_tensor_of_a_file_or_folder(tmp_path):
                 out = torch.empty(tensor.shape, dtype=dtype)
                 reader.read_into(name, out)
                 assert torch.equal(out, tensor.to(dtype))
-    with pytest.raises(CheckpointError, match="has no tensor other"):
+    with pytest.raises(WeightFilesError, match="has no tensor other"):
         reader.read("other")
     with pytest.raises(ValueError, match=r"matrix has shape \(4, 3\)"):
         reader.read_into("matrix", torch.empty(3, 4).t())
@@ -440,16 +440,16 @@ def test_a_reader_follows_the_index(tmp_path):
     assert set(reader.shapes) == set(places)
     assert torch.equal(reader.read("matrix"), TENSORS["matrix"])
     index.write_text(json.dumps({"weight_map": places | {"half": "two.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"the index promises half in two\.safetensors"):
+    with pytest.raises(WeightFilesError, match=r"the index promises half in two\.safetensors"):
         CheckpointReader(tmp_path)
     index.write_text(json.dumps({"weight_map": places | {"half": "three.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"three\.safetensors cannot be read"):
+    with pytest.raises(WeightFilesError, match=r"three\.safetensors cannot be read"):
         CheckpointReader(tmp_path)
     index.write_text("[]")
-    with pytest.raises(CheckpointError, match="is not an index"):
+    with pytest.raises(WeightFilesError, match="is not an index"):
         CheckpointReader(tmp_path)
     index.unlink()
-    with pytest.raises(CheckpointError, match="matrix is in"):
+    with pytest.raises(WeightFilesError, match="matrix is in"):
         CheckpointReader(tmp_path)
 
 
@@ -459,10 +459,10 @@ def test_a_damaged_file_is_named_before_anything_is_read(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:20], b"", b"x" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is no whole safetensors file"):
+        with pytest.raises(WeightFilesError, match=r"model\.safetensors is no whole safetensors file"):
             CheckpointReader(tmp_path)
     path.unlink()
-    with pytest.raises(CheckpointError, match="holds no safetensors file"):
+    with pytest.raises(WeightFilesError, match="holds no safetensors file"):
         CheckpointReader(tmp_path)
 
 
@@ -474,10 +474,10 @@ def test_fused_weights_stack_tensors_and_use_every_one(tmp_path):
     out = torch.empty(8, 3, dtype=torch.bfloat16)
     fused.read_into("both", out)
     assert torch.equal(out, torch.cat([TENSORS["matrix"]] * 2).bfloat16())
-    with pytest.raises(CheckpointError, match=r"1 are missing \(absent\), 3 are not in the model \(count, half, scalar\)"):
+    with pytest.raises(WeightFilesError, match=r"1 are missing \(absent\), 3 are not in the model \(count, half, scalar\)"):
         FusedWeights(reader, {"both": ["matrix", "absent"]})
     with pytest.raises(
-        CheckpointError, match=r"both cannot be stacked along the first axis from matrix \(4, 3\), half \(1, 2\)"
+        WeightFilesError, match=r"both cannot be stacked along the first axis from matrix \(4, 3\), half \(1, 2\)"
     ):
         FusedWeights(reader, {"both": ["matrix", "half"]}, ignored=["count", "scalar"])
 
@@ -485,7 +485,7 @@ def test_fused_weights_stack_tensors_and_use_every_one(tmp_path):
 def test_parts_follow_a_mapping_and_must_be_complete():
     places = {"q": ("qkv", 0, 2), "k": ("qkv", 1, 2), "norm": ("norm", None, None)}
     assert fused_parts(["k", "norm", "q"], places.__getitem__) == {"qkv": ["q", "k"], "norm": ["norm"]}
-    with pytest.raises(CheckpointError, match="qkv is made of 2 tensors, but only k"):
+    with pytest.raises(WeightFilesError, match="qkv is made of 2 tensors, but only k"):
         fused_parts(["k", "norm"], places.__getitem__)
-    with pytest.raises(CheckpointError, match="k2 and k both map to qkv, part 1"):
+    with pytest.raises(WeightFilesError, match="k2 and k both map to qkv, part 1"):
         fused_parts(["k", "k2"], (places | {"k2": ("qkv", 1, 2)}).__getitem__)

@@ -13,6 +13,7 @@ import pytest
 from fastvideo_grpo import cli, extensions
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
@@ -216,6 +217,13 @@ def test_a_family_whose_trainer_is_none_is_told(installed, trainer, message):
     object.__setattr__(FAMILIES["dots"], "trainer", trainer)
     with pytest.raises(UserError, match=message):
         trainer_class("dots")
+
+
+def test_a_reference_in_partitions_is_refused_for_a_model_that_does_not_say_how_it_is_read(folder):
+    trainer = trainer_class("dots")(configuration.load("run.yaml"), World())
+    trainer.config.engine.kind, trainer.config.engine.zero_stage = "deepspeed", 3
+    with pytest.raises(UserError, match=r"model\.kind=dots.*no load_denoiser.*use engine\.zero_stage=2 or model\.lora"):
+        trainer.make_reference()
 
 
 def test_a_models_refusal_names_transitions_of_packages_that_fit(folder, capsys):

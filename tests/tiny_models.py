@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def make_trainer(tiny_checkpoint, tmp_path) -> Callable[..., Any]:
+def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
     """``make_trainer(section__key=value, ...)`` -> a trainer (FLUX unless ``model__kind`` says so) in this process, ready to
-    train."""
+    train. It is closed when it has trained, as ``fastvideo-grpo train`` does, or with the test."""
+    made = ExitStack()
 
     def make(train: bool = True, **overrides: Any) -> Any:
         import torch
@@ -46,8 +48,19 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Callable[..., Any]:
         empty.write_text("{}")
         checkpoint = overrides.get("model__path") or tiny_checkpoint(overrides.get("model__kind", "flux"))
         config = configuration.load(empty, runs.settings(tmp_path, checkpoint, **overrides))
-        trainer = load_trainer(config, World.current())
-        trainer.setup_training() if train else trainer.setup_rewards()
+        trainer = made.enter_context(closing(load_trainer(config, World.current())))
+        train_open = trainer.train
+
+        def train_and_close(stop: Any = None) -> bool:
+            with closing(trainer):
+                return train_open(stop)
+
+        with ExitStack() as setting_up:
+            setting_up.callback(trainer.close)
+            trainer.setup_training() if train else trainer.setup_rewards()
+            setting_up.pop_all()
+        trainer.train = train_and_close
         return trainer
 
-    return make
+    with made:
+        yield make

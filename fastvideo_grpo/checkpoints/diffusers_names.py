@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.engines.sharded_loading import CheckpointError, fused_parts
+from fastvideo_grpo.engines.sharded_loading import WeightFilesError, fused_parts
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.patching import require_patched
 
@@ -38,7 +38,7 @@ class DiffusersNames:
         diffusers_shapes: diffusers name -> shape, in the order given.
 
     Raises:
-        CheckpointError: parts are missing, claim the same place, or do not stack.
+        WeightFilesError: parts are missing, claim the same place, or do not stack.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], mapping: NamesMapping) -> None:
@@ -49,7 +49,7 @@ class DiffusersNames:
             first, *others = [self.diffusers_shapes[source] for source in sources]
             if any(not shape or shape[1:] != first[1:] for shape in others):
                 listed = ", ".join(f"{source} {self.diffusers_shapes[source]}" for source in sources)
-                raise CheckpointError(f"{name} cannot be stacked along the first axis from {listed}")
+                raise WeightFilesError(f"{name} cannot be stacked along the first axis from {listed}")
             self.shapes[name] = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
 
     def sources(self, name: str) -> list[str]:
@@ -136,7 +136,7 @@ def denoiser_names(class_name: str, shapes: Mapping[str, tuple[int, ...]]) -> Di
         shapes: see :class:`DiffusersNames`.
 
     Raises:
-        CheckpointError: these tensors do not make up a model of that class.
+        WeightFilesError: these tensors do not make up a model of that class.
         UserError: FastVideo has to be imported for it, and its patches are missing.
     """
     if has_diffusers_names(class_name):

@@ -18,7 +18,8 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,15 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+@contextmanager
+def keep_going(file: str | os.PathLike[str]) -> Iterator[None]:
+    """A full disk must not end a run: what cannot be written is told, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("%s was not written: %s; the run goes on without it", file, error)
 
 
 def _files(folder: Path) -> list[str]:

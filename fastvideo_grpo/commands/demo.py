@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,18 +136,18 @@ def run(arguments: argparse.Namespace) -> int:
     plan.check_run(config, families.model_facts(config), ranks=1)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
-    trainer.setup_training()
-    show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
-    pictures_before = sample_fixed(trainer, show, 1, "pictures")
-    trainer.train()
-    pictures_after = sample_fixed(trainer, show, 1, "pictures")
+    with closing(load_trainer(config, World.current())) as trainer:
+        trainer.setup_training()
+        show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
+        pictures_before = sample_fixed(trainer, show, 1, "pictures")
+        trainer.train()
+        pictures_after = sample_fixed(trainer, show, 1, "pictures")
     before = json.loads((folder / "evaluation_before.json").read_text())
     after = trainer.log.read()[-1]
 
@@ -193,7 +194,7 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
             assert drawn.media is not None  # one process
             images.append(to_image(drawn.media[i]))
             text = prompt.text if i < trained else f"{prompt.text} (kept out)"
-            captions.append(caption(text, {name: scores[i].item() for name, scores in drawn.scores.items()}))
+            captions.append(caption(text, drawn.by_sample()[i]))
     path = folder / "before_after.png"
     grid(images, captions, len(before.prompts), row_titles=["before", "after"]).save(path)
     return path
@@ -209,8 +210,7 @@ def _before_after_clips(folder: Path, trained: int, before: FixedSamples, after:
         for when, drawn in (("before", before), ("after", after)):
             assert drawn.media is not None  # one process
             sheets.append(contact_sheet(drawn.media[i]))
-            scores = {name: values[i].item() for name, values in drawn.scores.items()}
-            captions.append(f"{when}: {caption(text, scores)}")
+            captions.append(f"{when}: {caption(text, drawn.by_sample()[i])}")
     path = folder / "before_after.png"
     rows(sheets, captions).save(path)
     return path

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, draw what is missing, write the prompt file. All ranks call it."""
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.prompts.files import read_prompts
     from fastvideo_grpo.tracking.console import Console
 

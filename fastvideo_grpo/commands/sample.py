@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,26 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
     """Load the model, draw and save; returns the grid's path."""
-    import math
-
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.tracking.pictures import save_samples
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
-    if config.rewards.models:
-        trainer.setup_rewards()
-    if checkpoint is not None:
-        trainer.load_weights(checkpoint.weights(which))
-    drawn = sample_fixed(trainer, prompts, samples, "sample")
+    with closing(load_trainer(config, World.current())) as trainer:
+        if config.rewards.models:
+            trainer.setup_rewards()
+        if checkpoint is not None:
+            trainer.load_weights(checkpoint.weights(which))
+        drawn = sample_fixed(trainer, prompts, samples, "sample")
     assert drawn.media is not None  # one process
-    rewards = [
-        {name: None if math.isnan(scores[i]) else scores[i].item() for name, scores in drawn.scores.items()}
-        for i in range(len(drawn.media))
-    ]
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, rewards, columns=max(samples, 4), fps=config.sample.fps)
+    save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=config.sample.fps)
     return out / "grid.png"

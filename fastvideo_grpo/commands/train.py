@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import closing
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
@@ -51,29 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
-    prepare_process(config)
     from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.trainers.load import load_trainer
 
+    prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
-    trainer = load_trainer(config, world)
-    try:
+    with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
         return trainer.train(stop)
-    finally:
-        if hasattr(trainer, "rewards"):
-            trainer.rewards.close()
-
-
-def prepare_process(config: Config) -> None:
-    """Threads and determinism of this process, before the model is loaded."""
-    import torch
-
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False

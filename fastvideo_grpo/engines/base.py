@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from fastvideo_grpo.engines.ema import ExponentialMovingAverage
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.shards import ENGINE_JSON, EngineStateError, SavedTensors, read_engine_json, write_tensors
+from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
     from fastvideo_grpo.config import OptimConfig
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
+"""What a network is trained in: fp16 would need its gradients scaled."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,8 +49,8 @@ def cast_parameters(module: nn.Module, precision: str) -> None:
     Raises:
         ValueError: an unknown precision, or parameters split over ranks in another one.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"model.precision is {precision!r}; allowed: {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"model.precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
     for name, parameter in module.named_parameters():
         if not parameter.is_floating_point():
             continue

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.base import DTYPES
 from fastvideo_grpo.engines.deepspeed import deepspeed_config, import_deepspeed, with_process_group
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
     from fastvideo_grpo.config import EngineConfig, OptimConfig
@@ -54,7 +54,7 @@ _STEMS = ("diffusion_pytorch_model", "model")
 _STAGING_BYTES = 8 * 2**20
 
 
-class CheckpointError(UserError):
+class WeightFilesError(UserError):
     """Weight files are missing, damaged, or not those of the model."""
 
 
@@ -83,7 +83,7 @@ class CheckpointReader:
         dtypes: name -> dtype in the file.
 
     Raises:
-        CheckpointError: no file, one that cannot be read or is cut short, a tensor that the index promises and the file
+        WeightFilesError: no file, one that cannot be read or is cut short, a tensor that the index promises and the file
             lacks, or one that is in two files.
     """
 
@@ -99,7 +99,7 @@ class CheckpointReader:
                 if promised is not None and promised.get(name) != file:
                     continue
                 if name in self._places:
-                    raise CheckpointError(
+                    raise WeightFilesError(
                         f"{name} is in {self._places[name][0]} and in {file}; leave one variant of the weights in the folder, "
                         "or give the file itself"
                     )
@@ -107,7 +107,7 @@ class CheckpointReader:
         lost = [name for name in promised or () if name not in self._places]
         if lost:
             assert promised is not None
-            raise CheckpointError(
+            raise WeightFilesError(
                 f"{self.path}: the index promises {lost[0]} in {promised[lost[0]].name}, which has no such tensor "
                 f"({len(lost)} of this kind); download the checkpoint again"
             )
@@ -116,7 +116,7 @@ class CheckpointReader:
         """One whole tensor on the CPU, in the file's dtype.
 
         Raises:
-            CheckpointError: there is no tensor of this name, or its file cannot be read.
+            WeightFilesError: there is no tensor of this name, or its file cannot be read.
         """
         self._check(name)
         out = torch.empty(self.shapes[name], dtype=self.dtypes[name])
@@ -128,7 +128,7 @@ class CheckpointReader:
         """Fill `out` (contiguous, of the tensor's shape, any dtype and device). Beyond `out` it takes 8 MB.
 
         Raises:
-            CheckpointError: there is no tensor of this name, or its file cannot be read.
+            WeightFilesError: there is no tensor of this name, or its file cannot be read.
             ValueError: `out` has another shape or is not contiguous.
         """
         self._check(name)
@@ -156,11 +156,11 @@ class CheckpointReader:
                     _read_exactly(file, part)
                     target.copy_(part)
         except OSError as failure:
-            raise CheckpointError(f"{path} cannot be read ({failure.strerror or failure})") from failure
+            raise WeightFilesError(f"{path} cannot be read ({failure.strerror or failure})") from failure
 
     def _check(self, name: str) -> None:
         if name not in self._places:
-            raise CheckpointError(f"{self.path} has no tensor {name}; it has, for example, {', '.join(list(self.shapes)[:5])}")
+            raise WeightFilesError(f"{self.path} has no tensor {name}; it has, for example, {', '.join(list(self.shapes)[:5])}")
 
 
 class FusedWeights:
@@ -172,7 +172,7 @@ class FusedWeights:
         ignored: names of tensors in the files that the module has no use for.
 
     Raises:
-        CheckpointError: a tensor is missing, is taken by no parameter, or does not stack with its neighbours.
+        WeightFilesError: a tensor is missing, is taken by no parameter, or does not stack with its neighbours.
     """
 
     def __init__(self, reader: CheckpointReader, parts: Mapping[str, Sequence[str]], ignored: Collection[str] = ()) -> None:
@@ -188,7 +188,7 @@ class FusedWeights:
                 continue
             if not shapes or any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
                 listed = ", ".join(f"{key} {shape}" for key, shape in zip(keys, shapes, strict=True))
-                raise CheckpointError(
+                raise WeightFilesError(
                     f"{reader.path}: {name} cannot be stacked along the first axis from {listed or 'nothing'}"
                 )
             self.shapes[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -214,7 +214,7 @@ def fused_parts(names: Collection[str], mapping: Callable[[str], tuple[str, int 
         mapping: tensor name -> (parameter name, position among the parts or None, number of parts or None).
 
     Raises:
-        CheckpointError: a parameter lacks a part, or two tensors claim one place.
+        WeightFilesError: a parameter lacks a part, or two tensors claim one place.
     """
     found: dict[str, dict[int, str]] = {}
     counts: dict[str, int] = {}
@@ -222,12 +222,12 @@ def fused_parts(names: Collection[str], mapping: Callable[[str], tuple[str, int 
         target, position, count = mapping(key)
         places = found.setdefault(target, {})
         if (position or 0) in places:
-            raise CheckpointError(f"{key} and {places[position or 0]} both map to {target}, part {position or 0}")
+            raise WeightFilesError(f"{key} and {places[position or 0]} both map to {target}, part {position or 0}")
         places[position or 0] = key
         counts[target] = count or 1
     for target, places in found.items():
         if sorted(places) != list(range(counts[target])):
-            raise CheckpointError(
+            raise WeightFilesError(
                 f"{target} is made of {counts[target]} tensors, but only {', '.join(places.values())} "
                 "map to it; the checkpoint is incomplete"
             )
@@ -263,7 +263,7 @@ def load_partitioned(
         `module`.
 
     Raises:
-        CheckpointError: on every rank: files missing or damaged; parameters or persistent buffers that `weights` lacks,
+        WeightFilesError: on every rank: files missing or damaged; parameters or persistent buffers that `weights` lacks,
             tensors that the module lacks, other shapes.
         ValueError: `zero_stage` is not 3, or another setting that DeepSpeedEngine refuses; a buffer is left without value.
     """
@@ -290,7 +290,7 @@ def load_partitioned(
     _check_names(shapes, wanted, set(), "these weights")
     for name, tensor in wanted.items():
         if tuple(tensor.shape) != tuple(shapes[name]):
-            raise CheckpointError(
+            raise WeightFilesError(
                 f"{name} has shape {tuple(shapes[name])} in the weights, {tuple(tensor.shape)} in the model; "
                 "use the checkpoint's own model configuration"
             )
@@ -377,7 +377,7 @@ def _check_names(found: Collection[str], wanted: Collection[str], ignored: Colle
     missing = sorted(set(wanted) - set(found))
     extra = sorted(set(found) - set(wanted) - set(ignored))
     if missing or extra:
-        raise CheckpointError(
+        raise WeightFilesError(
             f"{what} do not fit the model: {len(missing)} are missing ({', '.join(missing[:3])}), {len(extra)} are not in the "
             f"model ({', '.join(extra[:3])}); use the checkpoint's own model configuration"
         )
@@ -389,7 +389,7 @@ def _agree(world: World, failure: Exception | None) -> None:
         None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
     )
     if message is not None:
-        raise CheckpointError(message) from failure
+        raise WeightFilesError(message) from failure
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
@@ -402,13 +402,13 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             try:
                 promised = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as failure:
-                raise CheckpointError(f"{index} is not an index of safetensors files ({failure!r})") from failure
+                raise WeightFilesError(f"{index} is not an index of safetensors files ({failure!r})") from failure
             return sorted(set(promised.values())), promised
         if (path / f"{stem}.safetensors").is_file():
             return [path / f"{stem}.safetensors"], None
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path} holds no safetensors file; give a component's folder, such as CHECKPOINT/transformer")
+        raise WeightFilesError(f"{path} holds no safetensors file; give a component's folder, such as CHECKPOINT/transformer")
     return files, None
 
 
@@ -437,9 +437,9 @@ def _header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
         if end > size:
             raise ValueError(f"it has {size} bytes of {end}")
     except OSError as failure:
-        raise CheckpointError(f"{path} cannot be read ({failure.strerror or failure})") from failure
+        raise WeightFilesError(f"{path} cannot be read ({failure.strerror or failure})") from failure
     except (ValueError, KeyError, TypeError, AttributeError) as failure:
-        raise CheckpointError(f"{path} is no whole safetensors file: {failure}; download or copy it again") from failure
+        raise WeightFilesError(f"{path} is no whole safetensors file: {failure}; download or copy it again") from failure
     return entries
 
 

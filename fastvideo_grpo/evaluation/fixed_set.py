@@ -5,6 +5,7 @@ Training rewards are jumpy (the group shares one noise and prompts change); this
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,13 @@ class FixedSamples:
     samples: int
     media: Tensor | None
     scores: dict[str, Tensor]
+
+    def by_sample(self) -> list[dict[str, float | None]]:
+        """Of each sample: name -> score, None if invalid (JSON knows no NaN)."""
+        return [
+            {name: None if math.isnan(score := scores[i].item()) else score for name, scores in self.scores.items()}
+            for i in range(len(self.prompts) * self.samples)
+        ]
 
     def summary(self) -> dict[str, float]:
         """``NAME/mean`` and ``NAME/stderr`` of each reward.

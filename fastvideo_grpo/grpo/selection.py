@@ -48,7 +48,11 @@ class Row:
     weight: float
 
 
-def regroup(members: list[int], slots: int, micro_batch_size: int) -> list[list[Row]]:
+MicroBatch = list[Row]
+"""Rows of one group that an update passes through the network together."""
+
+
+def regroup(members: list[int], slots: int, micro_batch_size: int) -> list[MicroBatch]:
     """Rows of one group, in the order of ``members``, in micro-batches of the rollout's shape:
     ``ceil(slots / micro_batch_size)`` of them, always.
 

@@ -259,12 +259,12 @@ class RewardSet:
             self._failures_left[model] = left - int((~torch.stack(counted).all(0)).sum())
         return answer
 
-    def note(self, failures: list[str], message: str, count: int, size: int) -> None:
-        """Count and tell a failure that cost ``count`` of ``size`` samples; log it the first time."""
-        failures.append(f"{message} ({count} of {size} samples masked)")
+    def note(self, message: str, count: int, size: int) -> str:
+        """Count a failure that cost ``count`` of ``size`` samples, and log it the first time; returns a line that says so."""
         if message not in self.failure_counts:
             logger.warning("%s (%d of %d samples masked; told once, counted always)", message, count, size)
         self.failure_counts[message] += 1
+        return f"{message} ({count} of {size} samples masked)"
 
     def close(self) -> None:
         """Let go of the rewards, their processes and connections."""
@@ -283,21 +283,21 @@ class PendingScores:
 
     def result(self) -> ScoredBatch:
         """Wait for all rewards, and tell what failed."""
-        batch = ScoredBatch({}, {}, {}, [])
+        batch, note = ScoredBatch({}, {}, {}, []), self._rewards.note
         for model, asked in self._asked.items():
             answer = asked.result()
             for message, count in answer.failures.items():
                 # An attempt before the last one may have had scores for some of them.
-                self._rewards.note(batch.failures, message, min(count, answer.missing), answer.size)
+                batch.failures.append(note(message, min(count, answer.missing), answer.size))
             for message, count in answer.judgements.items():
-                self._rewards.note(batch.failures, f"reward {model}: could not judge the sample: {message}", count, answer.size)
+                batch.failures.append(note(f"reward {model}: could not judge the sample: {message}", count, answer.size))
             for name, raw in answer.raw.items():
                 batch.raw[name] = raw
                 batch.scores[name] = self._rewards.transforms[name](raw)
                 batch.valid[name] = answer.valid[name] & batch.scores[name].isfinite()
                 lost = int((answer.valid[name] & ~batch.valid[name]).sum())
                 if lost:
-                    self._rewards.note(batch.failures, f"reward {name}: affine made it infinite", lost, answer.size)
+                    batch.failures.append(note(f"reward {name}: affine made it infinite", lost, answer.size))
         return batch
 
 

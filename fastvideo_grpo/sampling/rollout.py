@@ -39,6 +39,11 @@ class Walk:
     record: bool = True
 
 
+def finite_samples(latents: Tensor) -> Tensor:
+    """Which samples of ``latents`` ``[B, ...]`` are finite throughout: bool ``[B]``, on the CPU."""
+    return latents.isfinite().flatten(1).all(1).cpu()
+
+
 def rollout(predict: Predict, initial: Tensor, walk: Walk) -> tuple[Tensor, Trajectory | None]:
     """Draw samples, without gradients.
 

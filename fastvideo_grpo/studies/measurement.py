@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,21 +40,20 @@ def measure(job: Job) -> dict[str, Any]:
 
     from fastvideo_grpo import config as configuration
     from fastvideo_grpo.checkpoints.store import write_atomic
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.studies import pixels
-    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
     from fastvideo_grpo.trainers.load import load_trainer
+    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 
     started = time.monotonic()
     config = configuration.build(job.values)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
-    trainer = load_trainer(config, World.current())
     stopped = None
-    trainer.setup_training()
-    try:
+    with closing(load_trainer(config, World.current())) as trainer:
+        trainer.setup_training()
         counter = EvaluationCounter(trainer)
         if job.trained:
             try:
@@ -63,9 +63,6 @@ def measure(job: Job) -> dict[str, Any]:
         counted = counter.total
         prompts = [prompt for of_set in trainer.evaluation_sets().values() for prompt in of_set]
         samples = sample_fixed(trainer, prompts, SAMPLES, "evaluation")
-    finally:
-        trainer.unlock()
-        trainer.rewards.close()
     assert samples.media is not None  # one process
     per_prompt = {
         name.rpartition("/")[2]: scores.view(len(prompts), SAMPLES).double().mean(1).tolist()

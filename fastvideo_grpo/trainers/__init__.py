@@ -1,1 +1,2 @@
-"""Trainers: base.py is Algorithm 1, one file per model says what is particular to it. Only cli.py imports this package."""
+"""Trainers: base.py is Algorithm 1, policy.py what it asks of a model, and one file per model says what is particular
+to it."""

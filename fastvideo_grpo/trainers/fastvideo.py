@@ -32,12 +32,15 @@ from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
+from fastvideo_grpo.engines.make import uses_zero3  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
+from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned  # noqa: E402
+from fastvideo_grpo.trainers.base import GRPOTrainer  # noqa: E402
+from fastvideo_grpo.trainers.policy import Drawn  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
@@ -89,7 +92,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             pin_cpu_memory=False,
             disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
-        loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if is_partitioned(config) else {}
+        loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if uses_zero3(config) else {}
         if with_text_encoders:
             loaded |= self.read_tokenizers(Path(config.model.path))
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
@@ -99,7 +102,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.post_init()
         self.prepare_transformer(self.get_module("transformer"))
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
-        # not rounded on its way, and predict() casts to what the network computes in.
+        # not rounded on its way, and network_output() casts to what the network computes in.
         args.pipeline_config.dit_precision = "fp32"
         self._check_attention(config.model.attention)
         self.get_module("vae").requires_grad_(False)
@@ -140,17 +143,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     def prepare_transformer(self, transformer: nn.Module) -> None:
         """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""
 
-    def make_reference(self) -> nn.Module:
-        if not is_partitioned(self.config):
-            return super().make_reference()
-        from fastvideo_grpo.engines.deepspeed import partitioned_reference
-
+    def load_denoiser(self) -> nn.Module:
         module = self._load_partitioned(self.config, self.world)
         self.prepare_transformer(module)
-        config = self.config
-        return partitioned_reference(
-            module.eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
-        )
+        return module
 
     def _check_attention(self, wanted: str) -> None:
         """FastVideo falls back to another kernel in silence, for instance where the head size is not supported."""
@@ -201,7 +197,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             height=sample.height,
             width=sample.width,
             num_inference_steps=sample.steps,
-            guidance_scale=1.0,  # a higher one would ask for a negative prompt; guidance, embedded or not, is in predict
+            # A higher one would ask for a negative prompt: guidance is in predict(), embedded guidance in network_output().
+            guidance_scale=1.0,
             seed=0,  # the stages draw nothing: the noise is given
         )
 

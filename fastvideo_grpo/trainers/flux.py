@@ -24,7 +24,8 @@ from fastvideo.pipelines.stages.flux_stages import (  # isort: skip
 
 
 class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
-    """GRPO on FLUX: packed latents ``[B, height/16 x width/16, 64]``, embedded guidance, no CFG.
+    """GRPO on FLUX: packed latents ``[B, height/16 x width/16, 64]``, embedded guidance; classifier-free
+    guidance on request.
 
     (16 is twice the VAE's spatial compression, 64 four times its latent channels; both are read from the checkpoint.)
     """
@@ -55,13 +56,6 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
         """CLIP's pooled embedding ``[1, 768]`` and T5's sequence ``[1, text_length, 4096]``."""
         lengths = {"pooled_projections": 77, "encoder_hidden_states": self.config.prompts.text_length}
         return {name: {"max_length": length, "padding": "max_length"} for name, length in lengths.items()}
-
-    def latent_shape(self) -> tuple[int, ...]:
-        """Unpacked latents ``(channels, height, width)``: what FastVideo's latent preparation packs."""
-        pipeline = self.fastvideo_args.pipeline_config
-        ratio = pipeline.vae_config.arch_config.spatial_compression_ratio
-        channels = pipeline.dit_config.arch_config.in_channels // 4
-        return channels, self.config.sample.height // ratio, self.config.sample.width // ratio
 
     def pack(self, latents: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, H/2 x W/2, 4 C]``, as latent preparation does."""

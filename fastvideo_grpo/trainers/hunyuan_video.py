@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.sampling.schedules import Level
-from fastvideo_grpo.trainers.base import split_guidance
+from fastvideo_grpo.trainers.conditioning import split_guidance
 from fastvideo_grpo.trainers.video import VideoGRPOTrainer  # first: it checks FastVideo's patches
 
 from fastvideo.attention.backends.sdpa import SDPAMetadata  # isort: skip

@@ -9,7 +9,8 @@ from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.families import FAMILIES, configured_prompts
-from fastvideo_grpo.trainers.base import GRPOTrainer, embedding_cache, to_encode
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.conditioning import embedding_cache, to_encode
 
 
 def trainer_class(kind: str) -> type[GRPOTrainer]:
@@ -36,4 +37,4 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
     if config.prompts.embeddings != "none":
         cache = embedding_cache(config, Path(config.model.path), cls, world)
         with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
-    return cls(config, world, with_text_encoders=with_text_encoders)  # type: ignore[call-arg]
+    return cls(config, world, with_text_encoders=with_text_encoders)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.grpo.advantages import Advantages
+from fastvideo_grpo.grpo.dealing import Dealing
+from fastvideo_grpo.grpo.selection import MicroBatch
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.transitions import Step
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.trainers.base import GRPOTrainer
+    from fastvideo_grpo.trainers.base import GRPOTrainer, Rollout
+
+Trajectories = dict[Any, Tensor]
+"""``("latents", group, member)`` -> ``[T + 1, ...]`` and ``("log_probs", group, member)`` -> ``[T]``, on the CPU."""
 
 
 class TrajectoryReplay:
@@ -66,6 +75,55 @@ class TrajectoryReplay:
             score = scores[name].to(total)
             unjudged = int((~score.isfinite()).sum())
             if unjudged:
-                rewards.note([], f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
+                rewards.note(f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
             total = total + weight * score
         return total
+
+
+def fetch_trajectories(
+    update: int, rollout: Rollout, chosen: list[list[MicroBatch]], dealing: Dealing, world: World
+) -> Trajectories:
+    """The trajectories this rank trains on in an update, from who has them: the leader of its own sequence-parallel group, or
+    another's, since best-of-N may put a sample with a group that did not draw it. All ranks call it."""
+    size = world.sequence_parallel
+    owners = {key: data_rank * size for key, data_rank in dealing.owners().items()}
+    wanted: list[list[Any]] = []
+    for rank in range(world.size):
+        keys = [
+            (what, group, row.member)
+            for group, k in dealing.update_batches(update, rank // size)
+            for row in chosen[group][k]
+            for what in ("latents", "log_probs")
+        ]
+        wanted.append(list(dict.fromkeys(keys)))
+    have: Trajectories = {("latents", *key): t for key, t in rollout.latents.items()}
+    have.update({("log_probs", *key): t for key, t in rollout.log_probs.items()})
+    owner: dict[Any, int] = {(what, *key): rank for key, rank in owners.items() for what in ("latents", "log_probs")}
+    return world.exchange(have, wanted, owner)
+
+
+def replay_batch(
+    trainer: GRPOTrainer,
+    iteration: int,
+    rollout: Rollout,
+    trajectories: Trajectories,
+    advantages: Advantages,
+    group: int,
+    batch: MicroBatch,
+) -> tuple[TrajectoryReplay, objectives.SampleBatch]:
+    """An update micro-batch of a group, as an objective is given it: what can be computed again, and what is known of it."""
+    config, prompt, device = trainer.config, rollout.prompts[group], trainer.world.device
+    members = [row.member for row in batch]
+    keys = [SampleKey(config.run.seed, iteration, group, prompt.id, member) for member in members]
+    which = config.grpo.timesteps
+    chosen_timesteps = timesteps.choose(keys, trainer.schedule.steps, which.strategy, which.fraction, which.per)
+    latents = torch.stack([trajectories["latents", group, member] for member in members])
+    log_probs = torch.stack([trajectories["log_probs", group, member] for member in members])
+    samples = objectives.SampleBatch(
+        advantages=advantages.values[group, members].to(device),
+        log_probs=log_probs.gather(1, chosen_timesteps).to(device),
+        timesteps=chosen_timesteps,
+        weights=torch.tensor([row.weight for row in batch], device=device),
+    )
+    conditioning = trainer.conditioning(prompt, len(members))
+    return TrajectoryReplay(trainer, latents, chosen_timesteps, conditioning, prompt), samples

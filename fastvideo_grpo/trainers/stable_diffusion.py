@@ -15,15 +15,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
-from fastvideo_grpo.families import FAMILIES, model_facts
+from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import schedules
-from fastvideo_grpo.sampling.rollout import Walk, rollout
+from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
 from fastvideo_grpo.sampling.schedules import Level, Schedule
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer, is_partitioned
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.policy import Drawn
 
 disable_progress_bar()  # a few small files are no long work
 
@@ -45,10 +48,9 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             with_text_encoders: False leaves them on disk (all embeddings are cached).
         """
         self.config, self.world = config, world  # what loading reads; setup() does the rest
-        self.facts = model_facts(config)
         waits = torch.device("cpu") if config.engine.offload_idle else world.device
         self.components: dict[str, Any] = {
-            "unet": self._load_unet(),
+            "unet": self.load_denoiser(),
             "vae": _load(AutoencoderKL, self.checkpoint / "vae", DTYPES[config.model.vae_precision]).to(waits),
         }
         if with_text_encoders:
@@ -57,29 +59,19 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             self.components["tokenizer"] = CLIPTokenizer.from_pretrained(self.checkpoint / "tokenizer", local_files_only=True)
         self.setup(config, world)
 
-    def _load_unet(self) -> nn.Module:
+    def load_denoiser(self) -> nn.Module:
         """The UNet; with ZeRO-3 in partitions, read tensor by tensor, so that no process holds all of it."""
         config, world = self.config, self.world
-        if not is_partitioned(config):
+        if not uses_zero3(config):
             unet = _load(UNet2DConditionModel, self.checkpoint / "unet", DTYPES[config.model.precision])
             return unet.to(world.device)
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, load_partitioned
         from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 
-        module = diffusers_denoiser(self.facts.denoiser).requires_grad_(False)
+        module = diffusers_denoiser(model_facts(config).denoiser).requires_grad_(False)
         folder = self.checkpoint / "unet"
         return load_partitioned(
             module, lambda: CheckpointReader(folder), config.optim, config.engine, precision=config.model.precision, world=world
-        )
-
-    def make_reference(self) -> nn.Module:
-        if not is_partitioned(self.config):
-            return super().make_reference()
-        from fastvideo_grpo.engines.deepspeed import partitioned_reference
-
-        config = self.config
-        return partitioned_reference(
-            self._load_unet().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
         )
 
     def get_module(self, name: str) -> Any:
@@ -114,10 +106,6 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             encoded.append({"encoder_hidden_states": encoder(tokens.input_ids.to(encoder.device))[0]})
         return encoded
 
-    def latent_shape(self) -> tuple[int, ...]:
-        """``(channels, height, width)`` of the latents."""
-        return FAMILIES[self.config.model.kind].latent_shape(self.facts, self.config.sample)
-
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The predicted noise at ``sample`` ``[B, C, H, W]``, float32.
 
@@ -133,11 +121,11 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         return alpha * output + sigma * sample.float()
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
-        latents, trajectory = rollout(
-            lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
-        )
-        finite = latents.isfinite().flatten(1).all(1).cpu()
-        return Drawn(self.decode(latents), finite, trajectory)
+        with self.forward_context(conditioning):
+            latents, trajectory = rollout(
+                lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
+            )
+        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
 
     def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
         """Latents ``[B, C, H, W]`` -> uint8 ``[B, 1, H, W, 3]``, or with gradients float in [0, 1]."""

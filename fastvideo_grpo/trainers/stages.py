@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch
@@ -13,8 +13,8 @@ from fastvideo.pipelines.stages.base import PipelineStage
 from torch import Tensor
 
 from fastvideo_grpo.prompts.embeddings import Conditioning
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk, rollout
-from fastvideo_grpo.sampling.schedules import Level
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples, rollout
+from fastvideo_grpo.trainers.policy import Policy
 
 
 @dataclass
@@ -30,12 +30,6 @@ class RolloutRequest:
     decode: bool
     finite: Tensor | None = None
     trajectory: Trajectory | None = None
-
-
-class Policy(Protocol):
-    """What the stages need of the trainer they belong to."""
-
-    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor: ...
 
 
 class RolloutStage(PipelineStage):
@@ -56,7 +50,7 @@ class RolloutStage(PipelineStage):
             batch.latents,
             request.walk,
         )
-        request.finite = batch.latents.isfinite().flatten(1).all(1).cpu()
+        request.finite = finite_samples(batch.latents)
         return batch
 
 

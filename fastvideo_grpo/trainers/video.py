@@ -39,16 +39,6 @@ class VideoGRPOTrainer(FastVideoGRPOTrainer):
         super().create_pipeline_stages(fastvideo_args)
         self.decoding_stage.stage = SamplewiseDecodingStage(self.get_module("vae"))
 
-    def latent_shape(self) -> tuple[int, ...]:
-        """``(channels, latent frames, latent height, latent width)``."""
-        vae, transformer, sample = self.get_module("vae"), self.get_module("transformer"), self.config.sample
-        return (
-            transformer.num_channels_latents,
-            (sample.frames - 1) // vae.temporal_compression_ratio + 1,
-            sample.height // vae.spatial_compression_ratio,
-            sample.width // vae.spatial_compression_ratio,
-        )
-
     def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
         """Latents ``[B, C, F, H, W]`` -> uint8 ``[B, frames, H, W, 3]``, or with gradients float in [0, 1]."""
         vae, stage = self.get_module("vae"), self.decoding_stage.stage

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastvideo_grpo.families import FAMILIES
-from fastvideo_grpo.trainers.base import negative_of
+from fastvideo_grpo.trainers.conditioning import negative_of
 from tests.promises.models import GUIDANCE, MODELS
 from tests.trainer import runs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.trainers.base import NEGATIVE, negative_of, split_guidance
+from fastvideo_grpo.trainers.conditioning import NEGATIVE, negative_of, split_guidance
 from tests.promises.models import GUIDANCE, MODELS, cases
 
 CASES = {

@@ -39,7 +39,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch, model):
         yield
         inside.pop()
 
-    for module in ("rewards.inline", "trainers.base"):
+    for module in ("rewards.inline", "trainers.policy"):
         monkeypatch.setattr(f"fastvideo_grpo.{module}.resident", resident)
     moved = []
     monkeypatch.setattr(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvideo_grpo.trainers.base import split_guidance
+from fastvideo_grpo.trainers.conditioning import split_guidance
 from tests.promises.models import GUIDANCE, MODELS, cases
 
 SAMPLES = 4

@@ -223,8 +223,8 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     """What ``fastvideo-grpo train`` does after reading the command line; returns the trainer."""
     from fastvideo_grpo import config as configuration
     from fastvideo_grpo import families, plan
-    from fastvideo_grpo.commands.train import prepare_process
     from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.trainers.load import load_trainer
 
     empty = Path(overrides[0].partition("=")[2]).parent / "empty.yaml"

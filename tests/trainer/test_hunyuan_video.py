@@ -55,7 +55,7 @@ def test_evaluation_drops_media_and_pictures_keep_them(make_trainer, monkeypatch
     )
     trainer.evaluate()
     assert sampled and all(drawn.media is None for drawn in sampled)
-    kept = trainer.picture(0)
+    kept = trainer.save_pictures(0)
     assert kept.media.shape[0] == len(kept.prompts)
 
 

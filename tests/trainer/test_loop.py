@@ -85,7 +85,7 @@ def test_failed_rewards_mask_their_samples_and_are_counted(make_trainer):
 
 
 def test_too_many_failed_rewards_stop_the_run_with_what_was_trained_saved(make_trainer):
-    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
+    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 
     trainer = make_trainer(rewards__max_invalid_fraction=0.1, run__iterations=5, run__save_every=4)
     _with_reward(trainer, _Faulty(lambda call: "raise" if call > 8 else None))  # from the second iteration on
@@ -298,7 +298,8 @@ def test_two_trainings_in_one_folder_are_refused(make_trainer):
     first = make_trainer()
     with pytest.raises(UserError, match="another process is training"):
         make_trainer()
-    first.unlock()
+    first.close()
+    first.close()  # once more does nothing
     make_trainer()
 
 
@@ -380,7 +381,7 @@ def test_a_rollout_waits_when_too_much_is_to_be_scored(make_trainer, monkeypatch
 def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_saved(make_trainer):
     """It is asked until the samples without a score are more than may be, and then no more."""
     from fastvideo_grpo.rewards.inline import InlineReward
-    from fastvideo_grpo.trainers.base import TooManyInvalidRewards
+    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 
     settings = {"rewards__max_invalid_fraction": 0.2, "run__iterations": 5, "run__save_every": 4}
     make_trainer(**settings).train(stop=_After(1))

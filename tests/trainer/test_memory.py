@@ -15,4 +15,4 @@ def test_trajectories_take_what_was_estimated(make_trainer, tmp_path):
         drawn = trainer.rollout(0, trainer.prompts[:4], Clock())
         assert sum(t.nbytes for t in drawn.latents.values()) == planned.host["trajectories"]
         assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in drawn.latents.values())
-        trainer.unlock()
+        trainer.close()

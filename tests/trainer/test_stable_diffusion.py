@@ -69,6 +69,16 @@ def test_with_the_same_noise_latents_and_pixels_are_those_of_diffusers(
     assert pixels.std() > 0.01  # a constant picture would agree with anything
 
 
+@pytest.mark.parametrize("precision,dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_vae_decodes_in_the_precision_that_is_asked_for(make_trainer, precision, dtype):
+    trainer = make_trainer(train=False, **SD, model__vae_precision=precision)
+    assert {parameter.dtype for parameter in trainer.get_module("vae").parameters()} == {dtype}
+    latents = torch.randn(2, *trainer.latent_shape(), generator=torch.Generator().manual_seed(0))
+    rounded = trainer.decode(latents, differentiable=True)
+    exact = make_trainer(train=False, **SD).decode(latents, differentiable=True)
+    assert 0 < (rounded - exact).abs().max() < 0.1
+
+
 @pytest.mark.parametrize(
     "guidance,every",
     [

@@ -24,7 +24,7 @@ class _Dots(Family):
 
     def network(self, denoiser, *, as_trained=False):
         with torch.device("meta"):
-            return make("transformer", denoiser)
+            return make("mixer", denoiser)
 
     def pass_bytes(self, config, facts):
         tokens = config.engine.micro_batch_size * self.image_tokens(facts, config.sample)
@@ -52,5 +52,6 @@ DOTS = _Dots(
     decode=4,
     decode_kept=4,
     parameters={"vae": 48, "text_encoder": 2048},
+    denoiser="mixer",
     defaults={"sample": {"height": 8, "width": 8, "steps": 4, "transition": "fading_sde"}, "model": {"precision": "fp32"}},
 )

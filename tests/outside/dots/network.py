@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 CONFIGS = {
-    "transformer": {"_class_name": "DotsNetwork", "in_channels": 3, "width": 16, "text_width": 8},
+    "mixer": {"_class_name": "DotsNetwork", "in_channels": 3, "width": 16, "text_width": 8},
     "vae": {"_class_name": "DotsDecoder", "block_out_channels": [3, 3]},
     "text_encoder": {"_class_name": "Letters", "hidden_size": 8},
 }
@@ -53,7 +53,7 @@ class Letters(nn.Module):
         return self.table(torch.tensor(list(text.encode()))).mean(0, keepdim=True)
 
 
-CLASSES = {"transformer": DotsNetwork, "vae": DotsDecoder, "text_encoder": Letters}
+CLASSES = {"mixer": DotsNetwork, "vae": DotsDecoder, "text_encoder": Letters}
 
 
 def make(component, config):

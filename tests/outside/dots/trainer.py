@@ -3,9 +3,10 @@
 import torch
 
 from dots.network import load
-from fastvideo_grpo.families import model_facts
-from fastvideo_grpo.sampling.rollout import rollout
-from fastvideo_grpo.trainers.base import DTYPES, Drawn, GRPOTrainer
+from fastvideo_grpo.precision import DTYPES
+from fastvideo_grpo.sampling.rollout import finite_samples, rollout
+from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.policy import Drawn
 
 
 class DotsGRPOTrainer(GRPOTrainer):
@@ -13,10 +14,9 @@ class DotsGRPOTrainer(GRPOTrainer):
 
     def __init__(self, config, world, *, with_text_encoders=True):
         self.config, self.world = config, world
-        self.facts = model_facts(config)
-        names = ["transformer", "vae", *(self.text_encoders if with_text_encoders else ())]
+        names = ["mixer", "vae", *(self.text_encoders if with_text_encoders else ())]
         self.components = {name: load(self.checkpoint, name).to(world.device) for name in names}
-        self.components["transformer"].to(DTYPES[config.model.precision])
+        self.components["mixer"].to(DTYPES[config.model.precision])
         self.setup(config, world)
 
     def get_module(self, name):
@@ -28,19 +28,16 @@ class DotsGRPOTrainer(GRPOTrainer):
     def encode(self, prompts):
         return [{"text": self.get_module("text_encoder")(prompt.text)} for prompt in prompts]
 
-    def latent_shape(self):
-        ratio = self.facts.spatial_compression
-        return self.facts.denoiser["in_channels"], self.config.sample.height // ratio, self.config.sample.width // ratio
-
     def network_output(self, sample, level, conditioning):
         inputs = sample, level.timestep / 1000, conditioning["text"]
         return self.network(*(part.to(sample.device, self.dtype) for part in inputs)).float()
 
     def generate(self, conditioning, initial, walk):
-        latents, trajectory = rollout(
-            lambda z, level: self.predict(z, level, conditioning), initial.to(self.world.device), walk
-        )
-        return Drawn(self.decode(latents), latents.isfinite().flatten(1).all(1).cpu(), trajectory)
+        with self.forward_context(conditioning):
+            latents, trajectory = rollout(
+                lambda z, level: self.predict(z, level, conditioning), initial.to(self.world.device), walk
+            )
+        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
 
     def decode(self, latents, differentiable=False):
         with torch.set_grad_enabled(differentiable), self.vae_on_device():

@@ -1,0 +1,339 @@
+"""A loaded generator as a policy: what a model must say for itself, and drawing and predicting with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.base import Engine
+from fastvideo_grpo.engines.lora import add_lora, lora_disabled
+from fastvideo_grpo.engines.make import uses_zero3
+from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.residency import resident
+from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings, model_facts
+from fastvideo_grpo.precision import DTYPES
+from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.sampling import noise, schedules, transitions
+from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk
+from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.transitions import Transition
+from fastvideo_grpo.tracking.console import Console
+from fastvideo_grpo.trainers.conditioning import NEGATIVE, embedding_cache, negative_of, split_guidance, to_encode
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch of samples.
+
+    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader of a sequence-parallel group only; ``finite`` bool ``[B]``:
+    whether the final latents are (NaN pixels would become a black picture, which a reward would score); ``trajectory``, if
+    it was recorded.
+    """
+
+    media: Tensor | None
+    finite: Tensor
+    trajectory: Trajectory | None
+
+
+class Policy:
+    """A generator that is drawn from, trained or not. A subclass loads the model.
+
+    Attributes:
+        text_encoders, tokenizers: component names in model_index.json; they leave memory when all embeddings are cached.
+        config, world: of the run, and its processes.
+        facts: what the checkpoint's configuration files say.
+        dtype: what the network computes in.
+        schedule, transition: how it is sampled.
+        engine: around the network once it is trained.
+    """
+
+    text_encoders: ClassVar[tuple[str, ...]] = ()
+    tokenizers: ClassVar[tuple[str, ...]] = ()
+
+    config: Config
+    world: World
+    facts: ModelFacts
+    dtype: torch.dtype
+    schedule: Schedule
+    transition: Transition
+    engine: Engine | None = None
+
+    _conditioning: dict[str, Conditioning]
+    _cache: EmbeddingCache | None = None
+    _reference: nn.Module | None = None
+    _inside_reference = False
+
+    # --- what a model must say for itself -----------------------------------------------------------------------------
+
+    def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
+        """Load the checkpoint onto ``world.device``, set ``self.config`` and ``self.world``, then call :meth:`setup`.
+
+        Args:
+            with_text_encoders: False leaves text encoders and tokenizers on disk (all embeddings are cached).
+        """
+        raise NotImplementedError
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """Conditioning of each prompt, tensors ``[1, ...]``. A prompt's must not depend on the others in the list."""
+        raise NotImplementedError
+
+    def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """One pass of ``self.network`` at the states ``sample`` ``[B, ...]`` (float32): velocity or noise as the family's
+        ``prediction`` says, same shape, any float dtype; with gradients when they are enabled."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
+        """Final latents -> uint8 ``[B, F, H, W, 3]`` on the CPU, or float in [0, 1] with gradients."""
+        raise NotImplementedError
+
+    def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
+        """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
+
+        Enters :meth:`forward_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
+        itself.
+
+        Args:
+            conditioning: tensors ``[B, ...]``.
+            initial: float32 ``[B, *latent_shape()]`` on the CPU.
+
+        Returns:
+            Media, which samples are finite, and the trajectory if ``walk.record``.
+        """
+        raise NotImplementedError
+
+    def get_module(self, name: str) -> Any:
+        """A loaded component by its name in model_index.json; None where it was left on disk."""
+        raise NotImplementedError
+
+    def release_text_encoders(self) -> None:
+        """Let the text encoders leave memory: every embedding that will be asked for is cached."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self, every: int) -> nn.Module:
+        """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``)."""
+        raise NotImplementedError
+
+    # --- what a model may say besides -----------------------------------------------------------------------------------
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's initial noise, without the batch; see :meth:`pack` for that of the sampler's states."""
+        return FAMILIES[self.config.model.kind].latent_shape(self.facts, self.config.sample)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Noise ``[B, *latent_shape()]`` -> the shape of the sampler's states (FLUX packs 2x2 latents into tokens)."""
+        return latents
+
+    def load_denoiser(self) -> nn.Module:
+        """The network as the checkpoint has it, frozen, with ZeRO-3 in partitions: asked for once more where a run with ZeRO-3
+        needs a reference, since what no process holds whole cannot be copied.
+
+        Raises:
+            UserError: the model's trainer does not say how.
+        """
+        raise UserError(
+            f"model.kind={self.config.model.kind}: a frozen reference is needed (grpo.objective={self.config.grpo.objective}, "
+            f"grpo.kl_weight={self.config.grpo.kl_weight}), and its trainer has no load_denoiser that reads one with "
+            "engine.zero_stage=3; use engine.zero_stage=2 or model.lora"
+        )
+
+    def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
+        """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
+        return nullcontext()
+
+    def join(self, first: Conditioning, second: Conditioning) -> Conditioning:
+        """Two micro-batches' conditioning as one of both, ``[2 B, ...]`` (``model.cfg_batched``); a model whose texts differ in
+        length overrides it."""
+        return {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
+
+    def make_schedule(self) -> Schedule:
+        """The sampling schedule; a model of another paradigm overrides it."""
+        return schedules.flow(self.config.sample.steps, self.config.sample.shift)
+
+    # --- the loaded components --------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained, as loaded."""
+        return self.get_module(FAMILIES[self.config.model.kind].denoiser)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder the model was loaded from."""
+        return Path(self.config.model.path)
+
+    def vae_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the VAE; with ``engine.offload_idle`` it is in host memory outside."""
+        return self._on_device("vae")
+
+    def text_encoders_on_device(self) -> AbstractContextManager[Any]:
+        """Entered around every use of the text encoders; with ``engine.offload_idle`` they are in host memory outside."""
+        return self._on_device(*self.text_encoders)
+
+    @contextmanager
+    def _on_device(self, *names: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in names if self.config.engine.offload_idle else ():
+                stack.enter_context(resident(self.get_module(name), self.world.device))
+            yield
+
+    @staticmethod
+    def to_media(pixels: Tensor) -> Tensor:
+        """Float ``[B, 3, F, H, W]`` in [0, 1] -> uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers."""
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
+    # --- setting up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, config: Config, world: World) -> None:
+        """Everything a loaded model needs to sample; called when its components are there."""
+        self.config, self.world = config, world
+        self.facts = model_facts(config)
+        self.dtype = DTYPES[config.model.precision]
+        self.schedule = self.make_schedule()
+        self.transition = transitions.get(
+            config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
+        )
+        self._conditioning = {}
+        if config.model.lora is not None:
+            add_lora(self.denoiser, lora_settings(config), config.run.seed)
+        else:
+            self.denoiser.requires_grad_(True)
+        self.denoiser.eval()
+
+    def cache_embeddings(self, prompts: Sequence[Prompt], console: Console) -> None:
+        """With an embedding folder: encode what is missing there, and let the text encoders go."""
+        if self.config.prompts.embeddings == "none":
+            return
+        self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
+        prompts = to_encode(prompts, self.config)
+        if self._cache.missing(prompts):  # else they were not even loaded
+            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
+                self._cache.fill(prompts, self.encode, console.say, console.progress("encoding prompts"))
+        self.release_text_encoders()
+
+    # --- the network ----------------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """What :meth:`network_output` calls: the engine's module, or the reference while :meth:`reference_weights` is
+        entered."""
+        if self._inside_reference and self._reference is not None:
+            return self._reference
+        return self.denoiser if self.engine is None else self.engine.module
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Within, the network is the starting one: LoRA switched off, or the frozen copy."""
+        self._inside_reference = True
+        try:
+            with lora_disabled(self.denoiser) if self.config.model.lora is not None else nullcontext():
+                yield
+        finally:
+            self._inside_reference = False
+
+    def make_reference(self) -> nn.Module:
+        """A frozen copy of the starting weights, before the engine takes the network; with ZeRO-3 in partitions, too."""
+        config = self.config
+        if not uses_zero3(config):
+            return copy.deepcopy(self.denoiser).requires_grad_(False)
+        from fastvideo_grpo.engines.deepspeed import partitioned_reference
+
+        return partitioned_reference(
+            self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
+        )
+
+    def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
+        float32 with guidance, else in the dtype that :meth:`network_output` gives.
+
+        With classifier-free guidance of scale w (``sample.cfg_scale``) it is u + w (c - u), where c is the output for the
+        prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
+        2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
+        """
+        positive, negative = split_guidance(conditioning)
+        if negative is None:
+            return self.network_output(sample, level, positive)
+        constant = self.config.grpo.cfg_gradients == "conditional"
+        if self.config.model.cfg_batched:
+            twice = Level(*(torch.cat([part, part]) for part in (level.alpha, level.sigma, level.timestep)))
+            output = self.network_output(torch.cat([sample, sample]), twice, self.join(negative, positive))
+            unconditional, conditional = output.float().chunk(2)
+            if constant:
+                unconditional = unconditional.detach()
+        else:
+            with torch.no_grad() if constant else nullcontext():
+                unconditional = self.network_output(sample, level, negative).float()
+            conditional = self.network_output(sample, level, positive).float()
+        return unconditional + self.config.sample.cfg_scale * (conditional - unconditional)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put trained weights (names without wrappers) into the network, before there is an engine.
+
+        Raises:
+            UserError: they are those of another model, or LoRA on one side only.
+        """
+        trained = {name for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        if set(weights) != trained:
+            wrong = sorted(trained.symmetric_difference(weights))
+            raise UserError(
+                f"the checkpoint's weights do not fit {self.checkpoint}: {len(wrong)} names are on one side "
+                f"only, first {wrong[0]}"
+            )
+        self.denoiser.load_state_dict(weights, strict=False)
+
+    def conditioning(self, prompt: Prompt, count: int) -> Conditioning:
+        """The prompt's conditioning for a micro-batch of ``count``: tensors ``[count, ...]`` on the device, contiguous.
+
+        With classifier-free guidance that of its negative prompt, too, under names that begin with ``NEGATIVE``.
+        """
+        one = dict(self._encoded(prompt))
+        if self.config.sample.cfg_scale > 1:
+            negative = self._encoded(negative_of(prompt, self.config))
+            one.update({f"{NEGATIVE}{name}": tensor for name, tensor in negative.items()})
+        # An expanded view (stride 0) takes other kernels than a real batch: log-probs would differ in bf16.
+        return {name: t.to(self.world.device).repeat_interleave(count, dim=0).contiguous() for name, t in one.items()}
+
+    def _encoded(self, prompt: Prompt) -> Conditioning:
+        """A prompt's conditioning, tensors ``[1, ...]``: from the cache, or from the encoders."""
+        if self._cache is not None:
+            return self._cache.get(prompt)
+        if prompt.id not in self._conditioning:
+            with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
+                # Kept for the update of the same iteration.
+                (self._conditioning[prompt.id],) = self.encode([prompt])
+        return self._conditioning[prompt.id]
+
+    def forget_conditioning(self, prompt: Prompt | None = None) -> None:
+        """Let go of what a prompt was encoded to, or all of them (a few megabytes each); what is cached on disk stays there."""
+        if prompt is None:
+            self._conditioning.clear()
+        else:
+            self._conditioning.pop(prompt.id, None)
+
+    def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
+        """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
+        shape = self.latent_shape()
+        shared = self.config.sample.init_noise == "shared" and not deterministic
+        initial = noise.initial_noise(list(keys), shape, shared=shared)
+        walk = Walk(
+            self.schedule,
+            self.transition.deterministic() if deterministic else self.transition,
+            lambda i: self.pack(noise.step_noise(list(keys), shape, i)),
+            record=not deterministic and self.world.leads,
+        )
+        return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of a video; None for images."""
+        return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
