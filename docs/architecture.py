@@ -162,8 +162,8 @@ def walk_table() -> str:
     rows = ["| | where | what happens | what goes on from there |", "|--:|---|---|---|"]
     for part, stops in (("rollout", ROLLOUT), ("each step", STEP), ("update", UPDATE)):
         for number, stop in enumerate(stops, start=1):
-            names = ", ".join(f"`{name}`" for name in stop.names)
-            rows.append(f"| {part} {number} | `{stop.file}`: {names} | {stop.does} | {stop.leaves} |")
+            names, leaves = ", ".join(f"`{name}`" for name in stop.names), stop.leaves.replace("\n", ", ")
+            rows.append(f"| {part} {number} | `{stop.file}`: {names} | {stop.does} | {leaves} |")
     return "\n".join(rows)
 
 

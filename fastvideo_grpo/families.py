@@ -73,7 +73,7 @@ class ModelFacts:
 @dataclass(frozen=True)
 class Activations:
     """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
-    tests/trainer/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a process takes.
+    tests/promises/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a process takes.
 
     Attributes:
         double, single: kept by a double (text and image apart) and a single block for the backward pass.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ AGAIN = "python docs/architecture.py"
 def architecture():
     spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

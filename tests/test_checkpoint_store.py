@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore, write_atomic
+from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
+from fastvideo_grpo.durable_files import write_atomic
 
 
 def write(text="weights"):

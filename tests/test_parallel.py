@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.residency import resident
+from fastvideo_grpo.residency import resident
 
 
 def test_groups_are_consecutive_ranks_with_one_leader():

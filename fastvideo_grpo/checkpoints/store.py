@@ -18,11 +18,11 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.durable_files import sync_directory, write_synced
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 
@@ -195,15 +195,15 @@ class CheckpointStore:
             raise ValueError(f"trainer.json keys {clash} are written by the store; give them other names")
         document = {**content, "iteration": iteration, "versions": _versions(), "checksums": checksums}
         document["checksum"] = _document_checksum(document)
-        _write_synced(partial / TRAINER_JSON, json.dumps(document, indent=1).encode())
+        write_synced(partial / TRAINER_JSON, json.dumps(document, indent=1).encode())
         for directory in sorted({(partial / name).parent for name in checksums} | {partial}):
-            _sync_directory(directory)
+            sync_directory(directory)
         replaced = self.folder / f".replaced-{target.name}"
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(target, replaced)
         os.rename(partial, target)
-        _sync_directory(self.folder)
+        sync_directory(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _remove_oldest(self, saved: int) -> None:
@@ -288,50 +288,8 @@ class CheckpointStore:
         )
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that its name shows the old content or the new one, never a part: temporary sibling, fsync,
-    rename.
-
-    Raises:
-        OSError: the disk refused; the old file is untouched and the temporary one removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _write_synced(temporary, content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-@contextmanager
-def keep_going(file: str | os.PathLike[str]) -> Iterator[None]:
-    """A full disk must not end a run: what cannot be written is told, and training goes on."""
-    try:
-        yield
-    except OSError as error:
-        logger.error("%s was not written: %s; the run goes on without it", file, error)
-
-
 def _files(folder: Path) -> list[str]:
     return sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path, sync: bool = False) -> str:

@@ -316,7 +316,7 @@ def to_png(pixels: Tensor, prompt: Prompt) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    from fastvideo_grpo.checkpoints.store import write_atomic
+    from fastvideo_grpo.durable_files import write_atomic
 
     try:
         write_atomic(file, content)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvideo_grpo.checkpoints.store import write_atomic
+from fastvideo_grpo.durable_files import write_atomic
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.files import Prompt

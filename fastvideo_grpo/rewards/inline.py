@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastvideo_grpo.engines.residency import resident
+from fastvideo_grpo.residency import resident
 from fastvideo_grpo.rewards.base import DifferentiableReward, MediaKind, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.threads import SerialThread
 

@@ -39,7 +39,7 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     from fastvideo_grpo import config as configuration
-    from fastvideo_grpo.checkpoints.store import write_atomic
+    from fastvideo_grpo.durable_files import write_atomic
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.checkpoints.store import write_atomic
+from fastvideo_grpo.durable_files import write_atomic
 
 
 class MetricsLog:

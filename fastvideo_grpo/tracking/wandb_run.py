@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fastvideo_grpo.checkpoints.store import write_atomic
+from fastvideo_grpo.durable_files import write_atomic
 
 
 class WandbRun:

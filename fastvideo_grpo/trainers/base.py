@@ -23,8 +23,9 @@ from torch import Tensor
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_digest
-from fastvideo_grpo.checkpoints.store import CheckpointStore, keep_going, write_atomic
+from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.durable_files import keep_going, write_atomic
 from fastvideo_grpo.engines.make import make_engine
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed

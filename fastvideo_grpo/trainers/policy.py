@@ -17,12 +17,12 @@ from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.residency import resident
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings, model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.residency import resident
 from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Trajectory, Walk

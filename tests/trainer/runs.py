@@ -26,15 +26,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastvideo_grpo.families import FAMILIES
 from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "fastvideo_grpo.trainers.flux",
-        "fastvideo_grpo.trainers.skyreels_i2v",
-        "fastvideo_grpo.trainers.wan",
-        "fastvideo_grpo.trainers.stable_diffusion",
+        *sorted({family.trainer.partition(":")[0] for family in FAMILIES.usable().values()}),
         "deepspeed",
         "tests.trainer.exact_rewards",
     ]
@@ -89,7 +87,7 @@ def settings(folder: Path, checkpoint: Path, **overrides: Any) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    if overrides.get("model__kind") == "skyreels_i2v":
+    if FAMILIES[overrides.get("model__kind", "flux")].reads_images:
         prompts = _with_images(folder)
     values: dict[str, Any] = {
         "model.path": checkpoint,

@@ -17,13 +17,14 @@ from tests.trainer import runs
 
 def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(make_trainer, monkeypatch):
     """Promise 6: writing stops, training does not; what was saved stays."""
+    from fastvideo_grpo import durable_files
     from fastvideo_grpo.checkpoints import store
     from fastvideo_grpo.tracking import metrics, pictures
     from fastvideo_grpo.trainers import base
 
     trainer = make_trainer(run__sample_every=1, run__iterations=3, run__keep=3)
     told = []
-    for module in (base, store):
+    for module in (base, store, durable_files):
         monkeypatch.setattr(module.logger, "error", lambda text, *args: told.append(text % args))
     full = OSError(errno.ENOSPC, "No space left on device")
     state = {"full": False}

@@ -70,10 +70,10 @@ def _kill_at_second_image():
 
 
 def _fill_the_disk_of_rank_1():
-    from fastvideo_grpo.checkpoints import store
+    from fastvideo_grpo import durable_files
 
     left = iter(range(1))
-    original = store._write_synced
+    original = durable_files.write_synced
 
     def write(path, content):
         if os.environ["RANK"] == "1" and next(left, None) is None:
@@ -81,7 +81,7 @@ def _fill_the_disk_of_rank_1():
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, content)
 
-    store._write_synced = write
+    durable_files.write_synced = write
 
 
 def _run_out_of_memory():
