@@ -230,3 +230,10 @@ def test_a_models_refusal_names_transitions_of_packages_that_fit(folder, capsys)
     assert "fading_sde" in transitions.predicting("velocity") and "fading_sde" not in transitions.predicting("noise")
     assert cli.main(["train", "run.yaml", "--dry-run", "sample.transition=ddim"]) == 1
     assert "dots predicts velocity; use fading_sde or flow_sde" in capsys.readouterr().err
+
+
+def test_a_network_that_is_none_of_diffusers_trains_but_is_not_exported(folder, capsys):
+    assert cli.main(["train", "run.yaml", "run.iterations=1"]) == 0
+    assert cli.main(["export", "run", "--out", "exported"]) == 1
+    assert "diffusers has no DotsNetwork: it cannot be exported" in capsys.readouterr().err
+    assert not (folder / "exported").exists()

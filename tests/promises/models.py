@@ -145,7 +145,20 @@ class Flux(Model):
         return {"encoder_hidden_states": sequence, "pooled_projections": pooled}
 
 
-class HunyuanVideo(Model):
+class VideoModel(Model):
+    def clips(self, pipeline: Any, trainer: Any, prompt: Prompt, initial: Tensor, output: str, **guidance: Any) -> Tensor:
+        """:meth:`draw`, of a pipeline that makes clips."""
+        frames = pipeline(
+            **self.common(trainer, prompt, initial, output),
+            num_frames=trainer.config.sample.frames,
+            num_videos_per_prompt=len(initial),
+            max_sequence_length=trainer.config.prompts.text_length,
+            **guidance,
+        ).frames
+        return frames if output == "latent" else frames.permute(0, 1, 3, 4, 2)
+
+
+class HunyuanVideo(VideoModel):
     kind = "hunyuan_video"
     pipeline = "HunyuanVideoPipeline"
     settings: ClassVar = runs.HUNYUAN_T2V
@@ -160,15 +173,9 @@ class HunyuanVideo(Model):
     flavours: ClassVar = {"image": {"sample__frames": 1}}
 
     def draw(self, pipeline: Any, trainer: Any, prompt: Prompt, initial: Tensor, output: str) -> Tensor:
-        frames = pipeline(
-            **self.common(trainer, prompt, initial, output),
-            true_cfg_scale=trainer.config.sample.cfg_scale,
-            guidance_scale=trainer.config.sample.guidance_scale,
-            num_frames=trainer.config.sample.frames,
-            num_videos_per_prompt=len(initial),
-            max_sequence_length=trainer.config.prompts.text_length,
-        ).frames
-        return _frames(frames, output)
+        sample = trainer.config.sample
+        guidance = {"true_cfg_scale": sample.cfg_scale, "guidance_scale": sample.guidance_scale}
+        return self.clips(pipeline, trainer, prompt, initial, output, **guidance)
 
     def embed(self, pipeline: Any, text: str, text_length: int) -> dict[str, Tensor]:
         """diffusers pads the text and masks the padding; here there is none: both read the same tokens."""
@@ -184,22 +191,15 @@ class SkyReelsI2V(HunyuanVideo):
     flavours: ClassVar = {}
 
     def draw(self, pipeline: Any, trainer: Any, prompt: Prompt, initial: Tensor, output: str) -> Tensor:
-        clips = [
-            pipeline(
-                **self.common(trainer, prompt, latents, output),
-                image=Image.open(prompt.image),
-                true_cfg_scale=trainer.config.sample.cfg_scale,
-                guidance_scale=1.0,
-                num_frames=trainer.config.sample.frames,
-                max_sequence_length=trainer.config.prompts.text_length,
-                generator=noise.generator("image", prompt.id),
-            ).frames
-            for latents in initial.split(1)  # it draws the image's latents anew for each clip of a batch
-        ]
-        return _frames(torch.cat(clips), output)
+        guidance = {"true_cfg_scale": trainer.config.sample.cfg_scale, "guidance_scale": 1.0}
+        clips = []
+        for latents in initial.split(1):  # it draws the image's latents anew for each clip of a batch
+            image = {"image": Image.open(prompt.image), "generator": noise.generator("image", prompt.id)}
+            clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, **image))
+        return torch.cat(clips)
 
 
-class Wan(Model):
+class Wan(VideoModel):
     kind = "wan"
     pipeline = "WanPipeline"
     settings: ClassVar = runs.WAN_T2V
@@ -222,14 +222,7 @@ class Wan(Model):
         pipeline.scheduler = scheduler
 
     def draw(self, pipeline: Any, trainer: Any, prompt: Prompt, initial: Tensor, output: str) -> Tensor:
-        frames = pipeline(
-            **self.common(trainer, prompt, initial, output),
-            guidance_scale=trainer.config.sample.cfg_scale,
-            num_frames=trainer.config.sample.frames,
-            num_videos_per_prompt=len(initial),
-            max_sequence_length=trainer.config.prompts.text_length,
-        ).frames
-        return _frames(frames, output)
+        return self.clips(pipeline, trainer, prompt, initial, output, guidance_scale=trainer.config.sample.cfg_scale)
 
     def embed(self, pipeline: Any, text: str, text_length: int) -> dict[str, Tensor]:
         sequence, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=text_length)
@@ -279,7 +272,3 @@ def cases(
         for model in models
         for case in of(model)
     ]
-
-
-def _frames(frames: Tensor, output: str) -> Tensor:
-    return frames if output == "latent" else frames.permute(0, 1, 3, 4, 2)

@@ -82,8 +82,15 @@ QUICK = {
 }
 
 
+WHOLE = ("flux", "hunyuan_video")  # one of images, one of clips; where a kill falls is the loop's affair, not the model's
+
+
 def kills(model):
-    return [f"{way}, {kill}" for way in (*WAYS, *(SHARED if model.shares_tokens else ())) for kill in KILLS]
+    """Every way with every kill, or every way with one and every kill in one."""
+    ways = [*WAYS, *(SHARED if model.shares_tokens else ())]
+    some = [f"{way}, in an update" for way in ways] + [f"ZeRO 2, {kill}" for kill in KILLS]
+    every = [f"{way}, {kill}" for way in ways for kill in KILLS]
+    return every if model.kind in WHOLE else list(dict.fromkeys([*some, *QUICK[model.kind]]))
 
 
 def way_of(model, case):
