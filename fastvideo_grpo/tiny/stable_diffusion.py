@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fastvideo_grpo import published
 from fastvideo_grpo.tiny import checkpoint_files
 from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize
 from fastvideo_grpo.tiny.clip import write_image_processor
@@ -34,19 +35,8 @@ MODEL_INDEX: dict[str, Any] = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.7.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
+_V1_4 = published.STABLE_DIFFUSION_V1_4["scheduler"]
+SCHEDULER: dict[str, Any] = {"_class_name": _V1_4["_class_name"], "_diffusers_version": "0.7.0.dev0", **_V1_4}
 # What stabilityai/stable-diffusion-2 says otherwise; its network predicts v.
 _V_PREDICTION: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
