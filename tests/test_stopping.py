@@ -31,6 +31,7 @@ world = World.current("cpu")
 for iteration in range(600):
     if stop.agreed(world):
         (folder / f"stopped-{rank}").write_text(str(iteration))
+        world.leave()
         sys.exit(EXIT_STOPPED)
     (folder / f"iteration-{rank}").write_text(str(iteration))
     time.sleep(0.05)
@@ -88,7 +89,7 @@ def test_torchrun_hands_the_signal_on_even_before_anybody_listens(start, tmp_pat
     process.send_signal(signal.SIGUSR1)
     time.sleep(1)
     (tmp_path / "listen").touch()
-    assert process.wait(120) == EXIT_STOPPED
+    assert process.wait(120) == EXIT_STOPPED, process.stderr.read()
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text() == "0"
 
 
@@ -97,7 +98,7 @@ def test_one_signalled_process_stops_all_after_the_same_iteration(start, tmp_pat
     process = start(WORKER)
     _wait_for(tmp_path / "iteration-0", tmp_path / "iteration-1")
     os.kill(int((tmp_path / "started-1").read_text()), signal.SIGUSR1)
-    assert process.wait(120) == EXIT_STOPPED
+    assert process.wait(120) == EXIT_STOPPED, process.stderr.read()
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text() != "0"
 
 

@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{len(missing)} images drawn, {len(prompts) - len(missing)} kept, in {folder / 'images'}. Next: train an "
         f"image-to-video model with prompts.path={folder / 'prompts.jsonl'}"
     )
+    world.leave()
     return 0
 
 

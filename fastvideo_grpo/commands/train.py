@@ -62,4 +62,6 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     plan.check_folder(config)
     with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
-        return trainer.train(stop)
+        finished = trainer.train(stop)
+    world.leave()
+    return finished

@@ -115,6 +115,18 @@ class World:
         if self.distributed:
             dist.barrier(group=self.cpu_group)
 
+    def leave(self) -> None:
+        """Leave the others when all work is done: wait for them, then take the process groups down.
+
+        A process that ends with its groups up may be aborted on the way out by threads of theirs (seen with torch 2.12 and
+        gloo: "terminate called without an active exception", exit code -6), and torchrun ends the others when one has left.
+        """
+        global _cpu_group, _cpu_group_of
+        if self.size > 1:
+            self.barrier()
+            self.cpu_group = _cpu_group = _cpu_group_of = None  # a group lives as long as somebody holds it
+            dist.destroy_process_group()
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """One picklable object of every rank, in rank order."""
         if not self.distributed:

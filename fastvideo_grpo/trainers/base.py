@@ -226,7 +226,6 @@ class GRPOTrainer(Policy):
             f"stopped by SIGUSR1 after iteration {finished} of {self.config.run.iterations}, saved in {self.folder}: start the "
             f"same command again to go on (exit code {EXIT_STOPPED})"
         )
-        self.world.barrier()  # torchrun ends the others when one of them has left, and rank 0 had most to do
 
     def _finish_iteration(self, finished: int, metrics: dict[str, Any], clock: Clock) -> None:
         """Evaluate, log, save pictures and a checkpoint, each where it is due; ``finished`` iterations are done."""
