@@ -73,10 +73,9 @@ KILLS = {
         (".saving-000002", "000001"),
     ),
 }
+# One of each kind here: on one process, shared tokens and a cache, a model that is no FastVideo pipeline.
 QUICK = {
     "flux": ("one process, in the rollout", "one process, in a save"),
-    "hunyuan_video": ("ZeRO 3, shared tokens, in an update",),
-    "skyreels_i2v": ("ZeRO 2, shared tokens, in the rollout",),
     "wan": ("ZeRO 2, shared tokens, in an update",),
     "stable_diffusion": ("ZeRO 2, between the updates",),
 }
@@ -90,7 +89,7 @@ def kills(model):
     ways = [*WAYS, *(SHARED if model.shares_tokens else ())]
     some = [f"{way}, in an update" for way in ways] + [f"ZeRO 2, {kill}" for kill in KILLS]
     every = [f"{way}, {kill}" for way in ways for kill in KILLS]
-    return every if model.kind in WHOLE else list(dict.fromkeys([*some, *QUICK[model.kind]]))
+    return every if model.kind in WHOLE else list(dict.fromkeys([*some, *QUICK.get(model.kind, ())]))
 
 
 def way_of(model, case):
@@ -106,7 +105,7 @@ def never_killed(tiny_checkpoint, tmp_path_factory):
     return runs.once(tmp_path_factory, tiny_checkpoint)
 
 
-@pytest.mark.parametrize("model,case", cases(kills, lambda model, case: case in QUICK[model.kind]))
+@pytest.mark.parametrize("model,case", cases(kills, lambda model, case: case in QUICK.get(model.kind, ())))
 def test_killed_and_resumed_is_bitwise_never_killed(never_killed, tiny_checkpoint, tmp_path, model, case):
     """Weights, EMA, optimiser and logged numbers. The second start finds its embeddings cached: text encoders stay on disk."""
     processes, sharing, settings = way_of(model, case)

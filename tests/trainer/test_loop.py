@@ -20,7 +20,7 @@ def _lines(trainer):
     return trainer.log.read()
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kl_is_exactly_zero_at_the_start_and_grows_as_the_policy_leaves_the_reference(make_trainer, lora):
     """With one update an iteration, all of the first one is computed with the weights of the reference."""
     trainer = make_trainer(
