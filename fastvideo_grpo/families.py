@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """A model family.
 
     Attributes:
@@ -140,17 +141,17 @@ class Family:
     decodes_singly: bool = False
     decodes_frames: int | None = None
 
+    @abstractmethod
     def size_multiple(self, facts: ModelFacts) -> int:
         """What height and width must be a multiple of, in pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latent_shape(self, facts: ModelFacts, sample: SampleConfig) -> tuple[int, ...]:
         """Shape of one sample's latents, ``(channels, ..., height, width)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
         """Tokens of one sample, text not counted."""
-        raise NotImplementedError
 
     def block_parameters(self, facts: ModelFacts) -> float:
         """Parameters of the largest block of a transformer. Of a double block of width D: two streams of attention (4 D^2), MLP
@@ -280,9 +281,9 @@ class _Flux(Family):
 class _Video(Family):
     """Latents ``(channels, frames, height, width)`` of a causal video VAE, which compresses all frames but the first."""
 
+    @abstractmethod
     def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
         """Latents of a token: frames, height, width."""
-        raise NotImplementedError
 
     def size_multiple(self, facts: ModelFacts) -> int:
         return facts.spatial_compression * max(self.patch(facts)[1:])
@@ -490,7 +491,8 @@ _OWN: dict[str, Family] = {
 
 def _problem(name: str, offered: Any) -> str | None:
     if not isinstance(offered, Family):
-        return f"which is no fastvideo_grpo.families.Family, but a {type(offered).__name__}"
+        found = "class" if isinstance(offered, type) else type(offered).__name__
+        return f"which is no object of fastvideo_grpo.families.Family, but a {found}"
     return None if offered.kind == name else f"whose kind is '{offered.kind}'; both must be the same"
 
 

@@ -169,7 +169,7 @@ def test_two_packages_cannot_offer_one_name(offer):
 @pytest.mark.parametrize(
     ("sort", "value", "message"),
     [
-        ("models", "fastvideo_grpo.families:Family", "no fastvideo_grpo.families.Family, but a type"),
+        ("models", "fastvideo_grpo.families:Family", "no object of fastvideo_grpo.families.Family, but a class"),
         ("models", "dots.family:DOTS", "kind is 'dots'; both must be the same"),
         ("rewards", "fastvideo_grpo:__version__", "no class and no function, but a str"),
         ("transitions", "fastvideo_grpo:__version__", "no class and no function, but a str"),
@@ -210,6 +210,7 @@ def test_defaults_that_cannot_be_are_told_with_who_brings_them(folder, monkeypat
     [
         ("no_such_package:Trainer", "no_such_package:Trainer cannot be imported: ModuleNotFoundError"),
         ("dots.family:DOTS", "dots.family:DOTS is no class that inherits from GRPOTrainer"),
+        ("fastvideo_grpo.trainers.base:GRPOTrainer", "does not say __init__, decode, encode, generate, get_module"),
         ("dots.family:Missing", "dots.family:Missing is no class that inherits from GRPOTrainer, but None"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -141,7 +142,7 @@ class Engine(Protocol):
         ...
 
 
-class AdamWEngine:
+class AdamWEngine(ABC):
     """Common part of the engines. A subclass says where its pieces of weights and moments lie.
 
     The state of a parameter is float32: its weight and two moments (AdamW). A rank holds a `span` of it, (start, count)
@@ -187,38 +188,39 @@ class AdamWEngine:
 
     # What a subclass provides.
 
+    @abstractmethod
     def span(self, name: str) -> tuple[int, int] | None:
         """This rank's share of a parameter's state, (start, count) in elements; None when it has no share. It writes
         its share when saving, and averages it for the EMA."""
-        raise NotImplementedError
 
     def _held(self, name: str) -> tuple[int, int] | None:
         """What this rank holds in memory: its share, or everything where the state is replicated."""
         return self.span(name)
 
+    @abstractmethod
     def _piece(self, name: str, part: str) -> Tensor:
         """The held state, flat float32, sharing its memory. `part` is "weight" or one of MOMENTS."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _refresh_module(self) -> None:
         """Copy the float32 weights into what the module computes with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fill_module(self, whole: Callable[[str], Tensor]) -> Callable[[], None]:
         """Put other weights into the module, the float32 ones staying; returns what undoes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _adam_states(self) -> list[dict[str, Any]]:
         """The AdamW state dictionaries of this rank, made (zeros) when there are none yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward(self, loss: Tensor, last: bool) -> None:
-        raise NotImplementedError
+        """Add the loss's gradients; ``last``: the next call is :meth:`_update`."""
 
+    @abstractmethod
     def _update(self) -> float:
         """Clip and step with the current `lr`; the norm, not finite when nothing was changed. Gradients are gone
         afterwards."""
-        raise NotImplementedError
 
     # What follows from it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from abc import abstractmethod
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -168,10 +169,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         )
         return pipeline
 
+    @abstractmethod
     def text_settings(self) -> dict[str, dict[str, Any]]:
         """Of each text encoder, in order: how its tensor is called in the conditioning -> ``max_length`` and ``padding`` of its
         tokens."""
-        raise NotImplementedError
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """What each text encoder makes of each prompt, under the names of :meth:`text_settings`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 
 from fastvideo_grpo.config import Config
@@ -17,7 +18,7 @@ def trainer_class(kind: str) -> type[GRPOTrainer]:
     """The trainer of a ``model.kind``; only its own module is imported.
 
     Raises:
-        UserError: its family names none that can be imported.
+        UserError: its family names none that can be imported, or one that does not say all that a model must.
     """
     path = FAMILIES[kind].trainer
     module, _, name = path.partition(":")
@@ -27,6 +28,9 @@ def trainer_class(kind: str) -> type[GRPOTrainer]:
         raise UserError(f"model.kind={kind}: its trainer {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(found, type) or not issubclass(found, GRPOTrainer):
         raise UserError(f"model.kind={kind}: its trainer {path} is no class that inherits from GRPOTrainer, but {found!r}")
+    if isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise UserError(f"model.kind={kind}: its trainer {path} does not say {missing} (docs/extending.md)")
     return found
 
 

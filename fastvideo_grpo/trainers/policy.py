@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Drawn:
     trajectory: Trajectory | None
 
 
-class Policy:
+class Policy(ABC):
     """A generator that is drawn from, trained or not. A subclass loads the model.
 
     Attributes:
@@ -76,27 +77,28 @@ class Policy:
 
     # --- what a model must say for itself -----------------------------------------------------------------------------
 
+    @abstractmethod
     def __init__(self, config: Config, world: World, *, with_text_encoders: bool = True) -> None:
         """Load the checkpoint onto ``world.device``, set ``self.config`` and ``self.world``, then call :meth:`setup`.
 
         Args:
             with_text_encoders: False leaves text encoders and tokenizers on disk (all embeddings are cached).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """Conditioning of each prompt, tensors ``[1, ...]``. A prompt's must not depend on the others in the list."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """One pass of ``self.network`` at the states ``sample`` ``[B, ...]`` (float32): velocity or noise as the family's
         ``prediction`` says, same shape, any float dtype; with gradients when they are enabled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
         """Final latents -> uint8 ``[B, F, H, W, 3]`` on the CPU, or float in [0, 1] with gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
@@ -110,19 +112,14 @@ class Policy:
         Returns:
             Media, which samples are finite, and the trajectory if ``walk.record``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def get_module(self, name: str) -> Any:
         """A loaded component by its name in model_index.json; None where it was left on disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release_text_encoders(self) -> None:
         """Let the text encoders leave memory: every embedding that will be asked for is cached."""
-        raise NotImplementedError
-
-    def checkpoint_activations(self, every: int) -> nn.Module:
-        """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``)."""
-        raise NotImplementedError
 
     # --- what a model may say besides -----------------------------------------------------------------------------------
 
@@ -146,6 +143,14 @@ class Policy:
             f"grpo.kl_weight={self.config.grpo.kl_weight}), and its trainer has no load_denoiser that reads one with "
             "engine.zero_stage=3; use engine.zero_stage=2 or model.lora"
         )
+
+    def checkpoint_activations(self, every: int) -> nn.Module:
+        """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``).
+
+        Raises:
+            UserError: the model's trainer does not say how.
+        """
+        raise UserError(f"model.kind={self.config.model.kind} recomputes no blocks: set engine.activation_checkpointing=none")
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
