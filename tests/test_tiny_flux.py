@@ -19,6 +19,7 @@ from tests.tiny_checkpoints import (
     check_same_form,
     contents_of,
     keys_of,
+    one_thread,  # noqa: F401  (a fixture)
     read,
 )
 
@@ -48,14 +49,6 @@ PUBLISHED_FILES = {
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from tests.tiny_checkpoints import (
     check_files,
     check_index,
     check_same_form,
+    check_the_prompt_shows_in_a_clip,
     contents_of,
     keys_of,
+    one_thread,  # noqa: F401  (a fixture)
     read,
 )
 
@@ -46,14 +48,6 @@ PUBLISHED_FILES = {
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -175,21 +169,7 @@ def test_tokenizers_encode_any_text(folder):
 
 def test_diffusers_makes_a_clip(folder):
     pipeline = load(folder)
-    clips = [
-        pipeline(
-            prompt,
-            height=32,
-            width=32,
-            num_frames=9,
-            num_inference_steps=3,
-            output_type="np",
-            generator=torch.Generator().manual_seed(0),
-        ).frames
-        for prompt in ("a red circle moving left", "a blue square moving up")
-    ]
-    assert clips[0].shape == (1, 9, 32, 32, 3)
-    assert np.isfinite(clips[0]).all() and clips[0].std() > 0.05
-    assert np.abs(clips[0] - clips[1]).mean() > 1e-3, "the prompt matters"
+    check_the_prompt_shows_in_a_clip(pipeline)
 
 
 def test_every_weight_reaches_diffusers(folder):

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,6 +17,15 @@ CURRENT_NAMES = {
     "mid_block.attentions.0.value.": "mid_block.attentions.0.to_v.",
     "mid_block.attentions.0.proj_attn.": "mid_block.attentions.0.to_out.0.",
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the writers: thread counts change sums. (Imported by who writes one.)"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def read(path):
@@ -109,3 +120,23 @@ def check_same_form(folder, other, measured=()):
             for place in (folder, other)
         ]
         assert forms[0] == forms[1], component
+
+
+def check_the_prompt_shows_in_a_clip(pipeline, **arguments):
+    """diffusers' pipeline makes clips of 9 frames of 32 x 32 pixels, and different prompts different ones."""
+    clips = [
+        pipeline(
+            prompt,
+            height=32,
+            width=32,
+            num_frames=9,
+            num_inference_steps=3,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+            **arguments,
+        ).frames
+        for prompt in ("a red circle moving left", "a blue square moving up")
+    ]
+    assert clips[0].shape == (1, 9, 32, 32, 3)
+    assert np.isfinite(clips[0]).all() and clips[0].std() > 0.05
+    assert np.abs(clips[0] - clips[1]).mean() > 1e-3, "the prompt matters"
