@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from fastvideo_grpo.grpo.advantages import NORMALISATIONS
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 from fastvideo_grpo.rewards.placement import PLACEMENTS
 from fastvideo_grpo.sampling import transitions
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(UserError, ValueError):
@@ -72,8 +76,19 @@ class ModelConfig:
 class PromptsConfig:
     """What to draw, and the cache of its text embeddings."""
 
-    path: str = _key(MISSING, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?, 'image'?, 'negative_prompt'?})")
-    eval_path: str | None = _key(None, "prompts kept out of training, scored at each evaluation")
+    path: str = _key(
+        MISSING,
+        "training prompts: .txt (one a line), or .jsonl, .json or .csv with prompt and, if wanted, id, image, negative_prompt "
+        "(docs/prompts.md)",
+    )
+    eval_path: str | None = _key(
+        None, "prompts kept out of training, scored at each evaluation; goes with path: who sets another path sets it anew"
+    )
+    duplicates: str = _key(
+        "drop",
+        "a prompt that repeats another of its file is left out (drop), or kept under an id of its own",
+        choices=["drop", "keep"],
+    )
     embeddings: str = _key(
         "none",
         "folder of cached embeddings of texts and images (encoded once, text encoders then leave memory), or none: encode as "
@@ -303,6 +318,7 @@ FREE_ON_RESUME = [
     "model.path",
     "prompts.path",
     "prompts.eval_path",
+    "prompts.duplicates",
     "model.cfg_batched",
     "rewards.async",
     "rewards.timeout_s",
@@ -358,7 +374,7 @@ def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = Non
     """
     from fastvideo_grpo.config_checks import check  # checks are made of configurations
 
-    given = OmegaConf.merge(values, _parse_overrides(overrides or []))
+    given = _over(values, _parse_overrides(overrides or []))
     of_objective = _defaults(given, "grpo.objective", objectives.OBJECTIVES)
     of_model = _defaults(given, "model.kind", _families())
     config = _to_dataclasses(OmegaConf.merge(of_objective, of_model, given))
@@ -401,9 +417,32 @@ def _read_yaml(path: Path) -> DictConfig:
     base = raw.pop("base", None)
     if base is None:
         return raw
-    merged = OmegaConf.merge(_read_yaml(path.parent / str(base)), raw)
+    return _over(_read_yaml(path.parent / str(base)), raw)
+
+
+def _over(lower: dict[str, Any] | DictConfig, upper: DictConfig) -> DictConfig:
+    """The values ``upper`` over ``lower`` ones."""
+    merged = OmegaConf.merge(lower, upper)
     assert isinstance(merged, DictConfig)
+    _drop_foreign_eval_path(OmegaConf.create(lower), upper, merged)
     return merged
+
+
+def _drop_foreign_eval_path(lower: DictConfig, upper: DictConfig, merged: DictConfig) -> None:
+    """Prompts kept out of a recipe's list are not kept out of another: where ``upper`` sets prompts.path and says nothing of
+    prompts.eval_path, that of ``lower`` goes, with a word."""
+    sections = [section if isinstance(section := c.get("prompts"), DictConfig) else {} for c in (lower, upper)]
+    before, now = (section.get("path") for section in sections)
+    kept_out = sections[0].get("eval_path")
+    if now is None or before in (None, now) or kept_out is None or "eval_path" in sections[1]:
+        return
+    merged.prompts.eval_path = None
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "prompts.eval_path=%s goes with prompts.path=%s, which is %s now: no prompts are kept out, and pictures are of %s; "
+            "set prompts.eval_path, too, to have some",
+            *(kept_out, before, now, now),
+        )
 
 
 def _parse_overrides(overrides: list[str]) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from fastvideo_grpo.errors import UserError
 if TYPE_CHECKING:
     from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
     from fastvideo_grpo.prompts.files import Prompt
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)"
+        "--prompts", metavar="FILE", help="a prompt file (docs/prompts.md; default: the configured eval or training prompts)"
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
@@ -76,7 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
             '{"prompt": ..., "image": ...}, and give it with --prompts'
         )
     if arguments.prompts or not prompts:
-        prompts += families.prompts_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        file = families.prompt_file_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        prompts += file.prompts
+        for note in file.notes:
+            logger.warning("%s", note)
     if starts_from_images:
         check_images(prompts, config.sample.height, config.sample.width, World())
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
@@ -86,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_rewards:
         config.rewards.models = {}
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
+    plan.warn_of_cut(config, prompts)
     sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
     what = "pictures" if config.sample.frames == 1 else clips
