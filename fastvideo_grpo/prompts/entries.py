@@ -136,7 +136,7 @@ def _parsed(text: str, where: str, *, whole: bool = False) -> Any:
     except PromptFileError:
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise PromptFileError(f"{where}: {error}") from error
+        raise PromptFileError(f"{where}: a number of thousands of digits; write it as a text") from error
 
 
 def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -210,7 +210,10 @@ def _from_single_column(path: Path, rows: list[tuple[int, list[str]]]) -> Entrie
     number, first = rows[0]
     names = [stripped(cell) for cell in first]
     wide = any(len(row) > 1 for _, row in rows)
-    separator = next((s for s in ";\t|" if len(names) == 1 and "prompt" in map(str.strip, names[0].split(s))), None)
+    heads = [stripped(row[0]) for _, row in rows[:2] if len(row) == 1]  # the first line may be a spreadsheet's "sep=;"
+    separator = next(
+        (s for s in ";\t|" if any(s in head and "prompt" in map(str.strip, head.split(s)) for head in heads)), None
+    )
     if wide or separator is not None or names[0].lower() in ("prompt", *_OTHER_NAMES):
         if separator is not None:
             hint = f": its columns are separated by {separator!r}, not by commas"

@@ -17,6 +17,16 @@ _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive, or a spreadsheet",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstandard)",
+    b"PAR1\x15": "a Parquet file",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"%PDF-": "a PDF",
+}
+
 # Shown as nothing, though they count as letters, marks or signs: fillers, variation selectors, the blank of Braille.
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
     chr(code) for first, last in ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)) for code in range(first, last + 1)
@@ -42,6 +52,9 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise PromptFileError(f"{path} cannot be read: {error.strerror}") from error
+    other = next((what for begins, what in _NO_TEXT.items() if content.startswith(begins)), None)
+    if other is not None:
+        raise PromptFileError(f"{path} is {other}, no text: unpack it, or save what is in it as text, and give that")
     mark, encoding = next(((m, e) for m, e in _MARKS if content.startswith(m)), (b"", "utf-8"))
     body = content[len(mark) :]
     try:
@@ -71,8 +84,6 @@ def _no_unicode(path: Path, body: bytes, encoding: str, error: UnicodeDecodeErro
         return f"{path}:{line}: its byte order mark says {encoding}, but byte {error.start} is not of it: save it as UTF-8"
     line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
     found = body[error.start]
-    if found in (0xFF, 0xFE, 0x89, 0x1F) and error.start < 2:
-        return f"{path}:{line}: it begins with the byte 0x{body[0]:02x}, so it is no text (an archive, an image?)"
     return (
         f"{path}:{line}: byte 0x{found:02x}, the {column}. of the line, is not UTF-8 ({error.reason}); in Latin-1 or "
         f"Windows-1252, which it may be, it is {bytes([found]).decode('cp1252', 'replace')!r}: {_converted(path, 'cp1252')}"
