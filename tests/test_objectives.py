@@ -15,7 +15,7 @@ from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
 from fastvideo_grpo.memory import estimate
 from fastvideo_grpo.rewards import reward_set
-from fastvideo_grpo.sampling import schedules, transitions
+from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 
 # --- gradients, by hand -----------------------------------------------------------------------------------------------
@@ -550,10 +550,21 @@ def test_a_run_from_before_these_keys_goes_on():
     for key in ("normalisation", "history", "objective_params"):
         del old["grpo"][key]
     assert configuration.changed_on_resume(old, _config()) == []
-    state = {"config": old, "prompts": prompts_digest([], _config()), "transformer": "its weights"}  # now called denoiser
+    prompts = prompts_digest([], _config())
+    state = {"config": old, "prompts": prompts, "transformer": "its weights", "noise": noise.VERSION}  # now called denoiser
     check_resumable(state, _config(), [], "its weights")
     with pytest.raises(ConfigError, match="another network"):
         check_resumable(state, _config(), [], "others")
+
+
+@pytest.mark.parametrize("overrides,merged", [((), False), (("model.lora={}",), True)])
+def test_a_run_with_the_noise_of_another_version_does_not_go_on_and_says_how_to_start_anew(overrides, merged):
+    config = _config(*overrides)
+    state = {"config": configuration.to_dict(config), "prompts": prompts_digest([], config), "denoiser": "its weights"}
+    with pytest.raises(ConfigError, match=r"drew its noise otherwise.*fastvideo-grpo export .* --pipeline") as error:
+        check_resumable(state, config, [], "its weights")
+    assert ("--merge-lora" in str(error.value)) == merged
+    check_resumable({**state, "noise": noise.VERSION}, config, [], "its weights")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
+from fastvideo_grpo.sampling import noise
 
 
 def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Prompt], denoiser: str) -> None:
@@ -20,8 +21,10 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
         denoiser: identity of the weights training starts from.
 
     Raises:
-        ConfigError: settings that change what is computed, the prompts, or the model to start from differ; names them.
+        ConfigError: settings that change what is computed, the prompts, the model to start from or the generator of noise
+            differ; names them.
     """
+    _check_noise(state, config)
     changed = configuration.changed_on_resume(state["config"], config)
     if changed:
         raise ConfigError(
@@ -46,6 +49,19 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"model.path={config.model.path} holds another network than the one {config.run.dir} was started from; set "
             "it back, or choose another run.dir"
         )
+
+
+def _check_noise(state: dict[str, Any], config: Config) -> None:
+    """Runs that say no version were made with the first."""
+    if state.get("noise", 1) == noise.VERSION:
+        return
+    merged = "" if config.model.lora is None else " --merge-lora"
+    raise ConfigError(
+        f"run.dir={config.run.dir} was saved by another version of this package, which drew its noise otherwise (noise "
+        f"{state.get('noise', 1)}, here {noise.VERSION}): gone on with, it would not be one run. To start anew from its "
+        f"weights: fastvideo-grpo export {config.run.dir} --out NEW --pipeline{merged}, then train with model.path=NEW and "
+        "another run.dir"
+    )
 
 
 def image_digests(prompts: Sequence[Prompt]) -> dict[str, str]:

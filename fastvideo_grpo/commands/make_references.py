@@ -150,9 +150,10 @@ def _kind_of(checkpoint: Path) -> str:
 def settings_of(config: Config, seed: int) -> dict[str, Any]:
     """Everything the images depend on besides the prompts: name -> value, flat. Weights are there by their identity."""
     from fastvideo_grpo.prompts.embeddings import encoder_identity
+    from fastvideo_grpo.sampling import noise
 
     plain = configuration.to_dict(config)
-    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed}
+    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed, "noise": noise.VERSION}
     for key in KEYS_OF_IMAGES:
         section, _, name = key.partition(".")
         settings[key] = plain[section][name]

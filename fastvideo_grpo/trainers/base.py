@@ -40,6 +40,7 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
+from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
@@ -433,6 +434,7 @@ class GRPOTrainer(Policy):
                 "prompts": prompts_digest(self.prompts, self.config),
                 "images": image_digests(self.prompts),
                 "denoiser": self._denoiser_identity,
+                "noise": noise.VERSION,
                 "git_commit": git_commit(),
             }
 

@@ -183,6 +183,11 @@ class HunyuanVideo(VideoModel):
         return {"encoder_hidden_states": sequence[:, : int(mask.sum())], "pooled_projections": pooled}
 
 
+def _image_noise(prompt: Prompt, shape: tuple[int, ...], **_: Any) -> Tensor:
+    """Stands for diffusers' ``randn_tensor`` where it draws the latents of a prompt's image."""
+    return noise.normal(noise.generator("image", prompt.id), shape)
+
+
 class SkyReelsI2V(HunyuanVideo):
     kind = "skyreels_i2v"
     pipeline = "HunyuanSkyreelsImageToVideoPipeline"
@@ -194,8 +199,10 @@ class SkyReelsI2V(HunyuanVideo):
         guidance = {"true_cfg_scale": trainer.config.sample.cfg_scale, "guidance_scale": 1.0}
         clips = []
         for latents in initial.split(1):  # it draws the image's latents anew for each clip of a batch
-            image = {"image": Image.open(prompt.image), "generator": noise.generator("image", prompt.id)}
-            clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, **image))
+            given = partial(_image_noise, prompt)
+            with mock.patch.object(diffusers.models.autoencoders.vae, "randn_tensor", given):
+                image = Image.open(prompt.image)
+                clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, image=image))
         return torch.cat(clips)
 
 
