@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -200,7 +202,7 @@ class SkyReelsI2V(HunyuanVideo):
         clips = []
         for latents in initial.split(1):  # it draws the image's latents anew for each clip of a batch
             given = partial(_image_noise, prompt)
-            with mock.patch.object(diffusers.models.autoencoders.vae, "randn_tensor", given):
+            with mock.patch("diffusers.models.autoencoders.vae.randn_tensor", given):
                 image = Image.open(prompt.image)
                 clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, image=image))
         return torch.cat(clips)
