@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ def run(arguments: argparse.Namespace) -> int:
         if other != chosen:
             print(f"  {make} REWARD={other}")
     print(f"  {make} ITERATIONS={3 * config.run.iterations}")
-    print(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8')
-    print(f"  fastvideo-grpo export {folder} --out exported --pipeline")
+    print(runnable(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8'))
+    print(runnable(f"  fastvideo-grpo export {folder} --out exported --pipeline"))
     return 0
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
-        print(plan.describe(config, facts, ranks))
+        print(runnable(plan.describe(config, facts, ranks)))
         return 0
     plan.warn(config)
     plan.warn_of_memory(config, facts, ranks)
