@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from fastvideo_grpo.config import Config, ConfigError, GRPOConfig, checkpointed_blocks, make_objective, name_in_file
+from fastvideo_grpo.config import Config, ConfigError, GRPOConfig, checkpointed_blocks, make_objective
+from fastvideo_grpo.config_values import name_in_file
 from fastvideo_grpo.extensions import nearest
 from fastvideo_grpo.grpo import objectives
 from fastvideo_grpo.sampling import transitions

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.rewards import registry
     from fastvideo_grpo.rewards.server import RewardPool, application, is_loopback
 
-    params = parse_params(arguments.params)
+    params = parse_params(arguments.kind, arguments.params)
     for name in ("workers", "max_mib", "timeout"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be above 0")
@@ -90,20 +90,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_params(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` as the configuration reads them: numbers, true, false, null, lists; else text.
+def parse_params(kind: str, pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` as the configuration reads them: numbers, true, false, null, lists; else text, in paths expanded.
 
     Raises:
-        UserError: an entry is not of that form.
+        UserError: an entry is not of that form, or a path cannot be expanded.
     """
-    from omegaconf import OmegaConf
+    from fastvideo_grpo.config import reward_params
 
     for pair in pairs:
         if "=" not in pair:
             raise UserError(f"{pair!r} must be written key=value, for example batch_size=16")
-    params = OmegaConf.to_container(OmegaConf.from_dotlist(pairs))
-    assert isinstance(params, dict)
-    return {str(key): value for key, value in params.items()}
+    return reward_params(kind, pairs)
 
 
 def _listen(host: str, port: int) -> socket.socket:
