@@ -7,6 +7,7 @@ import os
 import socket
 from typing import Any
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 
@@ -24,7 +25,7 @@ machines that do not trust their network, put it behind a TLS proxy or an SSH tu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help="the reward")
     parser.add_argument("params", metavar="key=value", nargs="*", help="what rewards.models.NAME.params would hold")
-    parser.add_argument("--checkpoint", metavar="PATH", help="its weights, for kinds that have some")
+    parser.add_argument("--checkpoint", type=path_argument, metavar="PATH", help="its weights, for kinds that have some")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     parser.add_argument(
         "--port", type=int, default=8800, help="port to listen on; 0: a free one, which is printed (default: 8800)"

@@ -9,6 +9,7 @@ from contextlib import closing
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
@@ -23,7 +24,7 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
