@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from fastvideo_grpo import __version__
+from fastvideo_grpo import __version__, launcher
 from fastvideo_grpo.errors import UserError
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     run: Callable[[argparse.Namespace], int] = module.run
     try:
+        launcher.check()
         return run(arguments)
     except (UserError, FileNotFoundError, FileExistsError) as error:
         rank = os.environ.get("RANK", "0")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from fastvideo_grpo import launcher
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
@@ -132,7 +133,7 @@ def check_images(config: Config, world: World) -> None:
 
 def warn(config: Config) -> None:
     """Log what can run but is seldom meant."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.rank() == 0:
         for line in _cautions(config, configured_prompts(config)):
             logger.warning("%s", line)
 
@@ -153,7 +154,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
     (which on CPUs holds everything)."""
     import torch
 
-    if os.environ.get("RANK", "0") != "0":
+    if launcher.rank() != 0:
         return
     memory = estimate(config, facts, ranks, count_parameters(config, facts))
     host = sum(memory.host.values())
@@ -163,7 +164,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
             logger.warning("%s", too_little(config, memory, memory.peak, available))
     else:
         host += memory.peak
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / launcher.number("LOCAL_WORLD_SIZE", ranks)
     if host > share:
         on_gpu = torch.cuda.is_available()
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
