@@ -53,7 +53,7 @@ def _key(
 class LoRAConfig:
     """Low-rank adapters in place of full weights."""
 
-    rank: int = _key(128, "inner dimension of each adapter", minimum=1)
+    rank: int = _key(128, "inner dimension of each adapter", minimum=1, maximum=2**16)
     alpha: float = _key(256.0, "the adapter's output is scaled by alpha / rank", above=0)
     targets: list[str] | None = _key(
         None, "linear layers that get an adapter: ends of FastVideo's module names (default: the attention projections)"
@@ -99,19 +99,19 @@ class PromptsConfig:
         "HunyuanVideo's Llama only cuts",
         minimum=1,
     )
-    seed: int = _key(0, "seed of the order in which prompts are drawn")
+    seed: int = _key(0, "seed of the order in which prompts are drawn", minimum=0, maximum=2**63 - 1)
 
 
 @dataclass
 class SampleConfig:
     """How a sample is drawn."""
 
-    height: int = _key(720, "pixels", minimum=1)
-    width: int = _key(720, "pixels", minimum=1)
+    height: int = _key(720, "pixels", minimum=1, maximum=2**16)
+    width: int = _key(720, "pixels", minimum=1, maximum=2**16)
     frames: int = _key(1, "frames of a video, as many as the model's VAE takes (those here 4k + 1); 1: an image", minimum=1)
-    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
+    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1, maximum=1000)
     vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
-    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2, maximum=1000)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key(
         "flow_sde",
@@ -123,8 +123,8 @@ class SampleConfig:
     noise_decay: float = _key(
         0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
     )
-    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0)
-    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1)
+    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0, maximum=1000)
+    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1, maximum=1000)
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared",
@@ -154,7 +154,7 @@ class TimestepsConfig:
         0.6,
         "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
         "draw from",
-        above=0,
+        minimum=1e-6,
         maximum=1,
     )
     per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
@@ -184,7 +184,8 @@ class GRPOConfig:
         choices=list(NORMALISATIONS),
     )
     history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
-    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
+    # 1 + 1e-8 is 1 in float32: the ratio could never move.
+    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", minimum=1e-7)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
     updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
     cfg_gradients: str = _key(
@@ -235,9 +236,9 @@ class RewardsConfig:
 
     # "async" in files and on the command line; Python has that word for itself.
     async_: bool = _key(False, "score while later micro-batches of the iteration are sampled; the same numbers")
-    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0)
-    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0)
-    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0)
+    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0, maximum=1e7)
+    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0, maximum=30)
+    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0, maximum=1e5)
     max_invalid_fraction: float = _key(
         0.1, "the run stops when more than this share of an iteration's samples could not be scored", minimum=0, maximum=1
     )
@@ -284,7 +285,7 @@ class RunConfig:
 
     dir: str = _key(REQUIRED, "folder of the run: metrics, samples, checkpoints; a second start resumes from it", path=True)
     iterations: int = _key(300, "iterations of Algorithm 1", minimum=1)
-    seed: int = _key(0, "seed of all sampling noise and timestep choices")
+    seed: int = _key(0, "seed of all sampling noise and timestep choices", minimum=0, maximum=2**63 - 1)
     save_every: int = _key(50, "iterations between checkpoints (the last iteration is always saved)", minimum=1)
     keep: int = _key(3, "newest checkpoints kept", minimum=1)
     eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)
@@ -293,8 +294,8 @@ class RunConfig:
     sample_every: int = _key(50, "iterations between saved pictures or clips of fixed prompts and noise; 0: never", minimum=0)
     sample_prompts: int = _key(8, "prompts of those pictures or clips", minimum=1)
     deterministic: bool = _key(False, "deterministic GPU kernels (slower); exact resume on GPUs needs it")
-    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1)
-    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1)
+    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1, maximum=4096)
+    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1, maximum=10**6)
     wandb: str = _key("disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
 
 

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo import launcher
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
@@ -22,6 +23,7 @@ from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, to
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here
+from fastvideo_grpo.sampling_checks import sampling_problem
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +98,18 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(str(error))
     if config.model.attention == "flash" and config.model.precision == "fp32":
         problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
+    if not problems:
+        problems += filter(None, [_sampling_problem(config, facts)])
     if not problems and config.model.lora is not None:
         count_parameters(config, facts)  # a wrong model.lora.targets is told here, not after loading
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _sampling_problem(config: Config, facts: ModelFacts) -> str | None:
+    family = FAMILIES[config.model.kind]
+    usual = replace(SampleConfig(), **dict(family.defaults.get("sample", {})))
+    return sampling_problem(config, lambda sample: family.schedule(sample, facts), usual)
 
 
 def check_folder(config: Config) -> None:
