@@ -100,8 +100,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
     samples = grpo.prompts_per_iteration * grpo.group_size
     if samples > LARGEST_ITERATION:
         yield (
-            f"grpo.prompts_per_iteration x grpo.group_size is {grpo.prompts_per_iteration} x {grpo.group_size} = {samples} samples "
-            f"an iteration, of at most {LARGEST_ITERATION}: lower one of them"
+            f"grpo.prompts_per_iteration x grpo.group_size is {grpo.prompts_per_iteration} x {grpo.group_size} = {samples} "
+            f"samples an iteration, of at most {LARGEST_ITERATION}: lower one of them"
         )
     if grpo.history.minimum > grpo.history.size:
         yield (

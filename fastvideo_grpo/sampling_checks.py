@@ -72,8 +72,10 @@ def flaw(schedule: Schedule, transition: Transition) -> str | None:
     sample = torch.randn(1, 256, generator=draws) * schedule.sigma[0]
     for i in range(steps):
         level, below = schedule.at(torch.tensor([i])), schedule.at(torch.tensor([i + 1]))
-        # What a network would predict that knows the data, all 0: there the velocity and the noise are the same.
-        output = sample / level.sigma
+        # What a network predicts that knows the data, if they are as normal as noise.
+        alpha, sigma = level.alpha, level.sigma
+        weight = sigma - alpha if transition.prediction == "velocity" else sigma
+        output = weight / (alpha**2 + sigma**2) * sample
         step = transition.step(output, sample, level, below, noise=torch.randn(1, 256, generator=draws))
         sample = step.next_sample
         std, size = float(step.std), float(sample.square().mean().sqrt())
