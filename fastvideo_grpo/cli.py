@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from fastvideo_grpo import __version__
+from fastvideo_grpo import __version__, launcher
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     run: Callable[[argparse.Namespace], int] = module.run
     try:
+        launcher.check()
         return run(arguments)
     except (UserError, FileNotFoundError, FileExistsError) as error:
         rank = os.environ.get("RANK", "0")

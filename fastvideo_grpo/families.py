@@ -19,6 +19,7 @@ from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.sampling import schedules, transitions
+from fastvideo_grpo.sampling.schedules import Schedule
 
 if TYPE_CHECKING:
     from fastvideo_grpo.unet_memory import PassBytes
@@ -178,6 +179,14 @@ class Family(ABC):
                 below, above = value // multiple * multiple, -(-value // multiple) * multiple
                 near = f"{below} or {above}" if below else str(above)
                 yield f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}"
+
+    def schedule(self, sample: SampleConfig, facts: ModelFacts) -> Schedule:
+        """The levels that a sample passes: a flow's; a model of another paradigm has others.
+
+        Raises:
+            ValueError: these settings have none.
+        """
+        return schedules.flow(sample.steps, sample.shift)
 
     def facts(self, path: Path, *, published_if_missing: bool = False) -> ModelFacts:
         """Read the checkpoint's configuration files; see :func:`model_facts`."""
@@ -368,6 +377,10 @@ class _StableDiffusion(Family):
     def heads(self, facts: ModelFacts) -> int:
         return 1  # a UNet's convolutions need all of a sample's latents in one process
 
+    def schedule(self, sample: SampleConfig, facts: ModelFacts) -> Schedule:
+        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
+        return schedules.ddim_of(sample.steps, facts.components["scheduler"])
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
         sample, defaults = config.sample, SampleConfig()
@@ -389,7 +402,7 @@ class _StableDiffusion(Family):
         if config.prompts.text_length > longest:
             yield f"prompts.text_length is {config.prompts.text_length}; {self.kind}'s CLIP reads at most {longest} tokens"
         try:
-            schedules.ddim_of(sample.steps, facts.components["scheduler"])
+            self.schedule(sample, facts)
         except ValueError as error:
             yield f"model.path={config.model.path}: {error}"
 

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import patches_dir
@@ -441,6 +442,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
+        type=path_argument,
         metavar="DIR",
         help="a FastVideo checkout (a folder that contains fastvideo/) instead of the installed copy",
     )

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+from fastvideo_grpo import launcher
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
@@ -21,6 +23,7 @@ from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, to
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here
+from fastvideo_grpo.sampling_checks import sampling_problem
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +98,18 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(str(error))
     if config.model.attention == "flash" and config.model.precision == "fp32":
         problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
+    if not problems:
+        problems += filter(None, [_sampling_problem(config, facts)])
     if not problems and config.model.lora is not None:
         count_parameters(config, facts)  # a wrong model.lora.targets is told here, not after loading
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _sampling_problem(config: Config, facts: ModelFacts) -> str | None:
+    family = FAMILIES[config.model.kind]
+    usual = replace(SampleConfig(), **dict(family.defaults.get("sample", {})))
+    return sampling_problem(config, lambda sample: family.schedule(sample, facts), usual)
 
 
 def check_folder(config: Config) -> None:
@@ -132,7 +143,7 @@ def check_images(config: Config, world: World) -> None:
 
 def warn(config: Config) -> None:
     """Log what can run but is seldom meant."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.rank() == 0:
         for line in _cautions(config, configured_prompts(config)):
             logger.warning("%s", line)
 
@@ -153,7 +164,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
     (which on CPUs holds everything)."""
     import torch
 
-    if os.environ.get("RANK", "0") != "0":
+    if launcher.rank() != 0:
         return
     memory = estimate(config, facts, ranks, count_parameters(config, facts))
     host = sum(memory.host.values())
@@ -163,7 +174,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
             logger.warning("%s", too_little(config, memory, memory.peak, available))
     else:
         host += memory.peak
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / launcher.number("LOCAL_WORLD_SIZE", ranks)
     if host > share:
         on_gpu = torch.cuda.is_available()
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))

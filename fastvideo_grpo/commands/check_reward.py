@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ one by one, and in another order. The exit code is 1 where a reward failed, gave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file with the section rewards")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="a YAML file with the section rewards")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys")
-    parser.add_argument("--media", action="append", default=[], metavar="FILE", help="a picture or clip; may be repeated")
+    parser.add_argument(
+        "--media", action="append", type=path_argument, default=[], metavar="FILE", help="a picture or clip; may be repeated"
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="its prompt, in the same order")
     parser.add_argument("--device", default="cpu", help="where inline rewards score (default: cpu)")
     parser.epilog = EPILOG

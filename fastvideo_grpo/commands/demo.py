@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.config_paths import as_typed, path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
@@ -107,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", metavar="NAME", help=f"what is rewarded ({known}; default: the first)")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40; 30 with --video)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)"
+    )
     parser.epilog = EPILOG
 
 
@@ -123,13 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out) if arguments.out else _free_folder(Path("runs", make.removeprefix("make ")))
     data = data_dir()
     overrides = [
-        f"model.path={data / demo.checkpoint}",
-        f"prompts.path={data / 'prompts' / demo.prompts}_train.txt",
-        f"prompts.eval_path={data / 'prompts' / demo.prompts}_heldout.txt",
+        f"model.path={as_typed(data / demo.checkpoint)}",
+        f"prompts.path={as_typed(data / 'prompts' / demo.prompts)}_train.txt",
+        f"prompts.eval_path={as_typed(data / 'prompts' / demo.prompts)}_heldout.txt",
         f"prompts.seed={arguments.seed}",
         f"run.seed={arguments.seed}",
         f"run.iterations={demo.iterations if arguments.iterations is None else arguments.iterations}",
-        f"run.dir={folder}",
+        f"run.dir={as_typed(folder)}",
         *reward_settings,
         *arguments.overrides,
     ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,9 +63,21 @@ KEYS_OF_PROCESSES = ("engine.offload_idle", "run.deterministic", "run.threads", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ", ".join(STARTING_FROM)
-    parser.add_argument("--model", required=True, metavar="DIR", help=f"checkpoint folder of a text-to-image model ({kinds})")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="a .txt or .jsonl file; images it names are replaced")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help=f"checkpoint folder of a text-to-image model ({kinds})",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        required=True,
+        metavar="FILE",
+        help="a .txt or .jsonl file; images it names are replaced",
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. sample.height=544 sample.steps=30")
     parser.epilog = EPILOG.format(keys=f"{', '.join(KEYS_OF_IMAGES)},\n  {', '.join(KEYS_OF_PROCESSES)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,19 +32,27 @@ grid.png shows all of them, index.json has their prompts and rewards."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="RUN|CONFIG", help="a run folder (trained weights), or a YAML file (the model it starts from)"
+        "source",
+        type=path_argument,
+        metavar="RUN|CONFIG",
+        help="a run folder (trained weights), or a YAML file (the model it starts from)",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)"
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
         "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
-    parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
+    parser.add_argument(
+        "--out", type=path_argument, default="samples", metavar="DIR", help="folder to write (default: samples)"
+    )
     parser.add_argument("--no-rewards", action="store_true", help="do not score the samples (reward models need not be there)")
     parser.epilog = EPILOG
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import closing
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
@@ -24,7 +24,7 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
@@ -39,7 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = configuration.load(arguments.config, arguments.overrides)
     if arguments.world_size is not None and not arguments.dry_run:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
-    ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise configuration.ConfigError(f"--world-size is {arguments.world_size}; it must be at least 1")
+    ranks = arguments.world_size or launcher.world_size()
     facts = families.model_facts(config, published_if_missing=arguments.dry_run)
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:

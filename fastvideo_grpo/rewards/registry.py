@@ -92,6 +92,15 @@ def _has_gradient(factory: Factory) -> bool:
     return isinstance(factory, type) and issubclass(factory, DifferentiableReward)
 
 
+def paths(kind: Any) -> frozenset[str]:
+    """The parameters of rewards of `kind` that are files or folders, which its class (or function) names in an attribute
+    `paths`: in these `~` and variables are expanded. None of a kind that is not known here."""
+    try:
+        return frozenset(getattr(REWARDS[kind], "paths", ()))
+    except ValueError:  # told with all other wrong values; or it is known in another environment only
+        return frozenset()
+
+
 def create(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any] | None = None) -> Reward:
     """Make a reward of `kind`. Raises what `check` raises before anything is loaded, and what the reward raises."""
     factory = check(kind, checkpoint=checkpoint, params=params)

@@ -24,7 +24,7 @@ from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.residency import resident
-from fastvideo_grpo.sampling import noise, schedules, transitions
+from fastvideo_grpo.sampling import noise, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Trajectory, Walk
 from fastvideo_grpo.sampling.schedules import Level, Schedule
@@ -161,10 +161,6 @@ class Policy(ABC):
         length overrides it."""
         return {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
 
-    def make_schedule(self) -> Schedule:
-        """The sampling schedule; a model of another paradigm overrides it."""
-        return schedules.flow(self.config.sample.steps, self.config.sample.shift)
-
     # --- the loaded components --------------------------------------------------------------------------------------------
 
     @property
@@ -204,7 +200,7 @@ class Policy(ABC):
         self.config, self.world = config, world
         self.facts = model_facts(config)
         self.dtype = DTYPES[config.model.precision]
-        self.schedule = self.make_schedule()
+        self.schedule = FAMILIES[config.model.kind].schedule(config.sample, self.facts)
         self.transition = transitions.get(
             config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
         )

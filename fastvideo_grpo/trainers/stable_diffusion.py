@@ -22,9 +22,8 @@ from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.sampling import schedules
 from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
-from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.policy import Drawn
 
@@ -85,10 +84,6 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
 
     def checkpoint_activations(self, every: int) -> nn.Module:
         return checkpoint_unet(self.denoiser, every)
-
-    def make_schedule(self) -> Schedule:
-        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
-        return schedules.ddim_of(self.config.sample.steps, self.facts.components["scheduler"])
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """CLIP's sequence ``[1, text_length, width]`` of each prompt, its padding included."""
