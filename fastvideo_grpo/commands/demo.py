@@ -148,12 +148,15 @@ def run(arguments: argparse.Namespace) -> int:
         pictures_before = sample_fixed(trainer, show, 1, "pictures")
         trainer.train()
         pictures_after = sample_fixed(trainer, show, 1, "pictures")
-    before = json.loads((folder / "evaluation_before.json").read_text())
-    after = trainer.log.read()[-1]
+    lines = trainer.log.read()
+    whole = bool(lines) and lines[-1]["iteration"] == config.run.iterations - 1
+    if not (folder / "evaluation_before.json").is_file() or not whole:
+        raise UserError(f"{folder} lacks what was evaluated before or after training (see above): nothing can be compared")
+    before, after = json.loads((folder / "evaluation_before.json").read_text()), lines[-1]
 
     draw = _before_after_clips if arguments.video else _before_after
     grid = draw(folder, 6, pictures_before, pictures_after)
-    curve = _curve(folder, trainer.log.read())
+    curve = _curve(folder, lines)
     print(
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
