@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def nearest_folder(path: Path) -> Path:
         try:
             folder.lstat()
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             folder = folder.parent
     if not folder.exists():
         raise NotADirectoryError(errno.ENOTDIR, f"a link to {os.readlink(folder)}, which is not there", str(folder))
@@ -112,7 +113,9 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for entry in folder.rglob("*"):
         try:
-            total += entry.lstat().st_size
+            status = entry.lstat()
         except FileNotFoundError:
             continue
+        if not stat.S_ISDIR(status.st_mode):
+            total += status.st_size
     return total

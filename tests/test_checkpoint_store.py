@@ -150,7 +150,7 @@ class SmallDisk:
 
     def write(self, folder):
         self.tried.append(sorted(int(name) for name in os.listdir(self.folder) if name.isdigit()))
-        written = min(self.size, self.free())
+        written = min(self.size, max(0, self.free()))
         (folder / "weights").write_bytes(bytes(written))
         if written < self.size:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 TRAINER_JSON = "trainer.json"
 _SPARE = 1 << 20  # bytes that a save needs besides: what else is written in the meantime
+_LEFT = (".saving-", ".removing-")
 _RESERVED = ("iteration", "versions", "checksums", "checksum")
 _PACKAGES = ("fastvideo-grpo", "fastvideo", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -127,6 +128,11 @@ class CheckpointStore:
     def next_bytes(self) -> int:
         """What the next checkpoint will take, by those that are there; 0 if none are."""
         return max((folder_bytes(self.path(number)) for number in self.iterations()), default=0)
+
+    def leftover_bytes(self) -> int:
+        """What :meth:`clean` gives back."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sum(folder_bytes(entry) for entry in found if entry.name.startswith(_LEFT))
 
     def _short_of_room(self) -> bool:
         try:
@@ -227,7 +233,7 @@ class CheckpointStore:
                         shutil.rmtree(entry)
                     else:  # killed between the two renames: the older one is the only one
                         os.rename(entry, target)
-                elif entry.name.startswith((".saving-", ".removing-")):
+                elif entry.name.startswith(_LEFT):
                     shutil.rmtree(entry)
         self.world.barrier()
 

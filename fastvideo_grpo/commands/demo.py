@@ -133,7 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
         *arguments.overrides,
     ]
     config = configuration.load(data / demo.settings, overrides)
-    plan.check_run(config, families.model_facts(config), ranks=1)
+    facts = families.model_facts(config)
+    plan.check_run(config, facts, ranks=1)
+    plan.check_folder(config)
+    plan.check_disk(config, facts)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
