@@ -133,8 +133,8 @@ OLDEST_FIRST = "the oldest goes before a save"
     "free, there, to_come, keep, refused, cautioned",
     [
         # Full FLUX: 133 GiB a checkpoint.
-        (71, 0, 6, 3, r"of 2 that must fit beside the 0 there .* only 0 do: 71\.0 GiB are free; free", None),
-        (150, 0, 6, 1, "only 1 do", None),
+        (71, 0, 6, 3, r"takes 133\.0 GiB, and its disk has 71\.0 GiB free, where 2 must fit .*; free space", None),
+        (150, 0, 6, 1, "150.0 GiB free, where 2 must fit", None),
         (150, 0, 1, 3, None, None),
         (270, 0, 6, 1, None, None),
         (270, 0, 6, 3, None, r"saving will fail when they are there; set run\.keep=2"),
@@ -142,7 +142,7 @@ OLDEST_FIRST = "the oldest goes before a save"
         (540, 0, 6, 3, None, None),
         # Going on: what is there counts, as far as `keep` lets it go.
         (0, 3, 2, 3, None, OLDEST_FIRST),
-        (0, 2, 2, 3, r"of 1 that must fit beside the 2 there.*, set run\.keep=2, or train LoRA", None),
+        (0, 2, 2, 3, r"where 1 more must fit.*, set run\.keep=2, or train LoRA", None),
         (0, 2, 2, 2, None, OLDEST_FIRST),
         (0, 1, 1, 1, r"free space there, choose a run\.dir on another disk, or train LoRA", None),
         (0, 3, 0, 3, None, None),

@@ -118,11 +118,10 @@ def room_problem(config: Config, room: CheckpointRoom) -> str | None:
         ways_out.append(f"set run.keep={room.fit}")
     if config.model.lora is None:
         ways_out.append("train LoRA (model.lora.rank), whose checkpoints are small")
-    more = room.needed - room.there
+    more = f"{room.needed - room.there} more" if room.there else str(room.needed)
     return (
-        f"run.dir={config.run.dir}: a checkpoint takes {gib(room.each)}, and of {more} that must fit beside the {room.there} "
-        f"there (the newest stays until the next is whole) only {room.free // room.each} do: {gib(room.free)} are free; "
-        f"{', '.join(ways_out[:-1])}, or {ways_out[-1]}"
+        f"run.dir={config.run.dir}: a checkpoint takes {gib(room.each)}, and its disk has {gib(room.free)} free, where {more} "
+        f"must fit (the newest stays until the next is whole); {', '.join(ways_out[:-1])}, or {ways_out[-1]}"
     )
 
 
