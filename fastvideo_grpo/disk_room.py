@@ -99,6 +99,16 @@ def refused_file(path: Path) -> Refusal | None:
     return None
 
 
+def free_folder(folder: Path) -> Path:
+    """The first of FOLDER, FOLDER-2, FOLDER-3, ... that is not there."""
+    number = 2
+    candidate = folder
+    while os.path.lexists(candidate):
+        candidate = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return candidate
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk on which a folder lies, or will.
 

@@ -141,7 +141,7 @@ class SmallDisk:
     def __init__(self, folder, room, monkeypatch, quota=False):
         self.folder, self.size, self.monkeypatch = folder, 100_000, monkeypatch
         self.capacity = int(room * 1.05 * self.size)
-        monkeypatch.setattr(store_module, "_SPARE", 0)
+        monkeypatch.setattr(store_module, "SPARE", 0)
         monkeypatch.setattr(store_module, "free_bytes", lambda folder: 1 << 40 if quota else self.free())
         self.tried = []
 

@@ -172,6 +172,7 @@ def test_what_is_told_of_the_room_comes_true(tmp_path, monkeypatch, fit, keep):
     store = folder.run_store(config)
     store.folder.mkdir(parents=True)
     disk = SmallDisk(store.folder, fit, monkeypatch)
+    monkeypatch.setattr(folder, "SPARE", 0)
     room = folder.checkpoint_room(config, disk.size)
     room = CheckpointRoom(disk.size, disk.free(), room.there, room.to_come, keep)
     assert room.to_come == 6 and room.fit == fit

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
-from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, save_samples
+from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, not_samples, save_samples
 from fastvideo_grpo.tracking.wandb_run import WandbRun
 
 
@@ -127,6 +127,23 @@ def test_samples_are_saved_with_prompt_and_rewards(tmp_path):
     index = json.loads((tmp_path / "index.json").read_text())
     assert [entry["file"] for entry in index] == ["0000.png", "0001.png", "0002.png"]
     assert index[1] == {"file": "0001.png", "prompt": "a dog", "rewards": {"m/score": None}}
+
+
+def test_samples_in_the_folder_give_way_whatever_their_number(tmp_path):
+    """A run that goes on saves the pictures of an iteration again, perhaps of fewer prompts, or clips where there were none."""
+    (tmp_path / "notes.txt").write_text("mine")
+    save_samples(tmp_path, torch.zeros(5, 1, 32, 32, 3, dtype=torch.uint8), ["a cat"] * 5, [{}] * 5)
+    save_samples(
+        tmp_path, torch.zeros(2, 1, 32, 32, 3, dtype=torch.uint8), ["a dog"] * 2, [{}] * 2, made_from={"weights": "ema"}
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "0001.png", "grid.png", "index.json", "notes.txt"]
+    assert json.loads((tmp_path / "index.json").read_text())[1] == {
+        **{"file": "0001.png", "prompt": "a dog", "rewards": {}, "weights": "ema"}
+    }
+    save_samples(tmp_path, clips_of(2), ["a cat", "a dog"], [{}] * 2, fps=8)
+    save_samples(tmp_path, torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), ["a cat"], [{}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "grid.png", "index.json", "notes.txt"]
+    assert not_samples(tmp_path) == ["notes.txt"]
 
 
 def clips_of(batch=2, frames=9, height=32, width=48):

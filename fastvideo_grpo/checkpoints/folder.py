@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo_grpo.checkpoints.lock import lock_folder
-from fastvideo_grpo.checkpoints.store import CheckpointStore
+from fastvideo_grpo.checkpoints.store import SPARE, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.disk_room import Refusal, free_bytes, refusal, refused_file
 from fastvideo_grpo.memory import gib
@@ -80,7 +80,7 @@ class CheckpointRoom:
     @property
     def fit(self) -> int:
         """How many there can be, those that are there among them."""
-        return self.there + self.free // self.each
+        return self.there + max(0, self.free - SPARE) // self.each
 
     @property
     def needed(self) -> int:

@@ -31,7 +31,9 @@ from fastvideo_grpo.memory import gib
 logger = logging.getLogger(__name__)
 
 TRAINER_JSON = "trainer.json"
-_SPARE = 1 << 20  # bytes that a save needs besides: what else is written in the meantime
+SPARE = 1 << 20
+"""Bytes of a disk that are left to what else is written."""
+
 _LEFT = (".saving-", ".removing-")
 _RESERVED = ("iteration", "versions", "checksums", "checksum")
 _PACKAGES = ("fastvideo-grpo", "fastvideo", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy")
@@ -136,7 +138,7 @@ class CheckpointStore:
 
     def _short_of_room(self) -> bool:
         try:
-            return free_bytes(self.folder) < 1.02 * self.next_bytes() + _SPARE
+            return free_bytes(self.folder) < 1.02 * self.next_bytes() + SPARE
         except OSError:
             return False  # saving will meet it, and say so
 

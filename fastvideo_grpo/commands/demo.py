@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.disk_room import free_folder
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.resources import data_dir
 
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--reward is {chosen!r}; this demo has {', '.join(demo.rewards)}")
     reward_settings, meaning = demo.rewards[chosen]
     make = "make demo-video" if arguments.video else "make demo"
-    folder = Path(arguments.out) if arguments.out else _free_folder(Path("runs", make.removeprefix("make ")))
+    folder = Path(arguments.out) if arguments.out else free_folder(Path("runs", make.removeprefix("make ")))
     data = data_dir()
     overrides = [
         f"model.path={data / demo.checkpoint}",
@@ -179,15 +180,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8')
     print(f"  fastvideo-grpo export {folder} --out exported --pipeline")
     return 0
-
-
-def _free_folder(folder: Path) -> Path:
-    number = 2
-    candidate = folder
-    while candidate.exists():
-        candidate = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return candidate
 
 
 def _before_after(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:
