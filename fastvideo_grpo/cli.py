@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from fastvideo_grpo import __version__, launcher
+from fastvideo_grpo.disk_room import REFUSING, describe
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 
@@ -83,13 +84,21 @@ def main(argv: list[str] | None = None) -> int:
         launcher.check()
         return run(arguments)
     except (UserError, FileNotFoundError, FileExistsError) as error:
-        rank = os.environ.get("RANK", "0")
-        who = "" if rank == "0" else f"[rank {rank}] "
-        print(f"fastvideo-grpo {arguments.command}: {who}{runnable(str(error))}", file=sys.stderr)
-        return 1
+        return _told(arguments, str(error))
+    except OSError as error:
+        if error.errno not in REFUSING:
+            raise
+        return _told(arguments, f"{describe(error)}; free space or repair it, or choose another place")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _told(arguments: argparse.Namespace, text: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[rank {rank}] "
+    print(f"fastvideo-grpo {arguments.command}: {who}{runnable(text)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo import launcher
-from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
+from fastvideo_grpo.checkpoints import folder
+from fastvideo_grpo.checkpoints.store import CheckpointError
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
+from fastvideo_grpo.disk_room import free_bytes, refusal
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
 from fastvideo_grpo.grpo import timesteps
@@ -117,18 +119,56 @@ def check_folder(config: Config) -> None:
     from fastvideo_grpo.checkpoints.resume import check_resumable
     from fastvideo_grpo.prompts.embeddings import encoder_identity
 
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep)
-    for iteration in store.iterations()[-1:]:
+    store = folder.run_store(config)
+    for iteration in reversed(store.iterations()):
         try:
             state = store.load_trainer_json(store.path(iteration))
         except CheckpointError:
-            return  # damaged: resuming will name it and take the one before
+            continue  # damaged: resuming will name it and take the one before
         check_resumable(
             state,
             config,
             prompts_of(config, config.prompts.path),
             encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
+        return
+
+
+def check_disk(config: Config, facts: ModelFacts) -> None:
+    """Raise :class:`ConfigError` if the run cannot write to ``run.dir``, or its checkpoints will not fit; warn where
+    ``run.keep`` of them do not. Call it on one process, after :func:`check_folder`."""
+    folder.make_writable(config)
+    room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+    problem, caution = folder.room_problem(config, room), folder.room_caution(config, room)
+    if problem is not None:
+        raise ConfigError(problem)
+    if caution is not None:
+        logger.warning("%s", caution)
+
+
+def _disk_notes(config: Config, facts: ModelFacts, embeddings: int) -> list[str]:
+    """What :func:`check_disk` would say on this machine, and whether the embeddings would fit; nothing is changed."""
+    answer = folder.refused(config)
+    notes = [] if answer is None else [folder.not_written(config, answer)]
+    if answer is None or answer.full:
+        room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+        notes += [line for line in (folder.room_problem(config, room), folder.room_caution(config, room)) if line is not None]
+    if config.prompts.embeddings != "none":
+        cache = Path(config.prompts.embeddings)
+        answer = refusal(cache)
+        if answer is not None:
+            notes.append(f"prompts.embeddings={cache} takes no new ones: {answer.reason}")
+        elif not cache.exists() and embeddings > free_bytes(cache):
+            notes.append(
+                f"prompts.embeddings={cache}: {gib(embeddings)} of embeddings, and {gib(free_bytes(cache))} are free on the "
+                "disk there; point it at another, or set it to none"
+            )
+    return notes
+
+
+def checkpoint_bytes(config: Config, facts: ModelFacts) -> int:
+    """Of a checkpoint: float32 weights and two moments of what is trained, and its EMA."""
+    return (12 + 4 * bool(config.optim.ema_decay)) * count_parameters(config, facts)[0]
 
 
 def check_images(config: Config, world: World) -> None:
@@ -217,7 +257,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
         + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
         *describe_memory(estimate(config, facts, ranks, (trainable, total))),
-        f"disk         {gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
+        f"disk         {gib(checkpoint_bytes(config, facts))} a checkpoint, {config.run.keep} kept",
         f"sample       {sample.width}x{sample.height} pixels"
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
@@ -250,7 +290,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    lines += [f"note         {line}" for line in _cautions(config, prompts)]
+    notes = [*_cautions(config, prompts), *_disk_notes(config, facts, embedding * len(prompts))]
+    lines += [f"note         {line}" for line in notes]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

@@ -63,6 +63,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
+    world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
     with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)

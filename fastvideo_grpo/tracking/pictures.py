@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _CLIP_SIDE = 256  # pixels of the longer side; smaller clips are enlarged: playe
 _TEXT_WIDTH = 240  # pixels beside a clip
 _LINE = 14  # pixels from one line of a caption to the next
 _CRF = 12  # x264's constant rate factor: 0 is lossless, 17 can hardly be told from the original, 23 is its default
+_SAMPLE = re.compile(r"\d{4,}\.(png|mp4)")
+_GRID, _INDEX = "grid.png", "index.json"
 _BT709 = 1  # in H.264's tables of colour spaces, primaries and transfer curves
 
 
@@ -174,8 +177,11 @@ def save_samples(
     columns: int = 4,
     *,
     fps: float | None = None,
+    made_from: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write the samples, ``grid.png`` with all of them and ``index.json``; returns the samples' files.
+
+    Samples that are in the folder already give way, all of them, whatever their number.
 
     Images are ``0000.png`` ..., ``columns`` to a row of the grid. Clips are ``0000.mp4`` ... (``encode_mp4``: small ones
     are enlarged), each with a contact sheet of some of its frames, ``0000.png`` ...; the grid has a row for each clip.
@@ -186,15 +192,21 @@ def save_samples(
         media: uint8 ``[B, F, H, W, 3]``; F = 1: images.
         rewards: for each sample, reward name -> score (None where invalid).
         fps: frames per second of clips; images need none.
+        made_from: what else the index says of each sample, such as the model that drew it.
 
     Raises:
         ValueError: clips without ``fps``.
         OSError: the disk refused.
     """
     frames, height, width = media.shape[1:4]
+    if frames > 1 and fps is None:
+        raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _INDEX).unlink(missing_ok=True)  # until all is there
     captions = [caption(p, r) for p, r in zip(prompts, rewards, strict=True)]
-    index: list[dict[str, Any]] = [{"file": "", "prompt": p, "rewards": r} for p, r in zip(prompts, rewards, strict=True)]
+    index: list[dict[str, Any]] = [
+        {"file": "", "prompt": p, "rewards": r, **(made_from or {})} for p, r in zip(prompts, rewards, strict=True)
+    ]
     images = []
     for i, (sample, entry) in enumerate(zip(media, index, strict=True)):
         picture = f"{i:04d}.png"
@@ -202,17 +214,32 @@ def save_samples(
             images.append(to_image(sample))
             entry["file"] = picture
         else:
-            if fps is None:
-                raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
+            assert fps is not None
             images.append(contact_sheet(sample))
             entry["file"] = f"{i:04d}.mp4"
             write_atomic(folder / entry["file"], encode_mp4(sample, fps))
             entry.update(contact_sheet=picture, fps=fps, frames=frames, enlarged=enlargement(height, width))
-        images[-1].save(folder / picture)
+        _write_png(folder / picture, images[-1])
     sheet = grid(images, captions, min(columns, len(images))) if frames == 1 else rows(images, captions)
-    sheet.save(folder / "grid.png")
-    write_atomic(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+    _write_png(folder / _GRID, sheet)
+    written = {entry[key] for entry in index for key in ("file", "contact_sheet") if key in entry}
+    for path in folder.iterdir():
+        if _SAMPLE.fullmatch(path.name) and path.name not in written:  # of a larger set, or of clips
+            path.unlink()
+    write_atomic(folder / _INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
     return [folder / entry["file"] for entry in index]
+
+
+def not_samples(folder: Path) -> list[str]:
+    """Names in a folder of what :func:`save_samples` did not write."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name not in (_GRID, _INDEX) and not _SAMPLE.fullmatch(name))
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, format="png")
+    write_atomic(path, content.getvalue())
 
 
 def caption(prompt: str, rewards: dict[str, Any]) -> str:
