@@ -18,10 +18,19 @@ from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig,
 from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.disk_room import free_bytes, refusal
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
+from fastvideo_grpo.families import (
+    FAMILIES,
+    ModelFacts,
+    configured_prompts,
+    lora_settings,
+    model_facts,
+    prompt_file_of,
+    prompts_of,
+)
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
+from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here
@@ -184,18 +193,55 @@ def check_images(config: Config, world: World) -> None:
 def warn(config: Config) -> None:
     """Log what can run but is seldom meant."""
     if launcher.rank() == 0:
-        for line in _cautions(config, configured_prompts(config)):
+        for line in _cautions(config):
             logger.warning("%s", line)
 
 
-def _cautions(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+def warn_of_cut(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Log which of the prompts that will be drawn a text encoder does not read to their end."""
+    if launcher.rank() == 0:
+        for line in cut_by_encoders(config, prompts):
+            logger.warning("%s", line)
+
+
+def cut_by_encoders(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    """A line for each text encoder that does not read all prompts to their end, by the checkpoint's tokenizers; nothing is
+    loaded besides.
+
+    Raises:
+        TokenizerError: a tokenizer cannot be read, or its files disagree.
+    """
+    from fastvideo_grpo.tracking.console import Console
+
+    checkpoint, lines = Path(config.model.path), []
+    texts = {"prompts": [prompt.text for prompt in prompts]}
+    if config.sample.cfg_scale > 1:
+        negative = (prompt.negative_text(config.sample.negative_prompt) for prompt in prompts)
+        texts["negative prompts"] = list(dict.fromkeys(negative))
+    for reader in FAMILIES[config.model.kind].text_readers(config, model_facts(config)):
+        tokenizer = reader.load_tokenizer(checkpoint)
+        for what, listed in texts.items():
+            show = Console().progress(f"tokens of {what} for {reader.name}")
+            cut = cut_texts(listed, reader, tokenizer, show)
+            lines += [describe_cut(listed, cut, reader, what)] if cut else []
+    return lines
+
+
+def _cautions(config: Config) -> list[str]:
+    """What can run but is seldom meant, and what of the prompts will not be seen."""
     lines = cautions(config)
+    paths = [path for path in (config.prompts.path, config.prompts.eval_path) if path is not None]
+    files = [prompt_file_of(config, path) for path in paths]
+    prompts = [prompt for file in files for prompt in file.prompts]
+    lines += [note for file in files for note in file.notes]
     unread = sum(prompt.negative_prompt is not None for prompt in prompts)
     if unread and config.sample.cfg_scale <= 1:
         lines.append(
             f"{unread} of {len(prompts)} prompts have a negative prompt, which nobody reads without guidance: set "
             "sample.cfg_scale above 1, or leave them out"
         )
+    if Path(config.model.path).exists():
+        lines += cut_by_encoders(config, prompts)
     return lines
 
 
@@ -290,7 +336,9 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    notes = [*_cautions(config, prompts), *_disk_notes(config, facts, embedding * len(prompts))]
+    if not Path(config.model.path).exists():
+        lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
+    notes = [*_cautions(config), *_disk_notes(config, facts, embedding * len(prompts))]
     lines += [f"note         {line}" for line in notes]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")

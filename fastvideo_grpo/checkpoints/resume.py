@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,16 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"{len(changed_images)} images are others than when {config.run.dir} was started, first {first.image} of prompt "
             f"{first.id!r}; restore them, or choose another run.dir"
         )
-    if state["prompts"] != prompts_digest(prompts, config):
+    alone = prompts_digest(prompts, config, metadata=False)
+    same = [prompts_digest(prompts, config)]
+    if "prompts_alone" not in state:
+        same.append(alone)  # saved before metadata counted: nothing says what it was
+    if state["prompts"] not in same:
+        if state.get("prompts_alone") == alone:
+            raise ConfigError(
+                f"prompts.path={config.prompts.path} says something else of its prompts, which rewards are told, than when "
+                f"{config.run.dir} was started (the prompts are the same); restore the file, or choose another run.dir"
+            )
         raise ConfigError(
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
@@ -69,12 +79,23 @@ def image_digests(prompts: Sequence[Prompt]) -> dict[str, str]:
     return {prompt.id: image_digest(prompt.image)[:16] for prompt in prompts if prompt.image is not None}
 
 
-def prompts_digest(prompts: Sequence[Prompt], config: Config) -> str:
-    """Changes when a prompt, its id or the order of the file does, or a negative prompt where there is guidance."""
+def prompts_state(prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """What :func:`check_resumable` wants to know of the prompts later, as a part of trainer.json."""
+    return {
+        "prompts": prompts_digest(prompts, config),
+        "prompts_alone": prompts_digest(prompts, config, metadata=False),
+    }
+
+
+def prompts_digest(prompts: Sequence[Prompt], config: Config, *, metadata: bool = True) -> str:
+    """Changes when a prompt, its id or the order of the file does, a negative prompt where there is guidance, or (``metadata``)
+    what the file says of a prompt besides, which rewards are told; in which order it says so does not matter."""
     lines = []
     for prompt in prompts:
         parts = [prompt.id, prompt.text]
         if prompt.negative_prompt is not None and config.sample.cfg_scale > 1:
             parts += ["negative prompt", prompt.negative_prompt]
+        if metadata and prompt.metadata:
+            parts += ["metadata", json.dumps(prompt.metadata, sort_keys=True)]
         lines.append("\x1f".join(parts))
     return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()

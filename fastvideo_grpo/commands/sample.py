@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from fastvideo_grpo.errors import UserError
 if TYPE_CHECKING:
     from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
     from fastvideo_grpo.prompts.files import Prompt
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=path_argument,
         metavar="FILE",
-        help="a .txt or .jsonl prompt file (default: the configured eval or training prompts)",
+        help="a prompt file (docs/prompts.md; default: the configured eval or training prompts)",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
@@ -89,7 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
             '{"prompt": ..., "image": ...}, and give it with --prompts'
         )
     if arguments.prompts or not prompts:
-        prompts += families.prompts_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        file = families.prompt_file_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        prompts += file.prompts
+        for note in file.notes:
+            logger.warning("%s", note)
     if starts_from_images:
         check_images(prompts, config.sample.height, config.sample.width, World())
     # One process draws, whatever trained the weights, and encodes only what it is asked for.
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     which = "start" if checkpoint is None else arguments.weights or "model"
     out = _folder(arguments, checkpoint, which)
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
+    plan.warn_of_cut(config, prompts)
     sheet = draw(config, checkpoint, which, prompts, arguments.samples, out)
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
     what = "pictures" if config.sample.frames == 1 else clips

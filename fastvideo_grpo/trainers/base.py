@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
-from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_digest
+from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
 from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.durable_files import keep_going, write_atomic
@@ -431,7 +431,7 @@ class GRPOTrainer(Policy):
             return {
                 "config": configuration.to_dict(self.config),
                 "normalisation": self.normalisation.state(),
-                "prompts": prompts_digest(self.prompts, self.config),
+                **prompts_state(self.prompts, self.config),
                 "images": image_digests(self.prompts),
                 "denoiser": self._denoiser_identity,
                 "noise": noise.VERSION,

@@ -31,7 +31,7 @@ def split_guidance(conditioning: Conditioning) -> tuple[Conditioning, Conditioni
 
 def negative_of(prompt: Prompt, config: Config) -> Prompt:
     """The negative prompt, as a prompt of its own (most prompts share one): the file's, or ``sample.negative_prompt``."""
-    text = config.sample.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+    text = prompt.negative_text(config.sample.negative_prompt)
     return Prompt(text_id(f"{NEGATIVE}{text}"), text)
 
 
@@ -48,6 +48,7 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[Policy], world
         "text_length": config.prompts.text_length,
         "dtype": config.prompts.embedding_dtype,
         "precision": config.model.precision,
+        **model.encoding,
     }
     components = [*model.text_encoders, *model.tokenizers]
     if FAMILIES[config.model.kind].reads_images:

@@ -52,6 +52,7 @@ class Policy(ABC):
 
     Attributes:
         text_encoders, tokenizers: component names in model_index.json; they leave memory when all embeddings are cached.
+        encoding: what tells its embeddings from those that earlier versions of the trainer made of the same files.
         config, world: of the run, and its processes.
         facts: what the checkpoint's configuration files say.
         dtype: what the network computes in.
@@ -61,6 +62,7 @@ class Policy(ABC):
 
     text_encoders: ClassVar[tuple[str, ...]] = ()
     tokenizers: ClassVar[tuple[str, ...]] = ()
+    encoding: ClassVar[dict[str, Any]] = {}
 
     config: Config
     world: World

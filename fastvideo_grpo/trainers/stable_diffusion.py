@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
@@ -22,6 +22,7 @@ from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.prompts.tokenizers import load_tokenizer
 from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
@@ -55,7 +56,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         if with_text_encoders:
             encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
             self.components["text_encoder"] = encoder.to(waits)
-            self.components["tokenizer"] = CLIPTokenizer.from_pretrained(self.checkpoint / "tokenizer", local_files_only=True)
+            self.components["tokenizer"] = load_tokenizer(self.checkpoint / "tokenizer")
         self.setup(config, world)
 
     def load_denoiser(self) -> nn.Module:
