@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, score, save."""
+    """Draw, score, save. Exit code 1 where no sample is finite."""
     from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.prompts.files import Prompt, text_id
@@ -86,15 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_rewards:
         config.rewards.models = {}
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
-    sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
+    faults, sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
     what = "pictures" if config.sample.frames == 1 else clips
-    print(f"{len(prompts) * arguments.samples} {what} in {arguments.out}; all of them: {sheet}")
-    return 0
+    found = Counter(fault for fault in faults if fault is not None)
+    print(f"{len(faults) - found.total()} {what} in {arguments.out}; all of them: {sheet}")
+    for fault, count in found.items():
+        print(f"{count} of {len(faults)} are invalid and have no file: {fault}")
+    return 0 if found.total() < len(faults) else 1
 
 
-def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
-    """Load the model, draw and save; returns the grid's path."""
+def draw(
+    config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path
+) -> tuple[list[str | None], Path]:
+    """Load the model, draw and save; returns what of each sample is not finite, and the grid's path."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process
@@ -110,5 +116,6 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
         drawn = sample_fixed(trainer, prompts, samples, "sample")
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=config.sample.fps)
-    return out / "grid.png"
+    columns, scores = max(samples, 4), drawn.by_sample()
+    save_samples(out, drawn.media, texts, scores, columns, faults=drawn.faults, fps=config.sample.fps)
+    return drawn.faults, out / "grid.png"
