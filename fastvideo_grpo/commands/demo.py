@@ -188,15 +188,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _before_after(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:
     """Two rows of pictures from the same noise, prompts trained on first."""
-    from fastvideo_grpo.tracking.pictures import caption, grid, to_image
+    from fastvideo_grpo.tracking.pictures import caption, grid, placeholder, to_image
 
     images, captions = [], []
     for drawn in (before, after):
         for i, prompt in enumerate(drawn.prompts):
             assert drawn.media is not None  # one process
-            images.append(to_image(drawn.media[i]))
+            picture, fault = drawn.media[i], drawn.faults[i]
+            images.append(to_image(picture) if fault is None else placeholder(*picture.shape[1:3]))
             text = prompt.text if i < trained else f"{prompt.text} (kept out)"
-            captions.append(caption(text, drawn.by_sample()[i]))
+            captions.append(caption(text, drawn.by_sample()[i], fault))
     path = folder / "before_after.png"
     grid(images, captions, len(before.prompts), row_titles=["before", "after"]).save(path)
     return path
@@ -204,15 +205,16 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
 
 def _before_after_clips(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:
     """Contact sheets of clips from the same noise, before above after for each prompt, prompts trained on first."""
-    from fastvideo_grpo.tracking.pictures import caption, contact_sheet, rows
+    from fastvideo_grpo.tracking.pictures import caption, contact_sheet, placeholder, rows
 
     sheets, captions = [], []
     for i, prompt in enumerate(before.prompts):
         text = prompt.text if i < trained else f"{prompt.text} (kept out)"
         for when, drawn in (("before", before), ("after", after)):
             assert drawn.media is not None  # one process
-            sheets.append(contact_sheet(drawn.media[i]))
-            captions.append(f"{when}: {caption(text, drawn.by_sample()[i])}")
+            clip, fault = drawn.media[i], drawn.faults[i]
+            sheets.append(contact_sheet(clip) if fault is None else placeholder(*clip.shape[1:3]))
+            captions.append(f"{when}: {caption(text, drawn.by_sample()[i], fault)}")
     path = folder / "before_after.png"
     rows(sheets, captions).save(path)
     return path

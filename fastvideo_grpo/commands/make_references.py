@@ -304,24 +304,20 @@ def draw(trainer: GRPOTrainer, prompt: Prompt, seed: int) -> Tensor:
     """The image of a prompt, uint8 ``[H, W, 3]``, from noise keyed by the prompt's id.
 
     Raises:
-        UserError: it is not finite.
+        UserError: it is not finite, from its latents to its pixels.
     """
     from fastvideo_grpo.sampling.noise import SampleKey
 
     drawn = trainer.draw(prompt, [SampleKey(seed, 0, 0, prompt.id, 0, "reference")], deterministic=True)
     trainer.forget_conditioning()  # it will not be asked for again
     assert drawn.media is not None  # every process leads: none shares a sample
-    if not bool(drawn.finite.all()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is not finite, so it is not written: try model.precision=fp32, and see that "
-            f"the checkpoint {trainer.checkpoint} is whole"
-        )
-    precision = trainer.config.model.vae_precision
-    if precision != "fp32" and not bool(drawn.media.any()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is black all over, as it is when model.vae_precision={precision} overflows, so "
-            "it is not written: set model.vae_precision=fp32"
-        )
+    (fault,) = drawn.faults()
+    if fault is not None:
+        model = trainer.config.model
+        key = "vae_precision" if fault.startswith("decoding") else "precision"
+        precision = getattr(model, key)
+        way = f"set model.{key}=fp32 (it is {precision})" if precision != "fp32" else f"see that {model.path} is whole"
+        raise UserError(f"the image of prompt {prompt.id!r} is not written: {fault}; {way}")
     return drawn.media[0, 0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, score, save."""
+    """Draw, score, save. Exit code 1 where no sample is finite."""
     from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.prompts.files import Prompt, text_id
@@ -108,11 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
     out = _folder(arguments, checkpoint, which)
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
     plan.warn_of_cut(config, prompts)
-    sheet = draw(config, checkpoint, which, prompts, arguments.samples, out)
+    faults, sheet = draw(config, checkpoint, which, prompts, arguments.samples, out)
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
     what = "pictures" if config.sample.frames == 1 else clips
-    print(f"{len(prompts) * arguments.samples} {what} in {out}; all of them: {sheet}")
-    return 0
+    found = Counter(fault for fault in faults if fault is not None)
+    print(f"{len(faults) - found.total()} {what} in {out}; all of them: {sheet}")
+    for fault, count in found.items():
+        print(f"{count} of {len(faults)} are invalid and have no file: {fault}")
+    return 0 if found.total() < len(faults) else 1
 
 
 def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, which: str) -> Path:
@@ -144,8 +148,10 @@ def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, whi
     return out
 
 
-def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
-    """Load the model, draw and save; returns the grid's path."""
+def draw(
+    config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path
+) -> tuple[list[str | None], Path]:
+    """Load the model, draw and save; returns what of each sample is not finite, and the grid's path."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process
@@ -162,6 +168,6 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
     model = {"checkpoint": config.model.path if checkpoint is None else str(checkpoint.folder), "weights": which}
-    fps = config.sample.fps
-    save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=fps, made_from=model)
-    return out / "grid.png"
+    columns, fps = max(samples, 4), config.sample.fps
+    save_samples(out, drawn.media, texts, drawn.by_sample(), columns, faults=drawn.faults, fps=fps, made_from=model)
+    return drawn.faults, out / "grid.png"

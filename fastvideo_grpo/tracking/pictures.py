@@ -34,6 +34,15 @@ def to_image(media: Tensor) -> Image.Image:
     return Image.fromarray(np.asarray(media[0].cpu()))
 
 
+def placeholder(height: int, width: int) -> Image.Image:
+    """Grey and crossed out: what stands where a sample is not finite, so that nobody takes it for a black picture."""
+    image = Image.new("RGB", (width, height), (160, 160, 160))
+    draw = ImageDraw.Draw(image)
+    draw.line((0, 0, width, height), fill=(90, 90, 90), width=1 + min(height, width) // 64)
+    draw.line((0, height, width, 0), fill=(90, 90, 90), width=1 + min(height, width) // 64)
+    return image
+
+
 def grid(
     images: Sequence[Image.Image],
     captions: Sequence[str],
@@ -176,6 +185,7 @@ def save_samples(
     rewards: Sequence[dict[str, Any]],
     columns: int = 4,
     *,
+    faults: Sequence[str | None] | None = None,
     fps: float | None = None,
     made_from: Mapping[str, Any] | None = None,
 ) -> list[Path]:
@@ -186,11 +196,13 @@ def save_samples(
     Images are ``0000.png`` ..., ``columns`` to a row of the grid. Clips are ``0000.mp4`` ... (``encode_mp4``: small ones
     are enlarged), each with a contact sheet of some of its frames, ``0000.png`` ...; the grid has a row for each clip.
     The index says file, prompt and rewards; of clips also contact_sheet, fps, frames (of the file, as of the clip) and
-    enlarged (the factor).
+    enlarged (the factor). A sample with a fault has no file: the index has null and says why (``invalid``), the grid a crossed
+    out :func:`placeholder`.
 
     Args:
         media: uint8 ``[B, F, H, W, 3]``; F = 1: images.
         rewards: for each sample, reward name -> score (None where invalid).
+        faults: for each sample, what of it is not finite, or None; left out where all are sound.
         fps: frames per second of clips; images need none.
         made_from: what else the index says of each sample, such as the model that drew it.
 
@@ -203,13 +215,18 @@ def save_samples(
         raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _INDEX).unlink(missing_ok=True)  # until all is there
-    captions = [caption(p, r) for p, r in zip(prompts, rewards, strict=True)]
+    faults = [None] * len(media) if faults is None else faults
+    captions = [caption(p, r, f) for p, r, f in zip(prompts, rewards, faults, strict=True)]
     index: list[dict[str, Any]] = [
         {"file": "", "prompt": p, "rewards": r, **(made_from or {})} for p, r in zip(prompts, rewards, strict=True)
     ]
     images = []
-    for i, (sample, entry) in enumerate(zip(media, index, strict=True)):
+    for i, (sample, entry, fault) in enumerate(zip(media, index, faults, strict=True)):
         picture = f"{i:04d}.png"
+        if fault is not None:
+            images.append(placeholder(height, width))
+            entry.update(file=None, invalid=fault)
+            continue
         if frames == 1:
             images.append(to_image(sample))
             entry["file"] = picture
@@ -227,7 +244,7 @@ def save_samples(
         if _SAMPLE.fullmatch(path.name) and path.name not in written:  # of a larger set, or of clips
             path.unlink()
     write_atomic(folder / _INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
-    return [folder / entry["file"] for entry in index]
+    return [folder / entry["file"] for entry in index if entry["file"] is not None]
 
 
 def not_samples(folder: Path) -> list[str]:
@@ -242,9 +259,11 @@ def _write_png(path: Path, image: Image.Image) -> None:
     write_atomic(path, content.getvalue())
 
 
-def caption(prompt: str, rewards: dict[str, Any]) -> str:
-    """The prompt, and a line per reward."""
+def caption(prompt: str, rewards: dict[str, Any], fault: str | None = None) -> str:
+    """The prompt, and a line per reward; of a sample with a fault that instead."""
     lines = [
         f"{name.rpartition('/')[2]} {score:.3f}" if score is not None else f"{name} invalid" for name, score in rewards.items()
     ]
+    if fault is not None:
+        lines = [f"invalid: {fault}"]
     return "\n".join([prompt if len(prompt) <= 80 else prompt[:77] + "...", *lines])

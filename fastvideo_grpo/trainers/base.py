@@ -48,6 +48,14 @@ from fastvideo_grpo.tracking.pictures import caption, save_samples
 from fastvideo_grpo.tracking.provenance import git_commit, versions
 from fastvideo_grpo.tracking.statistics import Clock, UpdateStatistics, memory_metrics
 from fastvideo_grpo.tracking.wandb_run import WandbRun
+from fastvideo_grpo.trainers.not_finite import (
+    DECODING,
+    SAMPLING,
+    Blame,
+    fault_metrics,
+    newest_sound,
+    since,
+)
 from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.replay import fetch_trajectories, replay_batch
 from fastvideo_grpo.trainers.scoring import (
@@ -57,7 +65,6 @@ from fastvideo_grpo.trainers.scoring import (
     begin_scoring,
     make_rewards,
     reward_metrics,
-    sound_samples,
 )
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
@@ -71,6 +78,7 @@ class Rollout:
     ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
     the leader of its sequence-parallel group has them.
     ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``raw``: the scores before the outputs' transforms.
+    ``faults``: of each of ``FAULTS``, the samples that have it, bool ``[P, G]``.
     ``prompts``: of each group. ``retried``: requests to rewards that were made again.
     """
 
@@ -80,6 +88,7 @@ class Rollout:
     scores: dict[str, Tensor]
     raw: dict[str, Tensor]
     valid: dict[str, Tensor]
+    faults: dict[str, Tensor]
     retried: int
 
 
@@ -150,6 +159,11 @@ class GRPOTrainer(Policy):
         check_resumable(state, self.config, self.prompts, self._denoiser_identity)
         assert self.engine is not None
         self.engine.load(newest / "state")
+        if not self.engine.weights_are_finite():
+            raise UserError(
+                f"the weights in {newest} are not finite, so that sampling gives NaN: move it out of {self.store.folder} to go "
+                "on from the checkpoint before it, or start anew in another run.dir"
+            )
         self.normalisation.restore(state.get("normalisation", {}))  # runs from before there was another one have none
         iteration = int(state["iteration"])
         if self.world.rank == 0:
@@ -202,7 +216,7 @@ class GRPOTrainer(Policy):
             clock = Clock()
             prompts = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, prompts, clock)
-            metrics = {"iteration": iteration, **reward_metrics(rollout, self.rewards)}
+            metrics = {"iteration": iteration, **fault_metrics(rollout.faults), **reward_metrics(rollout, self.rewards)}
             self._check_invalid(iteration, rollout)
             advantages = self.normalisation.advantages(
                 rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in prompts]
@@ -266,12 +280,12 @@ class GRPOTrainer(Policy):
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))
         retried = self.rewards.retried.total()
-        pending: deque[tuple[int, Sequence[int], Tensor, PendingScores]] = deque()
+        pending: deque[tuple[int, Sequence[int], list[str | None], PendingScores]] = deque()
 
         def collect() -> None:
-            group, members, sound, scores = pending.popleft()
+            group, members, faults, scores = pending.popleft()
             with clock.phase("reward"):
-                table.add(group, members, scores.result(), sound)
+                table.add(group, members, scores.result(), faults)
 
         for done, (group, members) in enumerate(jobs, start=1):
             prompt = prompts[group]
@@ -282,36 +296,63 @@ class GRPOTrainer(Policy):
             if not self.world.leads:
                 continue  # the leader of the group decoded, scores and keeps the same samples
             assert drawn.trajectory is not None and drawn.media is not None
-            sound = sound_samples(drawn.finite, drawn.trajectory, self.rewards)
+            faults = drawn.faults()
+            self.note_faults(faults)
             for row, member in enumerate(members):
                 states, densities = drawn.trajectory.latents[row], drawn.trajectory.log_probs[row]
                 # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
-                latents[group, member] = states if sound[row] else torch.zeros_like(states)
-                log_probs[group, member] = densities if sound[row] else torch.zeros_like(densities)
-            pending.append((group, members, sound, self.submit_for_scores(prompt, drawn.media)))
+                latents[group, member] = states if faults[row] is None else torch.zeros_like(states)
+                log_probs[group, member] = densities if faults[row] is None else torch.zeros_like(densities)
+            pending.append((group, members, faults, self.submit_for_scores(prompt, drawn.media)))
             if not self.config.rewards.async_ or len(pending) > MAX_PENDING:
                 collect()
         while pending:
             collect()
-        scores, raw, valid = table.gather(self.world)
+        scores, raw, valid, lost = table.gather(self.world)
         retried = int(
             self.world.all_reduce_sum(torch.tensor([float(self.rewards.retried.total() - retried)], dtype=torch.float64))[0]
         )
-        return Rollout(prompts, latents, log_probs, scores, raw, valid, retried)
+        return Rollout(prompts, latents, log_probs, scores, raw, valid, lost, retried)
 
     def _check_invalid(self, iteration: int, rollout: Rollout) -> None:
-        """Save what was trained and raise when too many samples of an iteration have no score that counts."""
+        """Raise when too many samples of an iteration have no score that counts, with what was trained saved, unless it is
+        the weights that draw what is not finite: they must not take the place of a sound checkpoint."""
         counted = torch.stack([rollout.valid[name] for name, weight in self.rewards.weights.items() if weight != 0]).all(0)
         total, failed = counted.numel(), int((~counted).sum())
-        if failed <= self.config.rewards.max_invalid_fraction * total:
+        allowed = self.config.rewards.max_invalid_fraction
+        if failed <= allowed * total:
             return
-        reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
-        if self._saved != iteration:
+        diverged = int(rollout.faults[SAMPLING].sum()) > allowed * total
+        if self._saved != iteration and not diverged:
             self._save(iteration)
+        blame = self._blame(iteration, rollout)
         raise TooManyInvalidRewards(
-            f"{failed} of {total} samples of this iteration could not be scored, more than rewards.max_invalid_fraction="
-            f"{self.config.rewards.max_invalid_fraction} allows: {'; '.join(sorted(set(reasons))) or 'no reason given'}. "
-            "What was trained before it is saved; repair the reward and start the same command again"
+            f"{failed} of {total} samples of iteration {iteration + 1} do not count, more than rewards.max_invalid_fraction="
+            f"{allowed} allows: {blame.counts()}. {blame.advice(self.config)}"
+        )
+
+    def _blame(self, iteration: int, rollout: Rollout) -> Blame:
+        """What spoiled an iteration's samples, the same on every rank."""
+        faults = torch.stack(list(rollout.faults.values())).any(0)
+        unscored = {
+            name: int((~rollout.valid[name] & ~faults).sum()) for name, weight in self.rewards.weights.items() if weight != 0
+        }
+        reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
+        lines = self.world.broadcast_object(self.log.read() if self.world.rank == 0 else None)
+        begun, sampling = iteration, int(rollout.faults[SAMPLING].sum())
+        sound = None
+        if sampling:
+            begun = since(lines, iteration)
+            sound = newest_sound(self.store, lines, begun)
+        return Blame(
+            iteration=iteration,
+            sampling=sampling,
+            decoding=int(rollout.faults[DECODING].sum()),
+            rewards={name: count for name, count in unscored.items() if count},
+            reasons=sorted(set(reasons)),
+            since=begun,
+            sound=sound,
+            saved=self._saved == iteration,
         )
 
     def select(self, advantages: Advantages) -> list[list[MicroBatch]]:
@@ -362,6 +403,13 @@ class GRPOTrainer(Policy):
             with clock.phase("update"):
                 norms.append(engine.step())
         finite = [norm for norm in norms if math.isfinite(norm)]
+        if len(finite) < len(norms):
+            logger.warning(
+                "iteration %d: the gradient of %d of %d updates was not finite: they changed nothing",
+                iteration + 1,
+                len(norms) - len(finite),
+                len(norms),
+            )
         if not norms:
             logger.warning("iteration %d made no update: no sample counts (all masked, or no pair differs)", iteration + 1)
         return {
@@ -388,7 +436,7 @@ class GRPOTrainer(Policy):
         return sets
 
     def evaluate(self) -> dict[str, float]:
-        """``eval/SET/MODEL/OUTPUT/{mean,stderr}`` on fixed prompts and noise, with the ODE sampler."""
+        """``eval/SET/MODEL/OUTPUT/{mean,stderr}``, ``eval/SET/not_finite``: of fixed prompts and noise, by the ODE sampler."""
         metrics = {}
         for name, prompts in self.evaluation_sets().items():
             summary = sample_fixed(self, prompts, self.config.run.eval_samples, "evaluation", keep_media=False).summary()
@@ -402,9 +450,11 @@ class GRPOTrainer(Policy):
         if drawn.media is not None:
             rewards = drawn.by_sample()
             folder = self.folder / "samples" / f"{finished:06d}"
-            captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
+            shown = zip(prompts, rewards, drawn.faults, strict=True)
+            captions = [caption(p.text, r) for p, r, fault in shown if fault is None]
+            texts = [p.text for p in prompts]
             with keep_going(folder):
-                files = save_samples(folder, drawn.media, [p.text for p in prompts], rewards, fps=self.fps)
+                files = save_samples(folder, drawn.media, texts, rewards, faults=drawn.faults, fps=self.fps)
                 self.wandb.log_pictures(max(finished - 1, 0), files, captions)
         return drawn
 
@@ -421,9 +471,14 @@ class GRPOTrainer(Policy):
             self.save_pictures(0)
 
     def _save(self, finished: int) -> None:
-        """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run."""
+        """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run. Weights that are not finite are not
+        saved: they would push out a sound checkpoint."""
         engine = self.engine
         assert engine is not None
+        if not engine.weights_are_finite():
+            if self.world.rank == 0:
+                logger.error("iteration %d was not saved: its weights are not finite", finished)
+            return
 
         def write(folder: Path) -> dict[str, Any]:
             (folder / "state").mkdir(exist_ok=True)

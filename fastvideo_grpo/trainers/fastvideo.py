@@ -206,11 +206,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         )
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
-        """FastVideo's stages, with the denoising stage replaced and the decoding stage left to who needs media."""
+        """FastVideo's stages, with those that denoise and decode replaced."""
         super().create_pipeline_stages(fastvideo_args)
         self._replace_stage("denoising_stage", RolloutStage(self))
-        decoding = self._stage_name_mapping["decoding_stage"]
-        self._replace_stage("decoding_stage", LeaderDecodingStage(decoding, self.vae_on_device))
+        self._replace_stage("decoding_stage", LeaderDecodingStage(self))
 
     def _replace_stage(self, name: str, stage: PipelineStage) -> None:
         position = self._stages.index(self._stage_name_mapping[name])
@@ -244,6 +243,6 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
         with self.forward_context(conditioning):
-            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
+            ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
-        return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
+        return Drawn(request.media, request.finite, request.decoded, request.trajectory)

@@ -23,7 +23,7 @@ from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.tokenizers import load_tokenizer
-from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
+from fastvideo_grpo.sampling.rollout import Walk, rollout
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.policy import Drawn
@@ -121,15 +121,13 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             latents, trajectory = rollout(
                 lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
             )
-        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
+        return self.drawn(latents, trajectory)
 
-    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
-        """Latents ``[B, C, H, W]`` -> uint8 ``[B, 1, H, W, 3]``, or with gradients float in [0, 1]."""
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Of latents ``[B, C, H, W]``, ``[B, 3, 1, H, W]``."""
         vae = self.get_module("vae")
-        with torch.set_grad_enabled(differentiable), self.vae_on_device():
-            scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
-            pixels = (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
-        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+        scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
+        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).unsqueeze(2)
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
