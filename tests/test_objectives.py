@@ -439,7 +439,7 @@ def test_pairs_are_best_beside_worst_of_the_valid_ones(values, valid, count, exp
 
 
 def test_pairs_stay_together_in_micro_batches_and_what_fills_them_does_not_count():
-    batches = selection.regroup([4, 1, 0, 2], slots=6, micro_batch_size=4)
+    batches = selection.regroup_pairs([4, 1, 0, 2], slots=6, micro_batch_size=4)
     assert [[(row.member, row.weight) for row in batch] for batch in batches] == [
         [(4, 1.0), (1, 1.0), (0, 1.0), (2, 1.0)],
         [(4, 0.0), (4, 0.0), (4, 0.0), (4, 0.0)],

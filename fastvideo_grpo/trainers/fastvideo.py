@@ -241,7 +241,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         batch = self.forward_batch(conditioning, initial)
         request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
         return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
