@@ -1,6 +1,5 @@
 """Prompt files, their order, and the cache of embeddings."""
 
-import hashlib
 import json
 import shutil
 
@@ -221,7 +220,7 @@ def test_what_is_no_file_is_told(tmp_path):
 
 
 def test_changed_metadata_stops_a_resume_and_its_order_does_not(tmp_path):
-    """Rewards read it. A run that was saved before it counted goes on."""
+    """Rewards read it."""
     config = build(
         {
             "model": {"path": "m"},
@@ -233,12 +232,10 @@ def test_changed_metadata_stops_a_resume_and_its_order_does_not(tmp_path):
 
     def state(*lines):
         prompts = read_prompts(_write(tmp_path / "p.jsonl", "\n".join(lines)))
-        saved = {"config": to_dict(config), "denoiser": "d", "noise": noise.VERSION, **prompts_state(prompts, config)}
-        return prompts, saved
+        saved = {"config": to_dict(config), "denoiser": "d", "noise": noise.VERSION, "images": {}}
+        return prompts, {**saved, **prompts_state(prompts, config)}
 
     plain, saved_plain = state('{"prompt": "a cat"}', '{"prompt": "a dog", "style": null}')
-    as_ever = "\x1e".join(f"{prompt.id}\x1f{prompt.text}" for prompt in plain)
-    assert saved_plain["prompts"] == hashlib.sha256(as_ever.encode()).hexdigest()
     rich, saved = state('{"prompt": "a cat", "size": 3, "style": {"a": 1, "b": [2]}}', '{"prompt": "a dog"}')
     other_order, _ = state('{"style": {"b": [2], "a": 1}, "prompt": "a cat", "size": 3}', '{"prompt": "a dog"}')
     changed, _ = state('{"prompt": "a cat", "size": 4, "style": {"a": 1, "b": [2]}}', '{"prompt": "a dog"}')
@@ -250,9 +247,6 @@ def test_changed_metadata_stops_a_resume_and_its_order_does_not(tmp_path):
             check_resumable(before, config, now, "d")
     with pytest.raises(ConfigError, match="holds other prompts"):
         check_resumable(saved, config, rich[::-1], "d")
-    old = {**saved, "prompts": saved.pop("prompts_alone")}
-    del old["prompts_alone"]
-    check_resumable(old, config, changed, "d")
 
 
 def test_every_prompt_comes_once_an_epoch_in_another_order():

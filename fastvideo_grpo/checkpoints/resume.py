@@ -32,7 +32,7 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"run.dir={config.run.dir} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "
             "Set them back, or choose another run.dir"
         )
-    before, now = state.get("images", {}), image_digests(prompts)
+    before, now = state["images"], image_digests(prompts)
     changed_images = [prompt for prompt in prompts if before.get(prompt.id, now.get(prompt.id)) != now.get(prompt.id)]
     if changed_images:
         first = changed_images[0]
@@ -40,12 +40,8 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"{len(changed_images)} images are others than when {config.run.dir} was started, first {first.image} of prompt "
             f"{first.id!r}; restore them, or choose another run.dir"
         )
-    alone = prompts_digest(prompts, config, metadata=False)
-    same = [prompts_digest(prompts, config)]
-    if "prompts_alone" not in state:
-        same.append(alone)  # saved before metadata counted: nothing says what it was
-    if state["prompts"] not in same:
-        if state.get("prompts_alone") == alone:
+    if state["prompts"] != prompts_digest(prompts, config):
+        if state["prompts_alone"] == prompts_digest(prompts, config, metadata=False):
             raise ConfigError(
                 f"prompts.path={config.prompts.path} says something else of its prompts, which rewards are told, than when "
                 f"{config.run.dir} was started (the prompts are the same); restore the file, or choose another run.dir"
@@ -54,7 +50,7 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
         )
-    if state.get("denoiser", state.get("transformer")) != denoiser:  # its name in runs from before there were UNets
+    if state["denoiser"] != denoiser:
         raise ConfigError(
             f"model.path={config.model.path} holds another network than the one {config.run.dir} was started from; set "
             "it back, or choose another run.dir"

@@ -57,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
-    parser.add_argument(
-        "--out", type=path_argument, metavar="DIR", help="folder to write, empty or new (default: see below)"
-    )
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="folder to write, empty or new (default: see below)")
     parser.add_argument("--overwrite", action="store_true", help="replace the samples that are in --out")
     parser.add_argument("--no-rewards", action="store_true", help="do not score the samples (reward models need not be there)")
     parser.epilog = EPILOG

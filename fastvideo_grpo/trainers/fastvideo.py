@@ -242,7 +242,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         batch = self.forward_batch(conditioning, initial)
         request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
         return Drawn(request.media, request.finite, request.decoded, request.trajectory)

@@ -79,6 +79,7 @@ class Policy(ABC):
         engine: around the network once it is trained.
         decodes_one_at_a_time: the VAE is given one sample at a time, as much as memory or the VAE itself allows.
         fault_counts: samples that were masked since they were not finite, by what was not.
+        rows_apart: each row of a micro-batch passes through the network by itself.
     """
 
     decodes_one_at_a_time: ClassVar[bool] = False
@@ -94,6 +95,7 @@ class Policy(ABC):
     transition: Transition
     engine: Engine | None = None
     fault_counts: Counter[str]
+    rows_apart = False
 
     _conditioning: dict[str, Conditioning]
     _cache: EmbeddingCache | None = None
@@ -129,7 +131,7 @@ class Policy(ABC):
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
-        Enters :meth:`forward_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
+        Enters :meth:`pass_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
         itself.
 
         Args:
@@ -332,6 +334,11 @@ class Policy(ABC):
             self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
         )
 
+    def pass_context(self, conditioning: Conditioning) -> AbstractContextManager[Any]:
+        """Entered around :meth:`predict` of a micro-batch with this conditioning and its backward: the :meth:`forward_context`
+        of what passes through the network at once."""
+        return self.forward_context(_row(conditioning, 0) if self.rows_apart else conditioning)
+
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
         float32 with guidance, else in the dtype that :meth:`network_output` gives.
@@ -340,6 +347,15 @@ class Policy(ABC):
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
         2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
+        if not self.rows_apart:
+            return self._predict(sample, level, conditioning)
+        outputs = []
+        for i in range(len(sample)):
+            at = Level(*(part[i : i + 1] for part in (level.alpha, level.sigma, level.timestep)))
+            outputs.append(self._predict(sample[i : i + 1], at, _row(conditioning, i)))
+        return torch.cat(outputs)
+
+    def _predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         positive, negative = split_guidance(conditioning)
         if negative is None:
             return self.network_output(sample, level, positive)
@@ -417,3 +433,8 @@ class Policy(ABC):
     def fps(self) -> float | None:
         """Frames a second of a video; None for images."""
         return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
+
+
+def _row(conditioning: Conditioning, i: int) -> Conditioning:
+    """One row of a micro-batch's conditioning: tensors ``[1, ...]``."""
+    return {name: tensor[i : i + 1] for name, tensor in conditioning.items()}

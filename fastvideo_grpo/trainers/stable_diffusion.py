@@ -117,7 +117,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         return alpha * output + sigma * sample.float()
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             latents, trajectory = rollout(
                 lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
             )

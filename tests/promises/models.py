@@ -35,7 +35,8 @@ class Model:
 
     Attributes:
         pipeline: diffusers' class.
-        settings: of a short run (:func:`tests.trainer.runs.settings`), at sizes whose tokens two processes cannot share evenly.
+        settings: of a short run (:func:`tests.trainer.runs.settings`), at sizes whose tokens two processes cannot share evenly
+            and whose elements are no multiple of 32 somewhere in the network, if they can be.
         geometries: sizes and lengths of text at which samples are compared with diffusers'; the first one is exported, too.
         lora_layers: linear layers that get an adapter, where ``model.lora.targets`` is left out.
         shares_tokens: processes can share a sample's tokens (``engine.sequence_parallel``).
@@ -241,8 +242,11 @@ class Wan(VideoModel):
 class StableDiffusion(Model):
     kind = "stable_diffusion"
     pipeline = "StableDiffusionPipeline"
-    settings: ClassVar = runs.STABLE_DIFFUSION
-    geometries: ClassVar = {"square": {"sample__steps": 6}, "wide": {"sample__height": 32, "sample__width": 96}}
+    settings: ClassVar = {**runs.STABLE_DIFFUSION, "sample__height": 48, "sample__width": 48}  # 3 x 3 at the lowest level
+    geometries: ClassVar = {
+        "square": {"sample__steps": 6, "sample__height": 64, "sample__width": 64},
+        "wide": {"sample__height": 32, "sample__width": 96},
+    }
     lora_layers = 4 * 8  # of both attentions of four transformers
     shares_tokens = False
     flavours: ClassVar = {
