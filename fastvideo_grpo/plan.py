@@ -22,8 +22,9 @@ from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
-from fastvideo_grpo.rewards.placement import check_here
+from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
 from fastvideo_grpo.sampling_checks import sampling_problem
+from fastvideo_grpo.tracking import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,12 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(
                 "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
             )
+    if here and training and launcher.rank() == 0:
+        problems += filter(None, [wandb_run.missing_key(config.run.wandb)])
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
-    checks += [partial(_check_reward, name, entry, here) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward, name, entry, config.sample.frames, here) for name, entry in config.rewards.models.items()]
     if training and make_objective(config).needs_reward_gradients:
         checks += [partial(reward_set.check_differentiable, name, entry) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
@@ -129,6 +132,33 @@ def check_folder(config: Config) -> None:
             prompts_of(config, config.prompts.path),
             encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
+
+
+def iterations_done(config: Config, world: World) -> int | None:
+    """Iterations of a run that has all of its own, in a whole checkpoint; None of one that has iterations to make.
+
+    Said without a model; all ranks call it."""
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep, world)
+    if world.broadcast_object(store.iterations()[-1:] < [config.run.iterations]):
+        return None  # without reading checkpoints, which takes long
+    newest = store.newest()
+    done = 0 if newest is None else int(newest.name)
+    return done if done >= config.run.iterations else None
+
+
+def all_done(config: Config, done: int) -> str:
+    """What is said of a run that has its iterations."""
+    return f"{config.run.dir} has its {done} iterations (run.iterations={config.run.iterations}); raise run.iterations to go on"
+
+
+def _resumption(config: Config) -> str | None:
+    """What starting will find in the run's folder, as far as names say it."""
+    there = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep).iterations()
+    if not there:
+        return None
+    if there[-1] >= config.run.iterations:
+        return all_done(config, there[-1])
+    return f"{config.run.dir} has a checkpoint of iteration {there[-1]}: the run goes on there"
 
 
 def check_images(config: Config, world: World) -> None:
@@ -180,10 +210,11 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
 
 
-def _check_reward(name: str, reward: RewardConfig, here: bool) -> None:
+def _check_reward(name: str, reward: RewardConfig, frames: int, here: bool) -> None:
     reward_set.check_entry(name, reward)
+    check_kind_of_media(name, reward, frames)
     if here:
-        check_here(name, reward)
+        check_here(name, reward, frames)
 
 
 def _describe_reward(name: str, reward: RewardConfig) -> str:
@@ -250,7 +281,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    lines += [f"note         {line}" for line in _cautions(config, prompts)]
+    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, prompts)]
+    lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

@@ -56,12 +56,18 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.tracking.console import Console
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
+    done = plan.iterations_done(config, world)
+    if done is not None:
+        Console(quiet=world.rank != 0).say(plan.all_done(config, done))
+        world.leave()
+        return True
     with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)
