@@ -29,8 +29,8 @@ no text, where a key may be null. In a file YAML reads `no`, `0123`, `1e5` or `2
 they need quotes, and without them they are refused. `${...}` is not replaced. All other values are YAML in both places:
 numbers, `true`, `[a, b]`, `{top: 1, bottom: 1}`.
 
-**Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is that
-home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or a variable that is not there is
+**Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is
+that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not there is
 an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
 relative to the working directory. The `config.yaml` that a run writes has them expanded.
 

@@ -24,7 +24,7 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="single keys, e.g. run.iterations=10; a text is all behind the =")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
