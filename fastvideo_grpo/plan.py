@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastvideo_grpo import launcher
 from fastvideo_grpo.checkpoints import folder
-from fastvideo_grpo.checkpoints.store import CheckpointError
+from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.disk_room import free_bytes, refusal
@@ -33,8 +33,9 @@ from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, to
 from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
-from fastvideo_grpo.rewards.placement import check_here
+from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
 from fastvideo_grpo.sampling_checks import sampling_problem
+from fastvideo_grpo.tracking import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,12 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(
                 "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
             )
+    if here and training and launcher.rank() == 0:
+        problems += filter(None, [wandb_run.missing_key(config.run.wandb)])
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
-    checks += [partial(_check_reward, name, entry, here) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward, name, entry, config.sample.frames, here) for name, entry in config.rewards.models.items()]
     if training and make_objective(config).needs_reward_gradients:
         checks += [partial(reward_set.check_differentiable, name, entry) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
@@ -178,6 +181,33 @@ def _disk_notes(config: Config, facts: ModelFacts, embeddings: int) -> list[str]
 def checkpoint_bytes(config: Config, facts: ModelFacts) -> int:
     """Of a checkpoint: float32 weights and two moments of what is trained, and its EMA."""
     return (12 + 4 * bool(config.optim.ema_decay)) * count_parameters(config, facts)[0]
+
+
+def iterations_done(config: Config, world: World) -> int | None:
+    """Iterations of a run that has all of its own, in a whole checkpoint; None of one that has iterations to make.
+
+    Said without a model; all ranks call it."""
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep, world)
+    if world.broadcast_object(store.iterations()[-1:] < [config.run.iterations]):
+        return None  # without reading checkpoints, which takes long
+    newest = store.newest()
+    done = 0 if newest is None else int(newest.name)
+    return done if done >= config.run.iterations else None
+
+
+def all_done(config: Config, done: int) -> str:
+    """What is said of a run that has its iterations."""
+    return f"{config.run.dir} has its {done} iterations (run.iterations={config.run.iterations}); raise run.iterations to go on"
+
+
+def _resumption(config: Config) -> str | None:
+    """What starting will find in the run's folder, as far as names say it."""
+    there = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep).iterations()
+    if not there:
+        return None
+    if there[-1] >= config.run.iterations:
+        return all_done(config, there[-1])
+    return f"{config.run.dir} has a checkpoint of iteration {there[-1]}: the run goes on there"
 
 
 def check_images(config: Config, world: World) -> None:
@@ -266,10 +296,11 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
 
 
-def _check_reward(name: str, reward: RewardConfig, here: bool) -> None:
+def _check_reward(name: str, reward: RewardConfig, frames: int, here: bool) -> None:
     reward_set.check_entry(name, reward)
+    check_kind_of_media(name, reward, frames)
     if here:
-        check_here(name, reward)
+        check_here(name, reward, frames)
 
 
 def _describe_reward(name: str, reward: RewardConfig) -> str:
@@ -338,8 +369,9 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     ]
     if not Path(config.model.path).exists():
         lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
-    notes = [*_cautions(config), *_disk_notes(config, facts, embedding * len(prompts))]
-    lines += [f"note         {line}" for line in notes]
+    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config)]
+    found += _disk_notes(config, facts, embedding * len(prompts))
+    lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

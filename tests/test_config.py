@@ -123,7 +123,8 @@ def test_the_reference_says_what_models_and_objectives_have_where_a_key_is_left_
 
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert config_reference.reference() in page, "run: python -m fastvideo_grpo.config_reference > docs/configuration.md"
+    printed = config_reference.HEAD + config_reference.reference()
+    assert printed == page, "run: python -m fastvideo_grpo.config_reference > docs/configuration.md"
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="single keys, e.g. run.iterations=10; a text is all behind the ="
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
@@ -57,12 +59,18 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.tracking.console import Console
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
+    done = plan.iterations_done(config, world)
+    if done is not None:
+        Console(quiet=world.rank != 0).say(plan.all_done(config, done))
+        world.leave()
+        return True
     world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
     with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()

@@ -71,16 +71,38 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
     return known if isinstance(known, tuple) else None
 
 
-def check_here(model: str, entry: Any) -> None:
+def check_here(model: str, entry: Any, frames: int) -> None:
     """Raise ValueError, naming the entry, where what a checked entry needs beside its files is not there: the other
-    environment's interpreter, the server."""
+    environment's interpreter, the server, which has to look at media of ``frames`` frames."""
     try:
         if get(entry, "python"):
             find_python(get(entry, "python"))
-        if get(entry, "placement") == "http":
-            _http(entry, timeout_s=60.0).close()
+        if get(entry, "placement") != "http":
+            return
+        served = _http(entry, timeout_s=60.0)
+        served.close()
     except ValueError as error:
         raise ValueError(f"rewards.models.{model}: {error}") from error
+    check_media(model, served.media_kind, frames)
+
+
+def check_kind_of_media(model: str, entry: Any, frames: int) -> None:
+    """Raise ValueError where the class of a checked entry's kind says that it cannot look at media of ``frames`` frames. Of a
+    kind that is known elsewhere only (``python``, a server), nothing is known."""
+    if get(entry, "python") or get(entry, "placement") == "http":
+        return
+    media_kind = getattr(registry.REWARDS[get(entry, "kind")], "media_kind", None)
+    if isinstance(media_kind, str):
+        check_media(model, media_kind, frames)
+
+
+def check_media(model: str, media_kind: str, frames: int) -> None:
+    """Raise ValueError where a reward that looks at ``media_kind`` cannot look at media of ``frames`` frames."""
+    if {"image": frames > 1, "video": frames == 1}.get(media_kind, False):
+        raise ValueError(
+            f"rewards.models.{model} scores {media_kind}s, but the model makes {frames} frame(s) (sample.frames); use a reward "
+            f"for {'images' if frames == 1 else 'videos'}"
+        )
 
 
 def _http(entry: Any, timeout_s: float) -> HttpReward:

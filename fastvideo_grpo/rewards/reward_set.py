@@ -19,7 +19,7 @@ from fastvideo_grpo.errors import Escape, one_line
 from fastvideo_grpo.rewards import answers, registry
 from fastvideo_grpo.rewards.base import DifferentiableReward, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
-from fastvideo_grpo.rewards.placement import check_placement, get, place
+from fastvideo_grpo.rewards.placement import check_media, check_placement, get, place
 from fastvideo_grpo.rewards.process import ProcessReward
 from fastvideo_grpo.rewards.threads import SerialThread
 
@@ -124,12 +124,7 @@ class RewardSet:
             ValueError: a reward cannot look at media of ``frames`` frames.
         """
         for model, reward in self.rewards.items():
-            unfit = {"image": frames > 1, "video": frames == 1}.get(reward.media_kind, False)
-            if unfit:
-                raise ValueError(
-                    f"rewards.models.{model} scores {reward.media_kind}s, but the model makes {frames} frame(s); "
-                    f"use a reward for {'images' if frames == 1 else 'videos'}"
-                )
+            check_media(model, reward.media_kind, frames)
 
     @property
     def outputs(self) -> dict[str, tuple[str, ...]]:

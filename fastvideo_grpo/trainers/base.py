@@ -34,7 +34,7 @@ from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
-from fastvideo_grpo.plan import dealing
+from fastvideo_grpo.plan import all_done, dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
@@ -222,7 +222,7 @@ class GRPOTrainer(Policy):
         """
         config = self.config.run
         if self.first_iteration >= config.iterations:
-            self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
+            self.console.say(all_done(self.config, self.first_iteration))
             return True
         if self.first_iteration == 0:
             self._before_training()
