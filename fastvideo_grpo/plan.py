@@ -130,15 +130,20 @@ def check_images(config: Config, world: World) -> None:
         check_images(configured_prompts(config), config.sample.height, config.sample.width, world, show)
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, facts: ModelFacts) -> None:
     """Log what can run but is seldom meant."""
     if os.environ.get("RANK", "0") == "0":
-        for line in _cautions(config, configured_prompts(config)):
+        for line in _cautions(config, facts, configured_prompts(config)):
             logger.warning("%s", line)
 
 
-def _cautions(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+def _cautions(config: Config, facts: ModelFacts, prompts: Sequence[Prompt]) -> list[str]:
     lines = cautions(config)
+    if config.model.vae_precision == "fp16" and facts.vae.get("force_upcast"):
+        lines.append(
+            f"model.vae_precision is fp16, but the VAE of {facts.source} overflows in it (its config.json says force_upcast): "
+            "samples that are not finite are masked, and too many of them stop the run; set bf16 or fp32"
+        )
     unread = sum(prompt.negative_prompt is not None for prompt in prompts)
     if unread and config.sample.cfg_scale <= 1:
         lines.append(
@@ -239,7 +244,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    lines += [f"note         {line}" for line in _cautions(config, prompts)]
+    lines += [f"note         {line}" for line in _cautions(config, facts, prompts)]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

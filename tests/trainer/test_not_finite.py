@@ -201,3 +201,12 @@ def test_pictures_drawn_for_a_figure_know_what_is_not_finite(make_trainer):
     handle.remove()
     assert drawn.faults == [None, DECODING, None, None] and not drawn.media[1].any()
     assert drawn.by_sample()[1] == {"pixels/brightness": None} and drawn.summary()["not_finite"] == 1
+
+
+@pytest.mark.parametrize("recipe,overflows", [("flux_t2i_paper", True), ("hunyuan_t2i_paper", False)])
+def test_a_vae_that_overflows_in_fp16_is_warned_of(capsys, recipe, overflows):
+    """In the dry run as at start, by the checkpoint's own force_upcast: HunyuanVideo is published to run in fp16."""
+    for precision in ("fp16", "bf16"):
+        command = ["train", f"train_scripts/configs/{recipe}.yaml", "--dry-run", f"model.vae_precision={precision}"]
+        assert cli.main(command) == 0
+        assert ("overflows in it" in capsys.readouterr().out) == (overflows and precision == "fp16")
