@@ -60,7 +60,7 @@ class ModelConfig:
     precision: str = _key(
         "bf16", "dtype the network is loaded and runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
     )
-    vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in (that of FLUX overflows in fp16)", choices=["fp32", "bf16", "fp16"])
+    vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in", choices=["fp32", "bf16", "fp16"])
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
     cfg_batched: bool = _key(
         False,
