@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
-
-from fastvideo_grpo.config import Config, name_in_file
+from fastvideo_grpo.config import REQUIRED, Config
+from fastvideo_grpo.config_values import name_in_file
 from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
 
@@ -30,7 +30,7 @@ def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
         hint = get_type_hints(cls)[f.name]
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
         default = f.default if f.default_factory is NO_DEFAULT else f.default_factory()
-        shown = "required" if default == MISSING else "null" if default is None else str(default)
+        shown = "required" if default is REQUIRED else "null" if default is None else str(default)
         if is_dataclass(default):
             shown = ""
         known = f.metadata["choices"]
@@ -49,8 +49,12 @@ def _left_out(key: str) -> str:
     for sort, registry in (("", FAMILIES), ("objective ", OBJECTIVES)):
         kinds: dict[str, list[str]] = {}
         for name, thing in registry.usable().items():
-            value = OmegaConf.select(OmegaConf.create(dict(getattr(thing, "defaults", {}))), key)
-            if value is not None and not OmegaConf.is_config(value):
+            value = reduce(
+                lambda values, part: values.get(part) if isinstance(values, Mapping) else None,
+                key.split("."),
+                getattr(thing, "defaults", {}),
+            )
+            if value is not None and not isinstance(value, Mapping):
                 kinds.setdefault(str(value), []).append(name)
         parts += [f"{sort}{', '.join(names)}: {value}" for value, names in kinds.items()]
     return f" ({'; '.join(parts)} if left out)" if parts else ""

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.config_paths import as_typed, path_argument
+from fastvideo_grpo.disk_room import free_folder
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
@@ -106,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", metavar="NAME", help=f"what is rewarded ({known}; default: the first)")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40; 30 with --video)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)"
+    )
     parser.epilog = EPILOG
 
 
@@ -119,21 +124,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--reward is {chosen!r}; this demo has {', '.join(demo.rewards)}")
     reward_settings, meaning = demo.rewards[chosen]
     make = "make demo-video" if arguments.video else "make demo"
-    folder = Path(arguments.out) if arguments.out else _free_folder(Path("runs", make.removeprefix("make ")))
+    folder = Path(arguments.out) if arguments.out else free_folder(Path("runs", make.removeprefix("make ")))
     data = data_dir()
     overrides = [
-        f"model.path={data / demo.checkpoint}",
-        f"prompts.path={data / 'prompts' / demo.prompts}_train.txt",
-        f"prompts.eval_path={data / 'prompts' / demo.prompts}_heldout.txt",
+        f"model.path={as_typed(data / demo.checkpoint)}",
+        f"prompts.path={as_typed(data / 'prompts' / demo.prompts)}_train.txt",
+        f"prompts.eval_path={as_typed(data / 'prompts' / demo.prompts)}_heldout.txt",
         f"prompts.seed={arguments.seed}",
         f"run.seed={arguments.seed}",
         f"run.iterations={demo.iterations if arguments.iterations is None else arguments.iterations}",
-        f"run.dir={folder}",
+        f"run.dir={as_typed(folder)}",
         *reward_settings,
         *arguments.overrides,
     ]
     config = configuration.load(data / demo.settings, overrides)
-    plan.check_run(config, families.model_facts(config), ranks=1)
+    facts = families.model_facts(config)
+    plan.check_run(config, facts, ranks=1)
+    plan.check_folder(config)
+    plan.check_disk(config, facts)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
@@ -148,12 +156,15 @@ def run(arguments: argparse.Namespace) -> int:
         pictures_before = sample_fixed(trainer, show, 1, "pictures")
         trainer.train()
         pictures_after = sample_fixed(trainer, show, 1, "pictures")
-    before = json.loads((folder / "evaluation_before.json").read_text())
-    after = trainer.log.read()[-1]
+    lines = trainer.log.read()
+    whole = bool(lines) and lines[-1]["iteration"] == config.run.iterations - 1
+    if not (folder / "evaluation_before.json").is_file() or not whole:
+        raise UserError(f"{folder} lacks what was evaluated before or after training (see above): nothing can be compared")
+    before, after = json.loads((folder / "evaluation_before.json").read_text()), lines[-1]
 
     draw = _before_after_clips if arguments.video else _before_after
     grid = draw(folder, 6, pictures_before, pictures_after)
-    curve = _curve(folder, trainer.log.read())
+    curve = _curve(folder, lines)
     print(
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
@@ -170,18 +181,9 @@ def run(arguments: argparse.Namespace) -> int:
         if other != chosen:
             print(f"  {make} REWARD={other}")
     print(f"  {make} ITERATIONS={3 * config.run.iterations}")
-    print(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8')
-    print(f"  fastvideo-grpo export {folder} --out exported --pipeline")
+    print(runnable(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8'))
+    print(runnable(f"  fastvideo-grpo export {folder} --out exported --pipeline"))
     return 0
-
-
-def _free_folder(folder: Path) -> Path:
-    number = 2
-    candidate = folder
-    while candidate.exists():
-        candidate = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return candidate
 
 
 def _before_after(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 EPILOG = """\
@@ -21,8 +22,10 @@ system; where they are not, the command says so and writes nothing. Only weight 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder (run.dir of the training)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it appears when it is complete")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder (run.dir of the training)")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder to write; it appears when it is complete"
+    )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest whole one)")
     parser.add_argument("--weights", choices=["model", "ema"], default="model", help="trained weights, or their EMA")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of the files (default: that of model.precision)")

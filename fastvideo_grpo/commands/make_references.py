@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import io
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.prompts.files import Prompt
     from fastvideo_grpo.trainers.base import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -62,9 +66,21 @@ KEYS_OF_PROCESSES = ("engine.offload_idle", "run.deterministic", "run.threads", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ", ".join(STARTING_FROM)
-    parser.add_argument("--model", required=True, metavar="DIR", help=f"checkpoint folder of a text-to-image model ({kinds})")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="a .txt or .jsonl file; images it names are replaced")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help=f"checkpoint folder of a text-to-image model ({kinds})",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        required=True,
+        metavar="FILE",
+        help="a prompt file; images it names are replaced",
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. sample.height=544 sample.steps=30")
     parser.epilog = EPILOG.format(keys=f"{', '.join(KEYS_OF_IMAGES)},\n  {', '.join(KEYS_OF_PROCESSES)}")
@@ -74,13 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, draw what is missing, write the prompt file. All ranks call it."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.process import prepare_process
-    from fastvideo_grpo.prompts.files import read_prompts
+    from fastvideo_grpo.prompts.files import read_prompt_file
     from fastvideo_grpo.tracking.console import Console
 
     config = make_config(arguments.model, arguments.prompts, arguments.out, arguments.overrides)
     # Each process draws for itself, with the whole model: any number of them will do.
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
-    prompts = read_prompts(arguments.prompts)
+    file = read_prompt_file(arguments.prompts)
+    prompts = file.prompts
+    for note in file.notes if launcher.rank() == 0 else ():
+        logger.warning("%s", note)
+    plan.warn_of_cut(config, prompts)
     folder = Path(arguments.out)
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes)
@@ -150,9 +170,10 @@ def _kind_of(checkpoint: Path) -> str:
 def settings_of(config: Config, seed: int) -> dict[str, Any]:
     """Everything the images depend on besides the prompts: name -> value, flat. Weights are there by their identity."""
     from fastvideo_grpo.prompts.embeddings import encoder_identity
+    from fastvideo_grpo.sampling import noise
 
     plain = configuration.to_dict(config)
-    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed}
+    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed, "noise": noise.VERSION}
     for key in KEYS_OF_IMAGES:
         section, _, name = key.partition(".")
         settings[key] = plain[section][name]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs
@@ -35,9 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=int, default=BUDGET, metavar="EVALS", help=f"network evaluations of a run (default: {BUDGET})"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes, one run each at a time (default: one a core)")
-    parser.add_argument("--out", default="runs/studies", metavar="DIR", help="runs, results and pages (default: runs/studies)")
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default="runs/studies",
+        metavar="DIR",
+        help="runs, results and pages (default: runs/studies)",
+    )
     parser.add_argument("--list", action="store_true", help="say which studies there are, and run nothing")
-    parser.add_argument("--docs", metavar="FILE", help="write a Markdown page of all results in DIR")
+    parser.add_argument("--docs", type=path_argument, metavar="FILE", help="write a Markdown page of all results in DIR")
     parser.epilog = EPILOG
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import closing
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
@@ -23,7 +24,7 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
@@ -38,12 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     config = configuration.load(arguments.config, arguments.overrides)
     if arguments.world_size is not None and not arguments.dry_run:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
-    ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise configuration.ConfigError(f"--world-size is {arguments.world_size}; it must be at least 1")
+    ranks = arguments.world_size or launcher.world_size()
     facts = families.model_facts(config, published_if_missing=arguments.dry_run)
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
-        print(plan.describe(config, facts, ranks))
+        print(runnable(plan.describe(config, facts, ranks)))
         return 0
     plan.warn(config, facts)
     plan.warn_of_memory(config, facts, ranks)
@@ -60,6 +63,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
+    world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
     with closing(load_trainer(config, world)) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)

@@ -49,6 +49,7 @@ class Aesthetic(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("aesthetic",)
+    paths: tuple[str, ...] = ("clip",)
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class Clip(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("clip",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

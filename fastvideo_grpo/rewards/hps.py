@@ -52,6 +52,7 @@ class HPS(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("hps",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

@@ -81,6 +81,7 @@ class ImageReward:
     """
 
     outputs: tuple[str, ...] = ("image_reward",)
+    paths: tuple[str, ...] = ("tokenizer",)
     media_kind: MediaKind = "any"
 
     def __init__(self, *, checkpoint: str, tokenizer: str, batch_size: int = 8, frames: str = frame_choice.DEFAULT) -> None:

@@ -39,6 +39,7 @@ class PickScore(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("pickscore",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

@@ -8,13 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.errors import Escape, one_line
+from fastvideo_grpo.rewards import answers, registry
 from fastvideo_grpo.rewards.base import DifferentiableReward, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
 from fastvideo_grpo.rewards.placement import check_placement, get, place
@@ -149,9 +151,9 @@ class RewardSet:
     def score(self, request: RewardRequest) -> ScoredBatch:
         """Score the samples with every reward.
 
-        A reward that raises, is late, or whose answer has a wrong shape or lacks an output, has all its samples masked; one
-        that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
-        ``failures``, and logged the first time.
+        A reward that raises (anything), is late, or whose answer has a wrong form or lacks an output, has all its samples
+        masked; one that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
+        ``failures``, and logged the first time. Each reward, and each attempt, gets a copy of the request.
         """
         return self.submit(request).result()
 
@@ -188,12 +190,14 @@ class RewardSet:
                 that lacks an output, has another shape or carries no gradient.
             RuntimeError: the rewards are with another process.
 
-        What a reward raises passes through, with a note that names it.
+        What a reward raises passes through, with a note that names it; what would end the program as if all were well
+        (SystemExit and the like) as :class:`~fastvideo_grpo.errors.Escape`.
         """
         if not self.rewards:
             raise RuntimeError("the rewards are with another process, where no gradient comes from")
         if not pixels.is_floating_point() or pixels.ndim != 5 or pixels.shape[-1] != 3:
-            raise ValueError(f"pixels are {_describe(pixels)}; they must be floating [batch, frames, height, width, 3] in 0..1")
+            found = answers.describe(pixels)
+            raise ValueError(f"pixels are {found}; they must be floating [batch, frames, height, width, 3] in 0..1")
         metadata = metadata or [{} for _ in prompts]
         if not len(prompts) == len(metadata) == len(pixels):
             raise ValueError(
@@ -212,9 +216,13 @@ class RewardSet:
             assert isinstance(reward, DifferentiableReward)
             try:
                 answer = reward.score_differentiably(pixels, prompts, metadata)
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:  # this is the main thread: the latter may be Ctrl-C
                 error.add_note(f"raised by the reward {model} in score_differentiably")
                 raise
+            except BaseException as error:
+                escape = Escape(error)
+                escape.add_note(f"raised by the reward {model} in score_differentiably")
+                raise escape from error
             for name in names:
                 raw = _differentiable_column(name, answer, pixels)
                 scores[name] = self.transforms[name](torch.where(raw.isfinite(), raw, torch.nan))
@@ -267,12 +275,20 @@ class RewardSet:
         return f"{message} ({count} of {size} samples masked)"
 
     def close(self) -> None:
-        """Let go of the rewards, their processes and connections."""
+        """Let go of the rewards, their processes and connections; one that fails at it is named in the log."""
         self._closed = True
         for thread in self._threads.values():
             thread.close()
-        for reward in self.rewards.values():
+        with ExitStack() as closing:  # Ctrl-C meanwhile keeps none from being closed
+            for model, reward in self.rewards.items():
+                closing.callback(self._close, model, reward)
+
+    @staticmethod
+    def _close(model: str, reward: Reward) -> None:
+        try:
             reward.close()
+        except Exception as error:
+            logger.error("reward %s: close(): %s", model, one_line(error))
 
 
 class PendingScores:
@@ -323,22 +339,22 @@ class _Answer:
         return int((~torch.stack(list(self.valid.values())).all(0)).sum()) if self.valid else 0
 
     def take(self, score: Callable[[], RewardResult]) -> None:
-        """One attempt. What an earlier one gave stays: asked again, a reward answers for the same batch."""
+        """One attempt, whatever it raises or returns. What an earlier one gave stays: asked again, a reward answers for the
+        same batch."""
         self.failures, self.judgements = {}, {}
         try:
             result = score()
-            judged = _judged(result, self.size)
-        except Exception as error:  # not BaseException: Ctrl-C ends the run
-            self.failures[f"reward {self.model}: {type(error).__name__}: {error}"] = self.size
+            judged = answers.judged(result, self.size)
+            if not judged.all():
+                self.judgements[answers.reason(result)] = int((~judged).sum())
+        except BaseException as error:  # this is no main thread: Ctrl-C is raised elsewhere
+            self.failures[f"reward {self.model}: {one_line(error)}"] = self.size
             return
-        if not judged.all():
-            self.judgements[result.invalid_because] = int((~judged).sum())
         for name in self.raw:
-            output = name.rpartition("/")[2]
             try:
-                scores = _column(result, output, self.size)
-            except Exception as error:
-                self.failures[f"reward {name}: {type(error).__name__}: {error}"] = self.size
+                scores = answers.column(result, name.rpartition("/")[2], self.size)
+            except BaseException as error:
+                self.failures[f"reward {name}: {one_line(error)}"] = self.size
                 continue
             fresh = judged & scores.isfinite() & ~self.valid[name]
             self.raw[name] = torch.where(fresh, scores, self.raw[name])
@@ -348,24 +364,6 @@ class _Answer:
                 self.failures[f"reward {name}: returned NaN or infinity"] = missing
 
 
-def _judged(result: RewardResult, size: int) -> torch.Tensor:
-    if not isinstance(result, RewardResult):
-        raise TypeError(f"score() returned {type(result).__name__}; it must return a RewardResult")
-    valid = result.valid
-    if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool or valid.shape != (size,):
-        raise ValueError(f"valid is {_describe(valid)}; it must be bool [{size}]")
-    return valid.detach().cpu()
-
-
-def _column(result: RewardResult, output: str, size: int) -> torch.Tensor:
-    if output not in result.scores:
-        raise ValueError(f"the answer lacks the output; it has {', '.join(result.scores) or 'none'}")
-    scores = result.scores[output]
-    if not isinstance(scores, torch.Tensor) or scores.shape != (size,) or scores.is_complex():
-        raise ValueError(f"the scores are {_describe(scores)}; they must be float32 [{size}]")
-    return scores.detach().to("cpu", torch.float32)
-
-
 def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.Tensor) -> torch.Tensor:
     output = name.rpartition("/")[2]
     if output not in answer:
@@ -373,7 +371,8 @@ def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.T
     scores = answer[output]
     if not isinstance(scores, torch.Tensor) or scores.shape != pixels.shape[:1] or not scores.is_floating_point():
         raise ValueError(
-            f"reward {name}: score_differentiably gave {_describe(scores)}; it must be floating [{len(pixels)}], one a sample"
+            f"reward {name}: score_differentiably gave {answers.describe(scores)}; it must be floating [{len(pixels)}], one a "
+            "sample"
         )
     wanted = torch.is_grad_enabled() and pixels.requires_grad
     if wanted and not scores.requires_grad and scores.isfinite().any():
@@ -382,10 +381,6 @@ def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.T
             "pixels on the way, nor run under no_grad or inference_mode"
         )
     return scores.to(torch.float32)
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def check_entry(model: str, entry: Any) -> None:

@@ -63,6 +63,7 @@ class VideoAlign:
     """
 
     outputs: tuple[str, ...] = OUTPUTS
+    paths: tuple[str, ...] = ("template", "base")
     media_kind: MediaKind = "video"
 
     def __init__(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
-from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_digest
+from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
 from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.durable_files import keep_going, write_atomic
@@ -33,13 +33,14 @@ from fastvideo_grpo.families import FAMILIES, prompts_of
 from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
-from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup
+from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
 from fastvideo_grpo.plan import dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
+from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
@@ -57,6 +58,7 @@ from fastvideo_grpo.trainers.not_finite import (
 )
 from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.replay import fetch_trajectories, replay_batch
+from fastvideo_grpo.trainers.row_rounding import row_matters
 from fastvideo_grpo.trainers.scoring import (
     MAX_PENDING,
     ScoreTable,
@@ -125,6 +127,7 @@ class GRPOTrainer(Policy):
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self._denoiser_identity = encoder_identity(self.checkpoint, [FAMILIES[config.model.kind].denoiser], {})
         self.first_iteration = self._resume()
+        self._keep_rows_apart()
         self._saved = self.first_iteration
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
@@ -140,6 +143,20 @@ class GRPOTrainer(Policy):
     def _held(self) -> ExitStack:
         """What :meth:`close` lets go of."""
         return ExitStack()
+
+    def _keep_rows_apart(self) -> None:
+        """Decide on ``rows_apart``: only where samples may be trained on in other rows of a micro-batch than they were drawn in
+        (best-of-N, pairs), and where the network's roundings depend on the row."""
+        size = self.config.engine.micro_batch_size
+        moves = self.objective.pairs or self.dealing.moves_rows
+        # A resumed run goes on as it began: with other weights the trial may end otherwise.
+        self.rows_apart = self.rows_apart or (moves and size > 1 and row_matters(self, self.prompts[0], size))
+        if self.rows_apart:
+            self.console.say(
+                f"the network rounds differently in different rows of a micro-batch of {size} (engine.micro_batch_size) here, "
+                f"and {'pairs' if self.objective.pairs else 'best-of-N'} put samples into other rows than they were drawn in: "
+                "each sample passes through the network by itself, so that ratios stay exactly 1"
+            )
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint of this run, if there is one; returns the iteration to go on with."""
@@ -163,7 +180,8 @@ class GRPOTrainer(Policy):
                 f"the weights in {newest} are not finite, so that sampling gives NaN: move it out of {self.store.folder} to go "
                 "on from the checkpoint before it, or start anew in another run.dir"
             )
-        self.normalisation.restore(state.get("normalisation", {}))  # runs from before there was another one have none
+        self.normalisation.restore(state["normalisation"])
+        self.rows_apart = state["rows_apart"]
         iteration = int(state["iteration"])
         if self.world.rank == 0:
             self.log.cut_back(iteration)
@@ -356,16 +374,15 @@ class GRPOTrainer(Policy):
 
     def select(self, advantages: Advantages) -> list[list[MicroBatch]]:
         """Which members of each group are trained on, in update micro-batches ``[group][k]``."""
-        size, best = self.config.engine.micro_batch_size, self.config.grpo.best_of
+        slots, size, best = self.dealing.slots, self.config.engine.micro_batch_size, self.config.grpo.best_of
         chosen = []
         for values, valid in zip(advantages.values, advantages.valid, strict=True):
             if best is None:
-                members = [i for i, ok in enumerate(valid.tolist()) if ok]
+                chosen.append(regroup([i for i, ok in enumerate(valid.tolist()) if ok], slots, size))
             elif self.objective.pairs:
-                members = pairs(values, valid, best.top)
+                chosen.append(regroup_pairs(pairs(values, valid, best.top), slots, size))
             else:
-                members = best_of(values, valid, best.top, best.bottom)
-            chosen.append(regroup(members, self.dealing.slots, size))
+                chosen.append(regroup(best_of(values, valid, best.top, best.bottom), slots, size))
         return chosen
 
     def update(
@@ -392,7 +409,7 @@ class GRPOTrainer(Policy):
             for done, (group, k) in enumerate(batches, start=1):
                 replay, samples = replay_batch(self, iteration, rollout, trajectories, advantages, group, chosen[group][k])
                 for i in range(per_sample):
-                    with clock.phase("update"), self.forward_context(replay.conditioning):
+                    with clock.phase("update"), self.pass_context(replay.conditioning):
                         loss, statistics = self.objective.loss(replay, samples, i)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
                         loss = (loss * samples.weights).sum() / counted / self.world.sequence_parallel
@@ -485,9 +502,11 @@ class GRPOTrainer(Policy):
             return {
                 "config": configuration.to_dict(self.config),
                 "normalisation": self.normalisation.state(),
-                "prompts": prompts_digest(self.prompts, self.config),
+                **prompts_state(self.prompts, self.config),
                 "images": image_digests(self.prompts),
                 "denoiser": self._denoiser_identity,
+                "noise": noise.VERSION,
+                "rows_apart": self.rows_apart,
                 "git_commit": git_commit(),
             }
 

@@ -26,7 +26,7 @@ from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.residency import resident
-from fastvideo_grpo.sampling import noise, schedules, transitions
+from fastvideo_grpo.sampling import noise, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples
 from fastvideo_grpo.sampling.schedules import Level, Schedule
@@ -71,6 +71,7 @@ class Policy(ABC):
 
     Attributes:
         text_encoders, tokenizers: component names in model_index.json; they leave memory when all embeddings are cached.
+        encoding: what tells its embeddings from those that earlier versions of the trainer made of the same files.
         config, world: of the run, and its processes.
         facts: what the checkpoint's configuration files say.
         dtype: what the network computes in.
@@ -78,11 +79,13 @@ class Policy(ABC):
         engine: around the network once it is trained.
         decodes_one_at_a_time: the VAE is given one sample at a time, as much as memory or the VAE itself allows.
         fault_counts: samples that were masked since they were not finite, by what was not.
+        rows_apart: each row of a micro-batch passes through the network by itself.
     """
 
     decodes_one_at_a_time: ClassVar[bool] = False
     text_encoders: ClassVar[tuple[str, ...]] = ()
     tokenizers: ClassVar[tuple[str, ...]] = ()
+    encoding: ClassVar[dict[str, Any]] = {}
 
     config: Config
     world: World
@@ -92,6 +95,7 @@ class Policy(ABC):
     transition: Transition
     engine: Engine | None = None
     fault_counts: Counter[str]
+    rows_apart = False
 
     _conditioning: dict[str, Conditioning]
     _cache: EmbeddingCache | None = None
@@ -127,7 +131,7 @@ class Policy(ABC):
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
-        Enters :meth:`forward_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
+        Enters :meth:`pass_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
         itself.
 
         Args:
@@ -185,10 +189,6 @@ class Policy(ABC):
         """Two micro-batches' conditioning as one of both, ``[2 B, ...]`` (``model.cfg_batched``); a model whose texts differ in
         length overrides it."""
         return {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
-
-    def make_schedule(self) -> Schedule:
-        """The sampling schedule; a model of another paradigm overrides it."""
-        return schedules.flow(self.config.sample.steps, self.config.sample.shift)
 
     # --- the loaded components --------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class Policy(ABC):
         check_weights({name: part for name, part in parts.items() if part is not None}, self.checkpoint, world)
         self.facts = model_facts(config)
         self.dtype = DTYPES[config.model.precision]
-        self.schedule = self.make_schedule()
+        self.schedule = FAMILIES[config.model.kind].schedule(config.sample, self.facts)
         self.transition = transitions.get(
             config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
         )
@@ -334,6 +334,11 @@ class Policy(ABC):
             self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
         )
 
+    def pass_context(self, conditioning: Conditioning) -> AbstractContextManager[Any]:
+        """Entered around :meth:`predict` of a micro-batch with this conditioning and its backward: the :meth:`forward_context`
+        of what passes through the network at once."""
+        return self.forward_context(_row(conditioning, 0) if self.rows_apart else conditioning)
+
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
         float32 with guidance, else in the dtype that :meth:`network_output` gives.
@@ -342,6 +347,15 @@ class Policy(ABC):
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
         2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
+        if not self.rows_apart:
+            return self._predict(sample, level, conditioning)
+        outputs = []
+        for i in range(len(sample)):
+            at = Level(*(part[i : i + 1] for part in (level.alpha, level.sigma, level.timestep)))
+            outputs.append(self._predict(sample[i : i + 1], at, _row(conditioning, i)))
+        return torch.cat(outputs)
+
+    def _predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         positive, negative = split_guidance(conditioning)
         if negative is None:
             return self.network_output(sample, level, positive)
@@ -419,3 +433,8 @@ class Policy(ABC):
     def fps(self) -> float | None:
         """Frames a second of a video; None for images."""
         return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
+
+
+def _row(conditioning: Conditioning, i: int) -> Conditioning:
+    """One row of a micro-batch's conditioning: tensors ``[1, ...]``."""
+    return {name: tensor[i : i + 1] for name, tensor in conditioning.items()}

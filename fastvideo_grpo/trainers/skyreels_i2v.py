@@ -11,7 +11,7 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import load_image
-from fastvideo_grpo.sampling.noise import generator
+from fastvideo_grpo.sampling.noise import generator, normal
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.hunyuan_video import HunyuanVideoGRPOTrainer
 
@@ -52,7 +52,9 @@ class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
             frame = (pixels.float() / 255 * 2 - 1).permute(2, 0, 1)[None, :, None].to(weights.device, weights.dtype)
             tiling, vae.use_tiling = vae.use_tiling, False  # one frame needs none, and diffusers takes none
             try:
-                latents = vae.encode(frame).sample(generator("image", prompt.id))
+                posterior = vae.encode(frame)
+                drawn = normal(generator("image", prompt.id), tuple(posterior.mean.shape)).to(posterior.mean)
+                latents = posterior.mean + posterior.std * drawn
             finally:
                 vae.use_tiling = tiling
         latents = latents.float() * vae.scaling_factor

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
@@ -22,9 +22,9 @@ from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.sampling import schedules
+from fastvideo_grpo.prompts.tokenizers import load_tokenizer
 from fastvideo_grpo.sampling.rollout import Walk, rollout
-from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.policy import Drawn
 
@@ -56,7 +56,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         if with_text_encoders:
             encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
             self.components["text_encoder"] = encoder.to(waits)
-            self.components["tokenizer"] = CLIPTokenizer.from_pretrained(self.checkpoint / "tokenizer", local_files_only=True)
+            self.components["tokenizer"] = load_tokenizer(self.checkpoint / "tokenizer")
         self.setup(config, world)
 
     def load_denoiser(self) -> nn.Module:
@@ -85,10 +85,6 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
 
     def checkpoint_activations(self, every: int) -> nn.Module:
         return checkpoint_unet(self.denoiser, every)
-
-    def make_schedule(self) -> Schedule:
-        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
-        return schedules.ddim_of(self.config.sample.steps, self.facts.components["scheduler"])
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """CLIP's sequence ``[1, text_length, width]`` of each prompt, its padding included."""
@@ -121,7 +117,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         return alpha * output + sigma * sample.float()
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             latents, trajectory = rollout(
                 lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
             )

@@ -29,6 +29,7 @@ class WanGRPOTrainer(VideoGRPOTrainer, WanPipeline):
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    encoding: ClassVar[dict[str, Any]] = {"tokens": "tokenizer.json"}  # before, <unk> was another token
     pipeline_config_class: ClassVar[type[PipelineConfig]] = WanT2V480PConfig
 
     @classmethod

@@ -45,6 +45,16 @@ class Position:
         pass
 
 
+@register("test_first_masked")
+class FirstMasked(Brightness):
+    """Like ``test_brightness``; the first sample of each micro-batch cannot be scored."""
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        result = super().score(request)
+        result.valid[0] = False
+        return result
+
+
 @register("test_hangs")
 class Hangs(Brightness):
     """Answers a number of requests, then hangs; ``folder`` gets a file named after the rank it was made on."""

@@ -128,7 +128,8 @@ def test_sample_needs_neither_training_prompts_nor_rewards(make_trainer, tmp_pat
     (tmp_path / "prompts.txt").unlink()
     out = tmp_path / "pictures"
     assert cli.main(["sample", str(trainer.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
-    assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}}]
+    made = {"checkpoint": str(trainer.store.path(1)), "weights": "model"}
+    assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}, **made}]
 
 
 def test_a_wrong_lora_target_is_told_before_anything_is_loaded(tiny_flux, tmp_path, capsys):
