@@ -220,10 +220,10 @@ def check_images(config: Config, world: World) -> None:
         check_images(configured_prompts(config), config.sample.height, config.sample.width, world, show)
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, facts: ModelFacts) -> None:
     """Log what can run but is seldom meant."""
     if launcher.rank() == 0:
-        for line in _cautions(config):
+        for line in _cautions(config, facts):
             logger.warning("%s", line)
 
 
@@ -257,9 +257,14 @@ def cut_by_encoders(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     return lines
 
 
-def _cautions(config: Config) -> list[str]:
+def _cautions(config: Config, facts: ModelFacts) -> list[str]:
     """What can run but is seldom meant, and what of the prompts will not be seen."""
     lines = cautions(config)
+    if config.model.vae_precision == "fp16" and facts.vae.get("force_upcast"):
+        lines.append(
+            f"model.vae_precision is fp16, but the VAE of {facts.source} overflows in it (its config.json says force_upcast): "
+            "samples that are not finite are masked, and too many of them stop the run; set bf16 or fp32"
+        )
     paths = [path for path in (config.prompts.path, config.prompts.eval_path) if path is not None]
     files = [prompt_file_of(config, path) for path in paths]
     prompts = [prompt for file in files for prompt in file.prompts]
@@ -369,7 +374,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     ]
     if not Path(config.model.path).exists():
         lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
-    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config)]
+    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, facts)]
     found += _disk_notes(config, facts, embedding * len(prompts))
     lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(configuration.to_yaml(config))
         print(runnable(plan.describe(config, facts, ranks)))
         return 0
-    plan.warn(config)
+    plan.warn(config, facts)
     plan.warn_of_memory(config, facts, ranks)
     return 0 if train(config, stop) else EXIT_STOPPED
 

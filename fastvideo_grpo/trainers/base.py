@@ -218,7 +218,7 @@ class GRPOTrainer(Policy):
             True when all of them are done; False when ``stop`` asked to leave before, and what was trained is saved.
 
         Raises:
-            TooManyInvalidRewards: after saving what was trained so far.
+            TooManyInvalidRewards: after saving what was trained so far, unless its weights draw what is not finite.
         """
         config = self.config.run
         if self.first_iteration >= config.iterations:

@@ -26,7 +26,7 @@ _MARGIN_S = 60.0
 
 
 class TooManyInvalidRewards(UserError):
-    """More samples of an iteration could not be scored than ``rewards.max_invalid_fraction`` allows."""
+    """More samples of an iteration have no score that counts than ``rewards.max_invalid_fraction`` allows."""
 
 
 def make_rewards(config: Config, world: World) -> RewardSet:

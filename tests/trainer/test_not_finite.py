@@ -70,6 +70,28 @@ def test_what_the_vae_spoils_is_masked_counted_and_named_in_a_run(make_trainer, 
     assert grey > 1000  # crossed out, not black
 
 
+def test_refl_leaves_out_what_the_vae_spoils_in_an_update(make_trainer):
+    """No NaN comes back through the VAE, whose first layer spoils one row of each decoding with gradients."""
+    smooth = {"rewards__models__pixels__kind": "test_smooth_brightness"}
+    settings = {"grpo__objective": "refl", "grpo__updates_per_iteration": 1, "run__iterations": 1}
+    trainer = make_trainer(**{**SD, **settings, **smooth})
+    before = trainer.engine.state_dict()
+
+    def hook(module, inputs, output):
+        if not torch.is_grad_enabled():
+            return None
+        rows = torch.arange(len(output)).view(-1, 1, 1, 1)
+        return torch.where(rows == 1, torch.nan, output)
+
+    trainer.get_module("vae").decoder.conv_in.register_forward_hook(hook)
+    trainer.train()
+    (line,) = trainer.log.read()
+    assert line["train/unjudged"] == 0.5 and line["train/updates"] == 1 and line["train/skipped_updates"] == 0
+    assert trainer.fault_counts[DECODING] == 8 and not trainer.rewards.failure_counts
+    after = trainer.engine.state_dict()
+    assert all(weight.isfinite().all() for weight in after.values()) and not runs.same_bits(before, after)
+
+
 def test_the_last_message_says_that_the_vae_overflows(make_trainer):
     trainer = make_trainer(**SD, run__iterations=2)
     trainer.config.model.vae_precision = "fp16"
@@ -201,3 +223,12 @@ def test_pictures_drawn_for_a_figure_know_what_is_not_finite(make_trainer):
     handle.remove()
     assert drawn.faults == [None, DECODING, None, None] and not drawn.media[1].any()
     assert drawn.by_sample()[1] == {"pixels/brightness": None} and drawn.summary()["not_finite"] == 1
+
+
+@pytest.mark.parametrize("recipe,overflows", [("flux_t2i_paper", True), ("hunyuan_t2i_paper", False)])
+def test_a_vae_that_overflows_in_fp16_is_warned_of(capsys, recipe, overflows):
+    """In the dry run as at start, by the checkpoint's own force_upcast: HunyuanVideo is published to run in fp16."""
+    for precision in ("fp16", "bf16"):
+        command = ["train", f"train_scripts/configs/{recipe}.yaml", "--dry-run", f"model.vae_precision={precision}"]
+        assert cli.main(command) == 0
+        assert ("overflows in it" in capsys.readouterr().out) == (overflows and precision == "fp16")
