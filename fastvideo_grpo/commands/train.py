@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import closing
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
@@ -60,7 +59,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
-    with closing(load_trainer(config, world)) as trainer:
+    with load_trainer(config, world) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)
     world.leave()
