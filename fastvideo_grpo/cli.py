@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 
@@ -92,6 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:  # the arguments were right: no code of ours leaves so
+        traceback.print_exc()
+        print(
+            f"fastvideo-grpo {arguments.command}: ended by sys.exit({error.code!r}) of what is named above, before it was done",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _told(arguments: argparse.Namespace, text: str) -> int:

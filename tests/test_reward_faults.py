@@ -1,6 +1,7 @@
 """A reward gets what is its own, and whatever it raises, returns or changes ends no run and makes up no number."""
 
 import asyncio
+import importlib.metadata
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
 from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, register, registry, wire
 from fastvideo_grpo.rewards.server import RewardPool
@@ -222,7 +224,8 @@ RETURNED = [
     result_of(np.ones(3)), result_of([1.0, 2.0, 3.0]), result_of(["nan"] * 3), result_of(GOOD.to(torch.complex64)),
     result_of(GOOD.to_sparse(), ALL), result_of(GOOD[:2], ALL), result_of(GOOD[:, None]), result_of(GOOD[0].repeat(3, 3)),
     result_of(GOOD.to("meta"), ALL), result_of(torch.quantize_per_tensor(GOOD, 1.0, 0, torch.quint8), ALL),
-    result_of(GOOD.as_subclass(Subclassed), ALL), result_of(torch.nested.nested_tensor([GOOD, GOOD[:1]]), ALL),
+    result_of(torch.nested.nested_tensor([GOOD, GOOD[:1]], layout=torch.jagged), ALL),
+    result_of(GOOD.as_subclass(Subclassed), ALL),
     result_of(torch.full((3,), torch.nan)), result_of(torch.full((3,), 1e300, dtype=torch.float64)),
     result_of(GOOD, [True] * 3), result_of(GOOD, np.ones(3, bool)), result_of(GOOD, GOOD), result_of(GOOD, ALL.to_sparse()),
     result_of(GOOD, ALL[:2]), result_of(GOOD, ~ALL, invalid_because=["dark"] * 3), result_of(GOOD, ~ALL, invalid_because=None),
@@ -332,23 +335,29 @@ def test_ctrl_c_ends_the_wait_for_a_reward():
 
 def test_what_belongs_to_the_process_is_put_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
 
     def change(*arguments):
         os.chdir("/")
         torch.set_default_dtype(torch.float64)
         torch.set_num_threads(threads + 1)
+        torch.set_grad_enabled(False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return mean(*arguments) if arguments else None
 
     try:
         rewards = set_of(r={"call": change, "made": change, "moved": change})
         for _ in range(2):
             assert Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32
-            assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == threads and torch.is_grad_enabled()
+            assert signal.getsignal(signal.SIGINT) is interrupt
             assert rewards.score(request_of()).valid["r/quality"].all()
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
+        torch.set_grad_enabled(True)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.parametrize(
@@ -395,3 +404,24 @@ def test_a_process_survives_what_its_reward_raises_and_gives_each_attempt_its_ow
         assert pool.restarts == 0
     finally:
         pool.close()
+
+
+# --- the command
+
+
+def test_a_package_that_leaves_while_it_is_imported_is_told(tmp_path, monkeypatch):
+    (tmp_path / "leaving_rewards.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = importlib.metadata.EntryPoint("leaving", "leaving_rewards:Leaving", registry.REWARDS.group)
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [point])
+    with pytest.raises(ValueError, match="'leaving_rewards:Leaving', which cannot be imported: SystemExit: 0"):
+        RewardSet({"it": {"kind": "leaving"}})
+
+
+@pytest.mark.parametrize("code", [None, 0, 75])
+def test_no_command_ends_well_because_something_called_sys_exit(monkeypatch, capsys, code):
+    command = SimpleNamespace(command="train"), SimpleNamespace(run=raising(SystemExit(code)))
+    monkeypatch.setattr(cli, "parse", lambda argv: command)
+    assert cli.main(["train"]) == 1
+    told = capsys.readouterr().err
+    assert f"fastvideo-grpo train: ended by sys.exit({code})" in told and "in call" in told, "and where"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    with closing(load_trainer(config, World.current())) as trainer:
+    with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
         show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
         pictures_before = sample_fixed(trainer, show, 1, "pictures")

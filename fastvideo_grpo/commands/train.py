@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, launcher, plan
@@ -72,7 +71,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
         world.leave()
         return True
     world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
-    with closing(load_trainer(config, world)) as trainer:
+    with load_trainer(config, world) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)
     world.leave()

@@ -19,7 +19,7 @@ from fastvideo_grpo.rewards.threads import SerialThread
 T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 10.0
-"""Seconds that ``close()`` of a reward may take, the request that still hangs before it included."""
+"""Seconds that ``close()`` of a reward may take, with the request that is under way."""
 
 
 class InlineReward:
@@ -30,7 +30,7 @@ class InlineReward:
 
     The reward gets a copy of each request, and so no pictures that others see. What it raises comes back as an ``Exception``,
     whatever it was (:class:`~fastvideo_grpo.errors.Escape`). The working directory and torch's defaults, which belong to the
-    whole process, are put back after it.
+    whole process, are put back after it (:mod:`~fastvideo_grpo.rewards.process_settings`).
 
     Args:
         timeout_s: seconds for a request.
@@ -48,19 +48,20 @@ class InlineReward:
         if not offload_idle:
             reward.to(self.device)
         self._thread = SerialThread("reward", self._begin)
+        self._hangs: Future[Any] | None = None
 
     def score(self, request: RewardRequest) -> RewardResult:
         """Raises TimeoutError, and what the reward raises."""
         return self._wait(self._thread.submit(partial(self._score, request.copy())), self.timeout_s)
 
-    @staticmethod
-    def _wait(answer: Future[T], seconds: float) -> T:
+    def _wait(self, answer: Future[T], seconds: float) -> T:
         try:
             return answer.result(seconds)
         except FutureTimeout:
             if answer.done():  # in time after all, or the reward's own TimeoutError
                 return answer.result()
-            answer.cancel()  # if it has not begun, it need not
+            if not answer.cancel():  # if it has not begun, it need not
+                self._hangs = answer
             raise TimeoutError(f"no answer within {seconds:g} s") from None
 
     def _begin(self) -> None:
@@ -108,4 +109,5 @@ class InlineReward:
             return
         closed = self._thread.submit(self.reward.close)
         self._thread.close()
-        self._wait(closed, CLOSE_TIMEOUT_S)
+        hangs = self._hangs is not None and not self._hangs.done()
+        self._wait(closed, 0.0 if hangs else CLOSE_TIMEOUT_S)

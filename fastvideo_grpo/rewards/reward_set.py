@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,8 @@ class RewardSet:
         retries, backoff_s: how often a request that failed is asked again, and the seconds before the first time.
         elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
             names, weights and transforms only.
+        watch: called with the inline rewards that are at work, whenever one begins or ends (a reward in this process can end
+            it without a word).
 
     Attributes:
         names: "MODEL/OUTPUT" in the order of the configuration.
@@ -81,6 +84,7 @@ class RewardSet:
         retries: int = 2,
         backoff_s: float = 0.5,
         elsewhere: Mapping[str, tuple[str, ...]] | None = None,
+        watch: Callable[[Collection[str]], None] = lambda models: None,
     ) -> None:
         if not models:
             raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
@@ -98,12 +102,14 @@ class RewardSet:
         self._threads: dict[str, SerialThread] = {}
         self._failing: set[str] = set()
         self._closed = False
+        self._watch, self._at_work, self._at_work_lock = watch, set[str](), threading.Lock()
         try:
             for model, entry in models.items():
                 if elsewhere is None:
-                    self.rewards[model] = place(
-                        model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s
-                    )
+                    with self._working(model):
+                        self.rewards[model] = place(
+                            model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s
+                        )
                 known = self.rewards[model].outputs if elsewhere is None else elsewhere[model]
                 for output, settings in _outputs(model, entry, known).items():
                     weight = get(settings, "weight")
@@ -210,7 +216,8 @@ class RewardSet:
             reward = self.rewards[model]
             assert isinstance(reward, DifferentiableReward)
             try:
-                answer = reward.score_differentiably(pixels, prompts, metadata)
+                with self._working(model):
+                    answer = reward.score_differentiably(pixels, prompts, metadata)
             except (Exception, KeyboardInterrupt) as error:  # this is the main thread: the latter may be Ctrl-C
                 error.add_note(f"raised by the reward {model} in score_differentiably")
                 raise
@@ -245,7 +252,8 @@ class RewardSet:
                     break
                 self.retried[model] += 1
                 time.sleep(pause)
-            answer.take(lambda: self.rewards[model].score(request))
+            with self._working(model):
+                answer.take(lambda: self.rewards[model].score(request))
             if not answer.failures:
                 self._failing.discard(model)
                 break
@@ -261,6 +269,22 @@ class RewardSet:
             left = self._failures_left.get(model, math.inf)
             self._failures_left[model] = left - int((~torch.stack(counted).all(0)).sum())
         return answer
+
+    @contextmanager
+    def _working(self, model: str) -> Iterator[None]:
+        """Within, the reward is at work; ``watch`` is told."""
+        if (get(self._entries[model], "placement") or "inline") != "inline":
+            yield
+            return
+        with self._at_work_lock:
+            self._at_work.add(model)
+            self._watch(self._at_work)
+        try:
+            yield
+        finally:
+            with self._at_work_lock:
+                self._at_work.discard(model)
+                self._watch(self._at_work)
 
     def note(self, message: str, count: int, size: int) -> str:
         """Count a failure that cost ``count`` of ``size`` samples, and log it the first time; returns a line that says so."""
@@ -278,10 +302,10 @@ class RewardSet:
             for model, reward in self.rewards.items():
                 closing.callback(self._close, model, reward)
 
-    @staticmethod
-    def _close(model: str, reward: Reward) -> None:
+    def _close(self, model: str, reward: Reward) -> None:
         try:
-            reward.close()
+            with self._working(model):
+                reward.close()
         except Exception as error:
             logger.error("reward %s: close(): %s", model, one_line(error))
 

@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,7 @@ def measure(job: Job) -> dict[str, Any]:
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
     stopped = None
-    with closing(load_trainer(config, World.current())) as trainer:
+    with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
         counter = EvaluationCounter(trainer)
         if job.trained:

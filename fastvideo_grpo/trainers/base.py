@@ -15,7 +15,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
+from fastvideo_grpo.checkpoints.run_status import RunStatus
 from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.durable_files import keep_going, write_atomic
@@ -105,6 +107,10 @@ class GRPOTrainer(Policy):
         config, world = self.config, self.world
         self.folder = Path(config.run.dir)
         self.console = Console(quiet=world.rank != 0)
+        world.on_rank_0(lambda: self._held.enter_context(lock_folder(self.folder)))
+        self.status = self._held.enter_context(RunStatus(self.folder if world.rank == 0 else None))
+        if self.status.before is not None:
+            logger.warning("%s", self.status.before)
         self.setup_rewards()
         self.prompts = prompts_of(config, config.prompts.path)
         self.eval_prompts = prompts_of(config, config.prompts.eval_path) if config.prompts.eval_path else []
@@ -120,7 +126,6 @@ class GRPOTrainer(Policy):
         self.cache_embeddings([*self.prompts, *self.eval_prompts], self.console)
         if self.objective.needs_reference and config.model.lora is None:
             self._reference = self.make_reference()
-        world.on_rank_0(lambda: self._held.enter_context(lock_folder(self.folder)))
         every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, world)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
@@ -138,6 +143,20 @@ class GRPOTrainer(Policy):
     def close(self) -> None:
         """Let go of the rewards and of the run's folder; may be called twice, and however far setting up came."""
         self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Say in the run's folder how the run ended, and :meth:`close`."""
+        if error is not None:
+            self.status.failed(error)
+        self.close()
+
+    @cached_property
+    def status(self) -> RunStatus:
+        """What the run is doing, for who starts it again; without :meth:`setup_training` it is not kept."""
+        return RunStatus()
 
     @cached_property
     def _held(self) -> ExitStack:
@@ -192,7 +211,7 @@ class GRPOTrainer(Policy):
 
     def setup_rewards(self) -> None:
         """Make the configured rewards on the ranks that score; the others learn their names. An error is every rank's."""
-        self.rewards = self._held.enter_context(closing(make_rewards(self.config, self.world)))
+        self.rewards = self._held.enter_context(closing(make_rewards(self.config, self.world, self.status.rewards)))
 
     def begin_scoring(self, failures: float = math.inf) -> None:
         """Begin an iteration's or an evaluation's requests; see :func:`~fastvideo_grpo.trainers.scoring.begin_scoring`."""
@@ -223,6 +242,7 @@ class GRPOTrainer(Policy):
         config = self.config.run
         if self.first_iteration >= config.iterations:
             self.console.say(all_done(self.config, self.first_iteration))
+            self.status.end("finished")
             return True
         if self.first_iteration == 0:
             self._before_training()
@@ -230,7 +250,8 @@ class GRPOTrainer(Policy):
             if stop is not None and stop.agreed(self.world):
                 self._stop(iteration)
                 return False
-            clock = Clock()
+            self.status.iteration(iteration + 1)
+            clock = Clock(self.status.doing)
             prompts = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, prompts, clock)
             metrics = {"iteration": iteration, **fault_metrics(rollout.faults), **reward_metrics(rollout, self.rewards)}
@@ -245,6 +266,7 @@ class GRPOTrainer(Policy):
         self.wandb.finish()
         if self._saved != config.iterations:
             raise UserError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+        self.status.end("finished")
         return True
 
     def _stop(self, finished: int) -> None:
@@ -254,6 +276,7 @@ class GRPOTrainer(Policy):
         self.wandb.finish()
         if self._saved != finished:
             raise UserError(f"asked to stop, but iteration {finished} was not saved in {self.store.folder}: see above")
+        self.status.end("stopped")
         self.console.say(
             f"stopped by SIGUSR1 after iteration {finished} of {self.config.run.iterations}, saved in {self.folder}: start the "
             f"same command again to go on (exit code {EXIT_STOPPED})"
@@ -461,6 +484,7 @@ class GRPOTrainer(Policy):
 
     def save_pictures(self, finished: int) -> FixedSamples:
         """Save pictures or clips of fixed prompts and noise in ``samples/FINISHED/``, the number of finished iterations."""
+        self.status.doing("saving pictures")
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
         if drawn.media is not None:
@@ -477,6 +501,7 @@ class GRPOTrainer(Policy):
     def _before_training(self) -> None:
         """Evaluate and save pictures of the starting weights, where the run does so later."""
         if self.config.run.eval_every:
+            self.status.doing("evaluation")
             metrics = self.evaluate()
             if self.world.rank == 0:
                 with keep_going(self.folder / "evaluation_before.json"):
@@ -489,6 +514,7 @@ class GRPOTrainer(Policy):
     def _save(self, finished: int) -> None:
         """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run. Weights that are not finite are not
         saved: they would push out a sound checkpoint."""
+        self.status.doing("saving a checkpoint")
         engine = self.engine
         assert engine is not None
         if not engine.weights_are_finite():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,11 @@ class TooManyInvalidRewards(UserError):
     """More samples of an iteration have no score that counts than ``rewards.max_invalid_fraction`` allows."""
 
 
-def make_rewards(config: Config, world: World) -> RewardSet:
+def make_rewards(config: Config, world: World, watch: Callable[[Collection[str]], None]) -> RewardSet:
     """The configured rewards: made on the ranks that score, on the others their names, weights and transforms.
+
+    Args:
+        watch: see :class:`RewardSet`.
 
     Raises:
         ConfigError: on every rank: a reward that cannot be made or looks at other media, or one whose process starts so
@@ -46,6 +49,7 @@ def make_rewards(config: Config, world: World) -> RewardSet:
             retries=config.rewards.retries,
             backoff_s=config.rewards.backoff_s,
             elsewhere=elsewhere,
+            watch=watch,
         )
 
     rewards: RewardSet | None = None
