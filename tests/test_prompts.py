@@ -8,13 +8,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from fastvideo_grpo import plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_state
-from fastvideo_grpo.config import ConfigError, build, to_dict
+from fastvideo_grpo.config import ConfigError, build, load, to_dict
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.families import prompts_of
 from fastvideo_grpo.prompts.embeddings import EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, PromptFileError, read_prompt_file, read_prompts, text_id
 from fastvideo_grpo.prompts.order import PromptOrder
+from fastvideo_grpo.prompts.tokenizers import TokenizerError
+from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.sampling import noise
+
+TRAIN_SCRIPTS = data_dir().parent / "train_scripts"
 
 
 def _write(path, content):
@@ -247,6 +253,49 @@ def test_changed_metadata_stops_a_resume_and_its_order_does_not(tmp_path):
             check_resumable(before, config, now, "d")
     with pytest.raises(ConfigError, match="holds other prompts"):
         check_resumable(saved, config, rich[::-1], "d")
+
+
+def test_a_recipes_kept_out_prompts_go_when_another_list_is_trained_on(tmp_path, caplog):
+    """Saved pictures and what is evaluated as heldout would be of the recipe's prompts."""
+    recipe = TRAIN_SCRIPTS / "configs" / "flux_t2i_tiny.yaml"
+    mine, kept_out = str(_write(tmp_path / "mine.txt", "a cat")), str(_write(tmp_path / "kept_out.txt", "a dog"))
+    based = _write(tmp_path / "based.yaml", f"base: {recipe}\nprompts: {{path: {mine}}}\n")
+    based_with = _write(tmp_path / "based_with.yaml", f"base: {recipe}\nprompts: {{path: {mine}, eval_path: {kept_out}}}\n")
+    for file, overrides in ((recipe, [f"prompts.path={mine}"]), (based, [])):
+        config = load(file, overrides)
+        assert (config.prompts.path, config.prompts.eval_path) == (mine, None)
+        assert "no prompts are kept out, and pictures are of" in caplog.text
+        caplog.clear()
+    with_both = [f"prompts.path={mine}", f"prompts.eval_path={kept_out}"]
+    for config in (load(recipe, with_both), load(based_with), load(based, with_both[1:])):
+        assert (config.prompts.path, config.prompts.eval_path) == (mine, kept_out)
+    assert load(recipe, [f"prompts.path={mine}", "prompts.eval_path=null"]).prompts.eval_path is None
+    caplog.clear()
+    assert load(recipe).prompts.eval_path == load(recipe, ["run.seed=1"]).prompts.eval_path == "data/prompts/shapes_heldout.txt"
+    assert not caplog.text
+
+
+def test_a_start_says_what_is_left_out_of_the_prompts_and_what_encoders_cut(tmp_path, caplog):
+    """As the dry run does, from the same lines; a tokenizer that cannot be read ends it before anything is loaded."""
+    checkpoint = shutil.copytree(data_dir() / "tiny-flux-shapes", tmp_path / "model")
+    path = _write(tmp_path / "a.txt", "#1 fan\na cat\na cat\n" + "a red circle and " * 30 + "one\n")
+    config = build(
+        {
+            "model": {"path": str(checkpoint)},
+            "prompts": {"path": str(path)},
+            "run": {"dir": str(tmp_path / "run")},
+            "rewards": {"models": {"a": {"kind": "jpeg_size"}}},
+        }
+    )
+    plan.warn(config)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3 and "1 line begins with #" in said[0] and "1 repeated prompt is left out" in said[1]
+    assert said[2].startswith("1 of 2 prompts are longer than the 77 tokens that CLIP (text_encoder) reads, and cut there")
+    config.prompts.duplicates = "keep"
+    assert len(prompts_of(config, path)) == 3
+    (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="tokenizer_2 cannot be read"):
+        plan.warn(config)
 
 
 def test_every_prompt_comes_once_an_epoch_in_another_order():

@@ -17,7 +17,7 @@
 #   checkpoints/HPS_v2.1_compressed.pt  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
 #   checkpoints/DFN5B-CLIP-ViT-H-14-378 (hps_clip)
 #                                       hf download apple/DFN5B-CLIP-ViT-H-14-378 --local-dir checkpoints/DFN5B-CLIP-ViT-H-14-378
-#   a prompt list                       set prompts.path (one prompt a line); data/prompts/flux_examples.txt is an example
+#   a prompt list                       set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

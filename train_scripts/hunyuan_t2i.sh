@@ -14,7 +14,7 @@
 # What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
 #   checkpoints/HunyuanVideo            hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
 #   checkpoints/HPS_v2.1_compressed.pt  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
-#   a prompt list                       set prompts.path (one prompt a line); data/prompts/flux_examples.txt is an example
+#   a prompt list                       set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

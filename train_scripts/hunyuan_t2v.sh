@@ -16,7 +16,7 @@
 #   checkpoints/VideoReward           hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
 #   checkpoints/Qwen2-VL-2B-Instruct  hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
 #   checkpoints/VideoAlign            git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
-#   a prompt list                     set prompts.path (one prompt a line); data/prompts/hunyuan_examples.txt is an example
+#   a prompt list                     set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
