@@ -4,6 +4,8 @@ import errno
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,50 @@ def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_tr
     trainer.config.optim.lr = 1.0
     with pytest.raises(ConfigError, match=r"other values of optim\.lr"):
         plan.check_folder(trainer.config)
+
+
+@pytest.mark.parametrize("what", ["read-only run.dir", "a file for run.dir", "no room for checkpoints", "read-only embeddings"])
+def test_a_disk_that_will_not_do_is_told_before_the_model_is_loaded(tiny_flux, tmp_path, monkeypatch, capsys, what):
+    """In a line, by the dry run as a note; nothing is made."""
+    from fastvideo_grpo import cli, disk_room
+    from fastvideo_grpo.checkpoints import folder
+    from fastvideo_grpo.trainers import flux
+
+    file, place = tmp_path / "run.yaml", tmp_path / "there"
+    file.write_text("{}")
+    values, expected = {"run__dir": place / "run"}, f"run.dir={place / 'run'} cannot be written: Read-only file system"
+    place.mkdir()
+    if what == "a file for run.dir":
+        place.rmdir()
+        place.write_text("mine")
+        expected = f"run.dir={place / 'run'} cannot be written: a file, not a folder ({place}); repair it, or choose another"
+    elif what == "no room for checkpoints":
+        monkeypatch.setattr(folder, "free_bytes", lambda path: 7 << 20)
+        expected = "MiB, and its disk has 7.0 MiB free, where 2 must fit"
+    elif what == "read-only embeddings":
+        values = {"prompts__embeddings": place / "embeddings"}
+        expected = f"prompts.embeddings={place / 'embeddings'} "
+    if what.startswith("read-only"):
+        tried = tempfile.TemporaryFile
+
+        def refused(dir):
+            if Path(dir).is_relative_to(place):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return tried(dir=dir)
+
+        monkeypatch.setattr(disk_room.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(flux.FluxGRPOTrainer, "__init__", lambda *arguments, **named: pytest.fail("the model is loaded"))
+    command = ["train", str(file), *runs.settings(tmp_path / "prompts", tiny_flux, **values)]
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert cli.main([*command, "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert sum(expected in line for line in notes) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert cli.main(command) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert expected in told[-1] and "Traceback" not in "".join(told)
+    if what != "read-only embeddings":
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 class _Watched:
