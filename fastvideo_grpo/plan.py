@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
@@ -45,7 +46,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         here: the run will start on this machine: what it needs must be installed and its files present.
         training: False only draws pictures: training prompts and dealing do not matter.
     """
-    problems = list(FAMILIES[config.model.kind].problems(config, facts))
+    problems = [*FAMILIES[config.model.kind].problems(config, facts), *checkpoint_problems(config, facts)]
     shared = config.engine.sequence_parallel
     heads = FAMILIES[config.model.kind].heads(facts)
     if heads == 1 and shared > 1:
@@ -239,7 +240,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    lines += [f"note         {line}" for line in _cautions(config, prompts)]
+    left_out = unread_files(config)
+    lines += [f"note         {line}" for line in [*_cautions(config, prompts), *([left_out] if left_out else [])]]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

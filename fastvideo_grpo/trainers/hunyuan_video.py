@@ -40,7 +40,7 @@ class HunyuanVideoGRPOTrainer(VideoGRPOTrainer, HunyuanVideoPipeline):
 
         folder = checkpoint / "tokenizer"
         if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"{folder} has no tokenizer.json; that of HunyuanVideo's own repository is needed")
+            raise ConfigError("model.path has no tokenizer/tokenizer.json; that of HunyuanVideo's own repository is needed")
         return {"tokenizer": PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)}
 
     def initialize_pipeline(self, fastvideo_args: Any) -> None:
@@ -54,7 +54,7 @@ class HunyuanVideoGRPOTrainer(VideoGRPOTrainer, HunyuanVideoPipeline):
             found = len(self.get_module("tokenizer")(prefix)["input_ids"])
             if found != crop:
                 raise ConfigError(
-                    f"{self.model_path}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
+                    f"{self.checkpoint}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
                     "the embeddings: prompts would be read wrongly. The tokenizer.json of HunyuanVideo's own repository is "
                     "needed"
                 )
