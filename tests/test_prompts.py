@@ -12,7 +12,7 @@ from fastvideo_grpo import plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_state
 from fastvideo_grpo.config import ConfigError, build, load, to_dict
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import prompts_of
+from fastvideo_grpo.families import model_facts, prompts_of
 from fastvideo_grpo.prompts.embeddings import EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, PromptFileError, read_prompt_file, read_prompts, text_id
 from fastvideo_grpo.prompts.order import PromptOrder
@@ -287,7 +287,7 @@ def test_a_start_says_what_is_left_out_of_the_prompts_and_what_encoders_cut(tmp_
             "rewards": {"models": {"a": {"kind": "jpeg_size"}}},
         }
     )
-    plan.warn(config)
+    plan.warn(config, model_facts(config))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3 and "1 line begins with #" in said[0] and "1 repeated prompt is left out" in said[1]
     assert said[2].startswith("1 of 2 prompts are longer than the 77 tokens that CLIP (text_encoder) reads, and cut there")
@@ -295,7 +295,7 @@ def test_a_start_says_what_is_left_out_of_the_prompts_and_what_encoders_cut(tmp_
     assert len(prompts_of(config, path)) == 3
     (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="tokenizer_2 cannot be read"):
-        plan.warn(config)
+        plan.warn(config, model_facts(config))
 
 
 def test_every_prompt_comes_once_an_epoch_in_another_order():

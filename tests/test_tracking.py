@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 
 import av
 import numpy as np
@@ -241,7 +242,10 @@ def test_wandb_offline_keeps_clips_with_their_captions(tmp_path, monkeypatch):
     kept = {path.read_bytes() for path in (folder / "files" / "media").rglob("*.mp4")}
     assert kept == {file.read_bytes() for file in files}
     (record,) = folder.glob("*.wandb")
-    assert json.dumps("a dog\nscore 0.5").encode() in record.read_bytes()
+    waits = time.monotonic() + 60  # wandb's own process writes it, on a busy machine later
+    while json.dumps("a dog\nscore 0.5").encode() not in record.read_bytes():
+        assert time.monotonic() < waits
+        time.sleep(0.1)
 
 
 def test_console_shows_rewards_invalid_scores_and_evaluations(capsys):
