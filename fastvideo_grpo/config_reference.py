@@ -30,8 +30,8 @@ they need quotes, and without them they are refused. `${...}` is not replaced. A
 numbers, `true`, `[a, b]`, `{top: 1, bottom: 1}`.
 
 **Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is
-that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not there is
-an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
+that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not
+there is an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
 relative to the working directory. The `config.yaml` that a run writes has them expanded.
 
 **`base: FILE`** at the top of a file names another one, relative to it, that is read first; the file then says what is

@@ -18,13 +18,14 @@ examples:
   torchrun --nproc-per-node 8 -m fastvideo_grpo.cli train train_scripts/configs/flux_t2i_released.yaml
   fastvideo-grpo train train_scripts/configs/flux_t2i_paper.yaml --dry-run --world-size 32
 
+A text (a prompt, a path, a name) is what stands behind the first =, as it is; rewards.models.NAME=null removes a reward.
 A second start with the same run.dir resumes from its newest whole checkpoint, exactly.
 All keys, their defaults and meaning: docs/configuration.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="single keys, e.g. run.iterations=10; a text is all behind the =")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
