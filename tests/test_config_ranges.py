@@ -144,7 +144,7 @@ def told(dotted, value, use):
     try:
         use(build(*needed, f"{dotted}={value}"))
     except ConfigError as error:
-        assert dotted.rpartition(".")[2] in str(error), (dotted, value, str(error))  # noqa: PT017
+        assert dotted.rpartition(".")[2] in str(error), (dotted, value, str(error))
 
 
 def test_no_number_of_any_key_ends_in_a_traceback():
