@@ -8,12 +8,13 @@ Every key's meaning stands beside it (:mod:`fastvideo_grpo.config_reference` pri
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo import config_files, config_values
+from fastvideo_grpo import config_files, config_values, launcher
 from fastvideo_grpo.config_files import Given
 from fastvideo_grpo.config_paths import as_typed, expanded
 from fastvideo_grpo.config_values import known_keys
@@ -25,6 +26,8 @@ from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 from fastvideo_grpo.rewards.placement import PLACEMENTS
 from fastvideo_grpo.sampling import transitions
+
+logger = logging.getLogger(__name__)
 
 REQUIRED: Any = "???"
 """In place of a default: a run has to give the key."""
@@ -83,9 +86,21 @@ class PromptsConfig:
     """What to draw, and the cache of its text embeddings."""
 
     path: str = _key(
-        REQUIRED, "training prompts: .txt (one a line) or .jsonl ({'prompt', 'id'?, 'image'?, 'negative_prompt'?})", path=True
+        REQUIRED,
+        "training prompts: .txt (one a line), or .jsonl, .json or .csv with prompt and, if wanted, id, image, negative_prompt "
+        "(docs/prompts.md)",
+        path=True,
     )
-    eval_path: str | None = _key(None, "prompts kept out of training, scored at each evaluation", path=True)
+    eval_path: str | None = _key(
+        None,
+        "prompts kept out of training, scored at each evaluation; goes with path: who sets another path sets it anew",
+        path=True,
+    )
+    duplicates: str = _key(
+        "drop",
+        "a prompt that repeats another of its file is left out (drop), or kept under an id of its own",
+        choices=["drop", "keep"],
+    )
     embeddings: str = _key(
         "none",
         "folder of cached embeddings of texts and images (encoded once, text encoders then leave memory), or none: encode as "
@@ -319,6 +334,7 @@ FREE_ON_RESUME = [
     "model.path",
     "prompts.path",
     "prompts.eval_path",
+    "prompts.duplicates",
     "model.cfg_batched",
     "rewards.async",
     "rewards.timeout_s",
@@ -389,8 +405,27 @@ def _built(layers: list[Given], overrides: list[str] | None) -> Config:
 def _layered(layers: list[Given]) -> Given:
     merged = Given({})
     for layer in layers:
-        merged = config_values.layered(Config, merged, layer)
+        merged = config_values.layered(Config, merged, _without_foreign_eval_path(merged, layer))
     return merged
+
+
+def _without_foreign_eval_path(lower: Given, upper: Given) -> Given:
+    """Prompts kept out of a recipe's list are not kept out of another: where ``upper`` sets prompts.path and says nothing of
+    prompts.eval_path, that of ``lower`` goes, with a word."""
+    before, now = (_inside(given, "prompts") for given in (lower, upper))
+    if not ("path" in now and {"path", "eval_path"} <= before.keys()) or "eval_path" in now:
+        return upper
+    kept_out = before["eval_path"].value
+    if kept_out is None or now["path"].value == before["path"].value:
+        return upper
+    if launcher.rank() == 0:
+        logger.warning(
+            "prompts.eval_path=%s goes with prompts.path=%s, which is %s now: no prompts are kept out, and pictures are of %s; "
+            "set prompts.eval_path, too, to have some",
+            *(kept_out, before["path"].value, now["path"].value, now["path"].value),
+        )
+    prompts = replace(upper.value["prompts"], value={**now, "eval_path": Given(None, typed=False)})
+    return replace(upper, value={**upper.value, "prompts": prompts})
 
 
 def _families() -> Registry[Any]:

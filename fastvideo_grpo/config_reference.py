@@ -19,7 +19,8 @@ HEAD = """\
 Every key of a run, as `fastvideo_grpo/config.py` defines it; this page is printed from there
 (`python -m fastvideo_grpo.config_reference > docs/configuration.md`).
 
-A run is a YAML file and, over it, `key=value` words of the command line, of which the last counts where a key comes twice:
+A run is a YAML file and, over it, `key=value` words of the command line, of which the last counts where a key comes twice
+(in a shell that has run `. .venv/bin/activate`):
 
     fastvideo-grpo train my_run.yaml optim.lr=3e-4 sample.negative_prompt='blurry, #1' rewards.models.hps=null
 
@@ -30,8 +31,8 @@ they need quotes, and without them they are refused. `${...}` is not replaced. A
 numbers, `true`, `[a, b]`, `{top: 1, bottom: 1}`.
 
 **Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is
-that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not
-there is an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
+that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not there
+is an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
 relative to the working directory. The `config.yaml` that a run writes has them expanded.
 
 **`base: FILE`** at the top of a file names another one, relative to it, that is read first; the file then says what is

@@ -17,7 +17,8 @@ from fastvideo_grpo import published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
 from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.precision import DTYPES
-from fastvideo_grpo.prompts.files import Prompt, read_prompts
+from fastvideo_grpo.prompts.cut import TextReader
+from fastvideo_grpo.prompts.files import Prompt, PromptFile, read_prompt_file
 from fastvideo_grpo.sampling import schedules, transitions
 from fastvideo_grpo.sampling.schedules import Schedule
 
@@ -188,6 +189,10 @@ class Family(ABC):
         """
         return schedules.flow(sample.steps, sample.shift)
 
+    def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
+        """How each text encoder reads prompts, as its trainer has it: prompts that are cut are counted by them."""
+        return ()
+
     def facts(self, path: Path, *, published_if_missing: bool = False) -> ModelFacts:
         """Read the checkpoint's configuration files; see :func:`model_facts`."""
         if not path.exists() and published_if_missing:
@@ -262,6 +267,21 @@ def _no_embedded_guidance(config: Config) -> Iterator[str]:
         )
 
 
+_MOST_T5_TOKENS = 512  # that FLUX and Wan were trained with
+CLIP_TOKENS = 77
+"""That CLIP's text encoders read, the two special ones included."""
+
+
+def _clip(component: str, tokenizer: str) -> TextReader:
+    """CLIP as a second encoder, of which the pooled embedding is read."""
+    return TextReader("CLIP", component, tokenizer, CLIP_TOKENS)
+
+
+def _text_length_key(config: Config, most: int) -> str | None:
+    """The key that makes an encoder read more, where it can."""
+    return "prompts.text_length" if config.prompts.text_length < most else None
+
+
 _TWO_ENCODERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -277,14 +297,19 @@ class _Flux(Family):
         _, height, width = self.latent_shape(facts, sample)
         return height // 2 * (width // 2)
 
+    def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
+        length = config.prompts.text_length
+        t5 = TextReader("T5", "text_encoder_2", "tokenizer_2", length, key=_text_length_key(config, _MOST_T5_TOKENS))
+        return _clip("text_encoder", "tokenizer"), t5
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
         if config.sample.frames != 1:
             yield f"sample.frames is {config.sample.frames}, but flux makes images; use 1"
         if config.sample.vae_tiling:
             yield "sample.vae_tiling is true, but flux decodes images whole; use false"
-        if config.prompts.text_length > 512:
-            yield f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most 512 tokens"
+        if config.prompts.text_length > _MOST_T5_TOKENS:
+            yield f"prompts.text_length is {config.prompts.text_length}; FLUX reads at most {_MOST_T5_TOKENS} tokens"
 
 
 class _Video(Family):
@@ -315,6 +340,19 @@ class _Video(Family):
 
 
 class _HunyuanVideo(_Video):
+    def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
+        llama = TextReader(
+            "Llama",
+            "text_encoder",
+            "tokenizer",
+            config.prompts.text_length,
+            key="prompts.text_length",
+            before="<|end_header_id|>\n\n",
+            after="<|eot_id|>",
+            from_json=True,
+        )
+        return llama, _clip("text_encoder_2", "tokenizer_2")
+
     def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
         size = int(facts.denoiser["patch_size"])
         return int(facts.denoiser["patch_size_t"]), size, size
@@ -337,7 +375,18 @@ class _SkyReelsI2V(_HunyuanVideo):
             yield "sample.frames is 1, but skyreels_i2v makes clips from an image; use 4k + 1 of them, for example 53"
 
 
+def _clean(text: str) -> str:
+    """As Wan's texts are cleaned: mojibake, HTML, spaces."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return str(prompt_clean(text))
+
+
 class _Wan(_Video):
+    def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
+        length, key = config.prompts.text_length, _text_length_key(config, _MOST_T5_TOKENS)
+        return (TextReader("UMT5", "text_encoder", "tokenizer", length, key=key, prepare=_clean),)
+
     def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
         frames, height, width = facts.denoiser["patch_size"]
         return frames, height, width
@@ -355,8 +404,8 @@ class _Wan(_Video):
                 "sample.vae_tiling is true, but wan's VAE decodes a latent frame after the other, whole: what it holds does "
                 "not grow with the clip; leave it out"
             )
-        if config.prompts.text_length > 512:
-            yield f"prompts.text_length is {config.prompts.text_length}; Wan reads at most 512 tokens"
+        if config.prompts.text_length > _MOST_T5_TOKENS:
+            yield f"prompts.text_length is {config.prompts.text_length}; Wan reads at most {_MOST_T5_TOKENS} tokens"
         if (Path(config.model.path) / "transformer_2").is_dir() or facts.vae.get("is_residual"):
             yield f"model.path={config.model.path} is a Wan 2.2; model.kind=wan trains Wan 2.1, whose network is one"
 
@@ -373,6 +422,10 @@ class _StableDiffusion(Family):
     def image_tokens(self, facts: ModelFacts, sample: SampleConfig) -> int:
         _, height, width = self.latent_shape(facts, sample)
         return height * width
+
+    def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
+        key = _text_length_key(config, int(facts.components["text_encoder"]["max_position_embeddings"]))
+        return (TextReader("CLIP", "text_encoder", "tokenizer", config.prompts.text_length, key=key),)
 
     def heads(self, facts: ModelFacts) -> int:
         return 1  # a UNet's convolutions need all of a sample's latents in one process
@@ -527,8 +580,14 @@ def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelF
 
 
 def prompts_of(config: Config, path: str | Path) -> list[Prompt]:
-    """The prompts of a file, with their images where the model starts from one; raises what ``read_prompts`` does."""
-    return read_prompts(path, images=FAMILIES[config.model.kind].reads_images)
+    """The prompts of a file, with their images where the model starts from one; raises what ``read_prompt_file`` does."""
+    return prompt_file_of(config, path).prompts
+
+
+def prompt_file_of(config: Config, path: str | Path) -> PromptFile:
+    """Likewise, with what is to be said of the file."""
+    reads_images = FAMILIES[config.model.kind].reads_images
+    return read_prompt_file(path, images=reads_images, duplicates=config.prompts.duplicates)
 
 
 def configured_prompts(config: Config) -> list[Prompt]:

@@ -12,14 +12,25 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo import launcher
+from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
+from fastvideo_grpo.disk_room import free_bytes, refusal
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import FAMILIES, ModelFacts, configured_prompts, lora_settings, prompts_of
+from fastvideo_grpo.families import (
+    FAMILIES,
+    ModelFacts,
+    configured_prompts,
+    lora_settings,
+    model_facts,
+    prompt_file_of,
+    prompts_of,
+)
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
+from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
@@ -120,18 +131,56 @@ def check_folder(config: Config) -> None:
     from fastvideo_grpo.checkpoints.resume import check_resumable
     from fastvideo_grpo.prompts.embeddings import encoder_identity
 
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep)
-    for iteration in store.iterations()[-1:]:
+    store = folder.run_store(config)
+    for iteration in reversed(store.iterations()):
         try:
             state = store.load_trainer_json(store.path(iteration))
         except CheckpointError:
-            return  # damaged: resuming will name it and take the one before
+            continue  # damaged: resuming will name it and take the one before
         check_resumable(
             state,
             config,
             prompts_of(config, config.prompts.path),
             encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
+        return
+
+
+def check_disk(config: Config, facts: ModelFacts) -> None:
+    """Raise :class:`ConfigError` if the run cannot write to ``run.dir``, or its checkpoints will not fit; warn where
+    ``run.keep`` of them do not. Call it on one process, after :func:`check_folder`."""
+    folder.make_writable(config)
+    room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+    problem, caution = folder.room_problem(config, room), folder.room_caution(config, room)
+    if problem is not None:
+        raise ConfigError(problem)
+    if caution is not None:
+        logger.warning("%s", caution)
+
+
+def _disk_notes(config: Config, facts: ModelFacts, embeddings: int) -> list[str]:
+    """What :func:`check_disk` would say on this machine, and whether the embeddings would fit; nothing is changed."""
+    answer = folder.refused(config)
+    notes = [] if answer is None else [folder.not_written(config, answer)]
+    if answer is None or answer.full:
+        room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+        notes += [line for line in (folder.room_problem(config, room), folder.room_caution(config, room)) if line is not None]
+    if config.prompts.embeddings != "none":
+        cache = Path(config.prompts.embeddings)
+        answer = refusal(cache)
+        if answer is not None:
+            notes.append(f"prompts.embeddings={cache} takes no new ones: {answer.reason}")
+        elif not cache.exists() and embeddings > free_bytes(cache):
+            notes.append(
+                f"prompts.embeddings={cache}: {gib(embeddings)} of embeddings, and {gib(free_bytes(cache))} are free on the "
+                "disk there; point it at another, or set it to none"
+            )
+    return notes
+
+
+def checkpoint_bytes(config: Config, facts: ModelFacts) -> int:
+    """Of a checkpoint: float32 weights and two moments of what is trained, and its EMA."""
+    return (12 + 4 * bool(config.optim.ema_decay)) * count_parameters(config, facts)[0]
 
 
 def iterations_done(config: Config, world: World) -> int | None:
@@ -171,21 +220,63 @@ def check_images(config: Config, world: World) -> None:
         check_images(configured_prompts(config), config.sample.height, config.sample.width, world, show)
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, facts: ModelFacts) -> None:
     """Log what can run but is seldom meant."""
     if launcher.rank() == 0:
-        for line in _cautions(config, configured_prompts(config)):
+        for line in _cautions(config, facts):
             logger.warning("%s", line)
 
 
-def _cautions(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+def warn_of_cut(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Log which of the prompts that will be drawn a text encoder does not read to their end."""
+    if launcher.rank() == 0:
+        for line in cut_by_encoders(config, prompts):
+            logger.warning("%s", line)
+
+
+def cut_by_encoders(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    """A line for each text encoder that does not read all prompts to their end, by the checkpoint's tokenizers; nothing is
+    loaded besides.
+
+    Raises:
+        TokenizerError: a tokenizer cannot be read, or its files disagree.
+    """
+    from fastvideo_grpo.tracking.console import Console
+
+    checkpoint, lines = Path(config.model.path), []
+    texts = {"prompts": [prompt.text for prompt in prompts]}
+    if config.sample.cfg_scale > 1:
+        negative = (prompt.negative_text(config.sample.negative_prompt) for prompt in prompts)
+        texts["negative prompts"] = list(dict.fromkeys(negative))
+    for reader in FAMILIES[config.model.kind].text_readers(config, model_facts(config)):
+        tokenizer = reader.load_tokenizer(checkpoint)
+        for what, listed in texts.items():
+            show = Console().progress(f"tokens of {what} for {reader.name}")
+            cut = cut_texts(listed, reader, tokenizer, show)
+            lines += [describe_cut(listed, cut, reader, what)] if cut else []
+    return lines
+
+
+def _cautions(config: Config, facts: ModelFacts) -> list[str]:
+    """What can run but is seldom meant, and what of the prompts will not be seen."""
     lines = cautions(config)
+    if config.model.vae_precision == "fp16" and facts.vae.get("force_upcast"):
+        lines.append(
+            f"model.vae_precision is fp16, but the VAE of {facts.source} overflows in it (its config.json says force_upcast): "
+            "samples that are not finite are masked, and too many of them stop the run; set bf16 or fp32"
+        )
+    paths = [path for path in (config.prompts.path, config.prompts.eval_path) if path is not None]
+    files = [prompt_file_of(config, path) for path in paths]
+    prompts = [prompt for file in files for prompt in file.prompts]
+    lines += [note for file in files for note in file.notes]
     unread = sum(prompt.negative_prompt is not None for prompt in prompts)
     if unread and config.sample.cfg_scale <= 1:
         lines.append(
             f"{unread} of {len(prompts)} prompts have a negative prompt, which nobody reads without guidance: set "
             "sample.cfg_scale above 1, or leave them out"
         )
+    if Path(config.model.path).exists():
+        lines += cut_by_encoders(config, prompts)
     return lines
 
 
@@ -248,7 +339,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
         + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
         *describe_memory(estimate(config, facts, ranks, (trainable, total))),
-        f"disk         {gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
+        f"disk         {gib(checkpoint_bytes(config, facts))} a checkpoint, {config.run.keep} kept",
         f"sample       {sample.width}x{sample.height} pixels"
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
@@ -281,7 +372,10 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         "a process",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
-    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, prompts)]
+    if not Path(config.model.path).exists():
+        lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
+    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, facts)]
+    found += _disk_notes(config, facts, embedding * len(prompts))
     lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")

@@ -59,9 +59,8 @@ def test_one_text_with_two_images_is_two_prompts(tmp_path):
     assert len({first.id, second.id, text_id("a cat")}) == 3
     (tmp_path / "other").mkdir()  # the entry counts as it is written, not where the file lies
     assert read_prompts(_write(tmp_path / "other" / "a.jsonl", *entries), images=True)[0].id == first.id
-    with pytest.raises(PromptFileError, match=r"a\.jsonl:2.*line 1 already"):
-        read_prompts(_write(tmp_path / "a.jsonl", entries[0], entries[0]), images=True)
-    with pytest.raises(PromptFileError, match=r"a\.jsonl:2.*line 1 already"):
+    assert read_prompts(_write(tmp_path / "a.jsonl", entries[0], entries[0]), images=True) == [first]
+    with pytest.raises(PromptFileError, match=r"a\.jsonl:2.*line 1 already, with another image"):
         read_prompts(tmp_path / "other" / "a.jsonl")
 
 
@@ -73,7 +72,7 @@ def test_one_text_with_two_images_is_two_prompts(tmp_path):
         ("a.jsonl", '{"prompt": "x", "image": null}', r"a\.jsonl:1: .*make-references"),
         ("a.jsonl", '{"prompt": "x", "image": 3}', r"a\.jsonl:1: \"image\" is 3"),
         ("a.jsonl", '{"prompt": "x", "image": " "}', r"a\.jsonl:1: \"image\" is ' '"),
-        ("a.jsonl", '{"prompt": "x", "image": "a.png", "negative_prompt": null}', r"a\.jsonl:1: \"negative_prompt\" is None"),
+        ("a.jsonl", '{"prompt": "x", "image": "a.png", "negative_prompt": 5}', r"a\.jsonl:1: \"negative_prompt\" is 5"),
     ],
 )
 def test_prompts_without_images_name_the_line_and_the_way_out(tmp_path, name, content, message):

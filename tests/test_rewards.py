@@ -195,11 +195,6 @@ def test_validity_is_per_output():
     assert batch.valid["script/motion"].all() and not batch.valid["script/quality"].any()
 
 
-def test_ctrl_c_ends_the_run():
-    with pytest.raises(KeyboardInterrupt):
-        scripted_set(KeyboardInterrupt()).score(request_of())
-
-
 def test_scores_carry_no_gradient_and_are_float32():
     answer = RewardResult(
         {"quality": torch.ones(3, dtype=torch.float16), "motion": torch.ones(3, requires_grad=True)},

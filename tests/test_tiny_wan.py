@@ -108,6 +108,19 @@ def test_the_tokenizer_knows_the_words_of_videos_and_encodes_any_text(folder):
     assert len(tokenizer) <= read(folder / "text_encoder" / "config.json")["vocab_size"]
 
 
+def test_special_tokens_are_in_the_order_of_umt5(folder):
+    """T5's <unk> is 2, where UMT5 has a <s>; which of them it is, every file says alike."""
+    from sentencepiece import SentencePieceProcessor
+
+    tokens = ["<pad>", "</s>", "<s>", "<unk>"]
+    written = read(folder / "tokenizer" / "tokenizer.json")
+    assert [piece for piece, _ in written["model"]["vocab"][:4]] == tokens and written["model"]["unk_id"] == 3
+    named = read(folder / "tokenizer" / "tokenizer_config.json")
+    assert [named["added_tokens_decoder"][str(n)]["content"] for n in range(4)] == tokens and named["bos_token"] == "<s>"
+    pieces = SentencePieceProcessor(str(folder / "tokenizer" / "spiece.model"))
+    assert [pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id()] == [0, 1, 2, 3]
+
+
 def test_diffusers_makes_a_clip_with_the_scheduler_of_the_checkpoint(folder, pipeline):
     check_every_weight_is_loaded(pipeline, folder)
     check_the_prompt_shows_in_a_clip(pipeline, max_sequence_length=16)

@@ -11,12 +11,12 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
 #   checkpoints/HunyuanVideo          hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
 #   checkpoints/VideoReward           hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
 #   checkpoints/Qwen2-VL-2B-Instruct  hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
 #   checkpoints/VideoAlign            git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
-#   a prompt list                     set prompts.path (one prompt a line); data/prompts/hunyuan_examples.txt is an example
+#   a prompt list                     set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

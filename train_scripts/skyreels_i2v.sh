@@ -11,7 +11,7 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
 #   checkpoints/SkyReels-V1-I2V       HunyuanVideo's folder with SkyReels' transformer in place of its own:
 #     hf download hunyuanvideo-community/HunyuanVideo --exclude 'transformer/*' --local-dir checkpoints/SkyReels-V1-I2V
 #     hf download Skywork/SkyReels-V1-Hunyuan-I2V --local-dir checkpoints/SkyReels-V1-I2V/transformer

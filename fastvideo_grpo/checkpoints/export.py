@@ -111,7 +111,8 @@ def write_lora(
 ) -> None:
     """Write adapters as ``out/pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
 
-    Rank and alpha go into the file's metadata, so that diffusers scales the adapters as training did.
+    The scale alpha / rank is folded into lora_B, and the file's metadata says alpha = rank: a reader that looks at the
+    tensors alone adds the same B A to the weights as one that reads the metadata.
 
     Args:
         adapters: under diffusers' names, see :meth:`DiffusersNames.lora_to_diffusers`.
@@ -121,13 +122,21 @@ def write_lora(
     """
     import diffusers
 
-    # The parts of a fused layer share one tensor, which safetensors refuses.
-    layers = {f"{name}.weight": t.to(dtype, copy=True).contiguous() for name, t in adapters.items()}
+    layers = {f"{name}.weight": tensor.to(dtype).contiguous() for name, tensor in fold_scale(adapters, lora).items()}
     targets = sorted({name.rpartition(".lora_")[0] for name in adapters})
-    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
+    metadata = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": targets}
     getattr(diffusers, pipeline).save_lora_weights(
         str(out), **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+
+
+def fold_scale(adapters: Mapping[str, Tensor], lora: LoRAConfig) -> dict[str, Tensor]:
+    """Adapters whose B A is all that they add: lora_B times alpha / rank, in float32; none shares its memory."""
+    scale = lora.alpha / lora.rank
+    return {
+        name: tensor.float() * scale if name.endswith(".lora_B") else tensor.float().clone()  # a fused layer's parts share A
+        for name, tensor in adapters.items()
+    }
 
 
 class MergedLoRA(Mapping[str, Tensor]):

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import io
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.prompts.files import Prompt
     from fastvideo_grpo.trainers.base import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -75,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         required=True,
         metavar="FILE",
-        help="a .txt or .jsonl file; images it names are replaced",
+        help="a prompt file; images it names are replaced",
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
@@ -87,13 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, draw what is missing, write the prompt file. All ranks call it."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.process import prepare_process
-    from fastvideo_grpo.prompts.files import read_prompts
+    from fastvideo_grpo.prompts.files import read_prompt_file
     from fastvideo_grpo.tracking.console import Console
 
     config = make_config(arguments.model, arguments.prompts, arguments.out, arguments.overrides)
     # Each process draws for itself, with the whole model: any number of them will do.
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
-    prompts = read_prompts(arguments.prompts)
+    file = read_prompt_file(arguments.prompts)
+    prompts = file.prompts
+    for note in file.notes if launcher.rank() == 0 else ():
+        logger.warning("%s", note)
+    plan.warn_of_cut(config, prompts)
     folder = Path(arguments.out)
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes)
@@ -163,9 +170,10 @@ def _kind_of(checkpoint: Path) -> str:
 def settings_of(config: Config, seed: int) -> dict[str, Any]:
     """Everything the images depend on besides the prompts: name -> value, flat. Weights are there by their identity."""
     from fastvideo_grpo.prompts.embeddings import encoder_identity
+    from fastvideo_grpo.sampling import noise
 
     plain = configuration.to_dict(config)
-    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed}
+    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed, "noise": noise.VERSION}
     for key in KEYS_OF_IMAGES:
         section, _, name = key.partition(".")
         settings[key] = plain[section][name]
@@ -296,24 +304,20 @@ def draw(trainer: GRPOTrainer, prompt: Prompt, seed: int) -> Tensor:
     """The image of a prompt, uint8 ``[H, W, 3]``, from noise keyed by the prompt's id.
 
     Raises:
-        UserError: it is not finite.
+        UserError: it is not finite, from its latents to its pixels.
     """
     from fastvideo_grpo.sampling.noise import SampleKey
 
     drawn = trainer.draw(prompt, [SampleKey(seed, 0, 0, prompt.id, 0, "reference")], deterministic=True)
     trainer.forget_conditioning()  # it will not be asked for again
     assert drawn.media is not None  # every process leads: none shares a sample
-    if not bool(drawn.finite.all()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is not finite, so it is not written: try model.precision=fp32, and see that "
-            f"the checkpoint {trainer.checkpoint} is whole"
-        )
-    precision = trainer.config.model.vae_precision
-    if precision != "fp32" and not bool(drawn.media.any()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is black all over, as it is when model.vae_precision={precision} overflows, so "
-            "it is not written: set model.vae_precision=fp32"
-        )
+    (fault,) = drawn.faults()
+    if fault is not None:
+        model = trainer.config.model
+        key = "vae_precision" if fault.startswith("decoding") else "precision"
+        precision = getattr(model, key)
+        way = f"set model.{key}=fp32 (it is {precision})" if precision != "fp32" else f"see that {model.path} is whole"
+        raise UserError(f"the image of prompt {prompt.id!r} is not written: {fault}; {way}")
     return drawn.media[0, 0]
 
 

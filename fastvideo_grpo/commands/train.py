@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
@@ -25,7 +25,9 @@ All keys, their defaults and meaning: docs/configuration.md."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="single keys, e.g. run.iterations=10; a text is all behind the ="
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
@@ -46,9 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
-        print(plan.describe(config, facts, ranks))
+        print(runnable(plan.describe(config, facts, ranks)))
         return 0
-    plan.warn(config)
+    plan.warn(config, facts)
     plan.warn_of_memory(config, facts, ranks)
     return 0 if train(config, stop) else EXIT_STOPPED
 
@@ -69,7 +71,8 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
         Console(quiet=world.rank != 0).say(plan.all_done(config, done))
         world.leave()
         return True
-    with closing(load_trainer(config, world)) as trainer:
+    world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
+    with load_trainer(config, world) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)
     world.leave()

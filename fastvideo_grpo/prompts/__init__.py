@@ -1,1 +1,1 @@
-"""Prompts: files, the order in which they are drawn, and the cache of their text embeddings."""
+"""Prompts: files, their order, the tokens encoders see of them, and the cache of their embeddings."""

@@ -12,14 +12,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.durable_files import write_atomic
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
@@ -91,7 +93,8 @@ class EmbeddingCache:
     def _scan(self) -> None:
         for left in self.folder.glob(".*.saving-*"):  # of a killed run; younger ones may be another run's work
             if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+                with suppress(OSError):  # others' cache that may be read only
+                    left.unlink()
         index = self.folder / "index.json"
         listed = json.loads(index.read_text())["prompts"] if index.is_file() else {}
         present = {path.name for path in self.folder.glob("*.safetensors")}
@@ -103,6 +106,20 @@ class EmbeddingCache:
     def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that have no embedding yet, each once."""
         return list({_key(p): p for p in prompts if _key(p) not in self._shard_of}.values())
+
+    def check_writable(self) -> None:
+        """Before encoders are loaded to fill it.
+
+        Raises:
+            EmbeddingCacheError: on every rank, if rank 0 cannot write there.
+        """
+        answer = self.world.broadcast_object(refusal(self.folder) if self.world.rank == 0 else None)
+        if answer is not None:
+            raise EmbeddingCacheError(
+                f"prompts.embeddings={self.folder.parent} cannot be written: {answer.reason}; "
+                f"{'free space there' if answer.full else 'repair it'}, choose another folder, or set it to none to encode "
+                "prompts as they come"
+            )
 
     def fill(
         self,
@@ -140,7 +157,7 @@ class EmbeddingCache:
         error = None
         try:
             self._encode_share(mine, encode, progress)
-        except OSError as failure:  # every rank has to hear of it, or the others wait for this one
+        except (OSError, SafetensorError) as failure:  # every rank has to hear of it, or the others wait for this one
             error = f"prompts.embeddings: rank {self.world.rank} cannot write to {self.folder}: {failure}"
         errors = [text for text in self.world.all_gather_object(error) if text is not None]
         if errors:

@@ -1,19 +1,22 @@
-"""Prompt files: ``.txt`` (one prompt a line) or ``.jsonl`` (a line is an object with "prompt" and, optionally, "id",
-"negative_prompt" and "image")."""
+"""Prompt files: ``.txt``, ``.jsonl``, ``.json`` and ``.csv`` lists of prompts (docs/prompts.md says what may stand in them)."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.prompts.entries import Entry, entries_of, shortened
+from fastvideo_grpo.prompts.texts import PromptFileError, read_text, visible
 
+__all__ = ["Prompt", "PromptFile", "PromptFileError", "read_prompt_file", "read_prompts", "text_id"]
 
-class PromptFileError(UserError, ValueError):
-    """A prompt file that cannot be read; the message names file and line."""
+MOST_CHARACTERS = 100_000
+"""Of one prompt; text encoders read some hundred tokens, and a file without line ends is one line of gigabytes."""
+
+_SIMILAR = {"negative", "negativeprompt", "neg_prompt", "negative_prompts", "prompt_id"}  # to keys that are read
 
 
 @dataclass(frozen=True)
@@ -29,78 +32,166 @@ class Prompt:
     image: Path | None = None
     negative_prompt: str | None = None
 
+    def negative_text(self, default: str) -> str:
+        """What guidance leads away from: the file's, or ``default`` (``sample.negative_prompt``)."""
+        return default if self.negative_prompt is None else self.negative_prompt
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """What was read. ``notes``: what was left out and why, and what is seldom meant, a line each for a person."""
+
+    prompts: list[Prompt]
+    notes: list[str]
+
 
 def text_id(text: str) -> str:
     """The id of a prompt that has none in its file: a hash of the text, so that the order of the file does not matter."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_prompts(path: str | Path, *, images: bool = False) -> list[Prompt]:
-    """Read a prompt file; empty lines and lines that start with ``#`` are skipped in ``.txt``.
+def read_prompts(path: str | Path, *, images: bool = False, duplicates: str = "drop") -> list[Prompt]:
+    """The prompts of a file; see :func:`read_prompt_file`."""
+    return read_prompt_file(path, images=images, duplicates=duplicates).prompts
+
+
+def read_prompt_file(path: str | Path, *, images: bool = False, duplicates: str = "drop") -> PromptFile:
+    """Read a prompt file.
 
     Args:
         images: every prompt must name an image, by a path relative to the file; the image itself is not looked at
             (:func:`fastvideo_grpo.prompts.images.check_images` does that). A prompt without an id then takes one from text
             and image, so that one text with two images is two prompts. Without ``images`` an "image" is metadata.
+        duplicates: an entry that says what an earlier one says is left out ("drop"), or kept under an id of its own ("keep").
 
     Raises:
         FileNotFoundError: no such file.
-        PromptFileError: unknown extension, no prompts, a bad line (file and line are named), or an id given twice.
+        PromptFileError: unknown extension, a file that is not UTF-8 or not of its form, no prompts, a bad entry, or an id given
+            to two prompts; names the file, the line and what would work.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.exists(path):  # pathlib's own raises where a folder above may not be read
         raise FileNotFoundError(f"no such prompt file: {path}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise PromptFileError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl")
+    text = read_text(path)
+    listed = entries_of(path, text)
+    notes = list(listed.notes)
+    first_of: dict[str, tuple[Entry, Prompt]] = {}
+    times: dict[str, int] = {}
+    repeated: list[str] = []
+    similar: dict[str, str] = {}
     prompts: list[Prompt] = []
-    lines_of: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        line = line.strip()
-        if not line or (path.suffix == ".txt" and line.startswith("#")):
-            continue
-        where = f"{path}:{number}"
-        if path.suffix == ".txt":
-            if images:
-                raise PromptFileError(f"{where}: a .txt file names no images, and {_IMAGES_WANTED}")
-            prompt = Prompt(text_id(line), line)
-        else:
-            prompt = _from_json(line, where, path.parent if images else None)
-        first = lines_of.setdefault(prompt.id, number)
-        if first != number:
-            raise PromptFileError(f"{where}: the prompt id {prompt.id!r} stands in line {first} already; ids must differ")
+    for entry in listed.entries:
+        prompt = _prompt(entry, path.parent if images else None)
+        for key in prompt.metadata:
+            if key.lower() in _SIMILAR:
+                similar.setdefault(key, entry.place)
+        if prompt.id in first_of:
+            first, before = first_of[prompt.id]
+            _check_repetition(entry, prompt, first, before)
+            repeated.append(f"{entry.place} repeats {first.place}")
+            if duplicates == "drop":
+                continue
+            times[prompt.id] = times.get(prompt.id, 1) + 1
+            prompt = replace(prompt, id=f"{prompt.id}#{times[prompt.id]}")
+            if prompt.id in first_of:
+                raise PromptFileError(f"{entry.where}: the id {prompt.id!r} is needed for a repeated prompt; rename that one")
+        first_of[prompt.id] = entry, prompt
         prompts.append(prompt)
     if not prompts:
-        raise PromptFileError(f"{path} holds no prompts")
-    return prompts
+        raise PromptFileError(f"{path} holds no prompts{'; ' + notes[0] if notes else ''}")
+    if repeated:
+        what = "left out (prompts.duplicates=keep keeps them)" if duplicates == "drop" else "kept under ids of their own"
+        count = f"{len(repeated)} repeated prompts are" if len(repeated) > 1 else "1 repeated prompt is"
+        notes.append(f"{path}: {count} {what}: {repeated[0]}{', ...' if len(repeated) > 1 else ''}")
+    for key, place in similar.items():
+        notes.append(
+            f"{path}: {place} has the key {key!r}, which only rewards are told; what is read besides is id, negative_prompt "
+            "and image"
+        )
+    return PromptFile(prompts, notes)
 
 
-_IMAGES_WANTED = (
-    'the model starts from an image: each line of a .jsonl file needs {"prompt": ..., "image": ...}; '
-    "fastvideo-grpo make-references makes images from prompts"
+def _check_repetition(entry: Entry, prompt: Prompt, first: Entry, before: Prompt) -> None:
+    """Raise where an entry of an earlier one's id is another prompt."""
+    named = [e.values.get("id") for e in (first, entry)]
+    differing = [
+        what
+        for what, a, b in (
+            ("prompt", before.text, prompt.text),
+            ("image", before.image, prompt.image),
+            ("negative_prompt", before.negative_prompt, prompt.negative_prompt),
+        )
+        if a != b
+    ]
+    differing += [
+        key for key in sorted({*before.metadata, *prompt.metadata}) if before.metadata.get(key) != prompt.metadata.get(key)
+    ]
+    if not differing:
+        return
+    if named[1] is None:
+        raise PromptFileError(
+            f"{entry.where}: this prompt stands in {first.place} already, with another {' and '.join(differing)}: give each "
+            'an "id" of its own'
+        )
+    types = f" ({named[0]!r} and {named[1]!r} are one id)" if repr(named[0]) != repr(named[1]) else ""
+    raise PromptFileError(f"{entry.where}: the prompt id {prompt.id!r} stands in {first.place} already{types}; ids must differ")
+
+
+IMAGES_WANTED = (
+    'the model starts from an image: each line of a .jsonl file needs {"prompt": ..., "image": ...} (or .json, .csv with '
+    "these names); fastvideo-grpo make-references makes images from prompts"
 )
 
 
-def _from_json(line: str, where: str, image_folder: Path | None) -> Prompt:
+def _prompt(entry: Entry, image_folder: Path | None) -> Prompt:
     """``image_folder``: what paths of images are relative to; None leaves "image" in the metadata."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptFileError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise PromptFileError(f'{where}: each line must be an object with a non-empty "prompt"; got {line[:80]}')
-    text = entry.pop("prompt")
-    negative = entry.get("negative_prompt", "")
-    if not isinstance(negative, str):
-        raise PromptFileError(f'{where}: "negative_prompt" is {negative!r}; it must be a text, or left out')
+    where = entry.where
+    values = {key: value for key, value in entry.values.items() if value is not None}  # null says nothing
+    text = values.pop("prompt")
+    if len(text) > MOST_CHARACTERS:
+        raise PromptFileError(
+            f"{where}: a prompt of {len(text):,} characters; at most {MOST_CHARACTERS:,} are read: does the file have its line "
+            "ends?"
+        )
+    prompt_id, negative = values.pop("id", None), values.pop("negative_prompt", None)
+    if prompt_id is not None:
+        prompt_id = _id(prompt_id, where)
+    if negative is not None and not isinstance(negative, str):
+        raise PromptFileError(f'{where}: "negative_prompt" is {shortened(repr(negative))}; it must be a text, or left out')
     written, image = None, None
     if image_folder is not None:
-        written = entry.pop("image", None)
+        written = values.pop("image", None)
         if written is None:
-            raise PromptFileError(f'{where}: there is no "image", and {_IMAGES_WANTED}')
-        if not isinstance(written, str) or not written.strip():
-            raise PromptFileError(f'{where}: "image" is {written!r}; it must be a path, relative to {image_folder}')
+            raise PromptFileError(f'{where}: there is no "image", and {IMAGES_WANTED}')
+        if not isinstance(written, str) or not visible(written):
+            raise PromptFileError(
+                f'{where}: "image" is {shortened(repr(written))}; it must be a path, relative to {image_folder}'
+            )
         image = image_folder / written
-    negative_prompt = entry.pop("negative_prompt", None)
-    default_id = text_id(text if written is None else f"{text}\x1f{written}")
-    prompt_id = str(entry.pop("id", default_id))
-    return Prompt(prompt_id, text, entry, image, negative_prompt)
+    for what, value in (("prompt", text), ("id", prompt_id), ("negative_prompt", negative), ("image", written)):
+        _check_characters(what, value, where)
+    if prompt_id is None:
+        prompt_id = text_id(text if written is None else f"{text}\x1f{written}")
+    return Prompt(prompt_id, text, values, image, negative)
+
+
+def _id(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not visible(str(value)):
+        raise PromptFileError(
+            f'{where}: "id" is {shortened(repr(value))}; it must be a text or a whole number, or left out (then it is made of '
+            "the prompt)"
+        )
+    return str(value).strip()
+
+
+def _check_characters(what: str, value: str | None, where: str) -> None:
+    """JSON can write what no file of text can hold."""
+    if value is None:
+        return
+    if "\0" in value:
+        raise PromptFileError(f'{where}: "{what}" holds a NUL character (\\u0000); take it out')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise PromptFileError(f'{where}: "{what}" holds half a character ({half}, a lone surrogate); take it out') from error

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from fastvideo_grpo.errors import UserError, one_line
 from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.base import Reward
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
 from fastvideo_grpo.rewards.inline import InlineReward
 from fastvideo_grpo.rewards.process import ProcessReward, find_python
+from fastvideo_grpo.rewards.process_settings import process_settings_kept
+
+logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("inline", "process", "http")
 # Keys of an entry of rewards.models that only some placements have.
@@ -114,18 +119,28 @@ def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, t
         timeout_s: seconds for a request.
 
     Raises:
-        ValueError: naming the entry, and what the reward itself raises.
+        ValueError: naming the entry, whatever went wrong; what is no error for the user is logged with its traceback.
     """
+    try:
+        return _place(entry, device=device, offload_idle=offload_idle, timeout_s=timeout_s)
+    except (ValueError, UserError, OSError, ImportError) as error:  # what rewards raise for the user
+        raise ValueError(f"rewards.models.{model}: {error}") from error
+    except KeyboardInterrupt:  # this is the main thread: it may be Ctrl-C
+        raise
+    except BaseException as error:  # sys.exit too
+        logger.error("rewards.models.%s could not be made", model, exc_info=error)
+        raise ValueError(f"rewards.models.{model} could not be made: {one_line(error)}") from error
+
+
+def _place(entry: Any, *, device: torch.device, offload_idle: bool, timeout_s: float) -> Reward:
     kind, placement = get(entry, "kind"), get(entry, "placement") or "inline"
     made = {"checkpoint": get(entry, "checkpoint"), "params": get(entry, "params")}
     if placement == "inline":
-        reward = registry.create(kind, **made)
-        return InlineReward(reward, timeout_s=timeout_s, device=device, offload_idle=offload_idle)
-    try:
-        if placement == "process":
-            place_at = get(entry, "device") or device
-            return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
-        # The client's limit is for each sign of the server; one that drips its answer needs a limit on the whole.
-        return InlineReward(_http(entry, timeout_s), timeout_s=1.1 * timeout_s + 1)
-    except ValueError as error:
-        raise ValueError(f"rewards.models.{model}: {error}") from error
+        with process_settings_kept():
+            reward = registry.create(kind, **made)
+            return InlineReward(reward, timeout_s=timeout_s, device=device, offload_idle=offload_idle)
+    if placement == "process":
+        place_at = get(entry, "device") or device
+        return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
+    # The client's limit is for each sign of the server; one that drips its answer needs a limit on the whole.
+    return InlineReward(_http(entry, timeout_s), timeout_s=1.1 * timeout_s + 1)

@@ -100,41 +100,45 @@ def _merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 T5_EXTRA_IDS = 100
+T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+UMT5_SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 
 
-def t5_pieces(words: Sequence[str] = WORDS) -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str] = WORDS, special: Sequence[str] = T5_SPECIAL) -> list[tuple[str, float]]:
     """Pieces with their log-probability, special ones first; without the sentinels, as in a spiece.model."""
     known = [("▁" + word, -5.0) for word in words]
     letters = [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
-    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0), *known, *letters]
+    return [*((token, 0.0) for token in special), ("▁", -10.0), *known, *letters]
 
 
 def t5_sentinels() -> list[str]:
     return [f"<extra_id_{index}>" for index in range(T5_EXTRA_IDS)]
 
 
-def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
-    """Write spiece.model, tokenizer.json, special_tokens_map.json and tokenizer_config.json."""
+def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS, special: Sequence[str] = T5_SPECIAL) -> None:
+    """Write spiece.model, tokenizer.json, special_tokens_map.json and tokenizer_config.json; `special`: T5's or UMT5's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     folder.mkdir(parents=True)
-    pieces = t5_pieces(words)
-    (folder / "spiece.model").write_bytes(_sentencepiece_model(pieces))
+    pieces = t5_pieces(words, special)
+    (folder / "spiece.model").write_bytes(_sentencepiece_model(pieces, special))
 
     sentinels = t5_sentinels()
     # The sentinels count down: the last id of the vocabulary is <extra_id_0>.
-    tokenizer = Tokenizer(models.Unigram([*pieces, *((token, 0.0) for token in reversed(sentinels))], unk_id=2))
+    tokenizer = Tokenizer(models.Unigram([*pieces, *((token, 0.0) for token in reversed(sentinels))],
+                                         unk_id=special.index("<unk>")))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)])
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    special = ["<pad>", "</s>", "<unk>", *sentinels]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    added = [*special, *sentinels]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
     tokenizer.save(str(folder / "tokenizer.json"))
 
     marks = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    begins = {"bos_token": "<s>"} if "<s>" in special else {}
+    named = {**begins, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     write_json(folder / "special_tokens_map.json", {
         "additional_special_tokens": sentinels,
         **{name: {"content": token, **marks} for name, token in named.items()},
@@ -142,8 +146,9 @@ def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     write_json(folder / "tokenizer_config.json", {
         "add_prefix_space": True,
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(token)): {"content": token, **marks, "special": True} for token in special},
+            str(tokenizer.token_to_id(token)): {"content": token, **marks, "special": True} for token in added},
         "additional_special_tokens": sentinels,
+        **begins,
         "clean_up_tokenization_spaces": True,
         "eos_token": "</s>",
         "extra_ids": T5_EXTRA_IDS,
@@ -156,20 +161,21 @@ def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     })
 
 
-def _sentencepiece_model(pieces: list[tuple[str, float]]) -> bytes:
+def _sentencepiece_model(pieces: list[tuple[str, float]], special: Sequence[str]) -> bytes:
     """The pieces as a sentencepiece model. No text normalisation: T5's NFKC table alone would be 240 kB."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2  # its names are made at import
     model = proto.ModelProto()
-    kinds = {"<pad>": "CONTROL", "</s>": "CONTROL", "<unk>": "UNKNOWN"}
+    kinds = {token: "UNKNOWN" if token == "<unk>" else "CONTROL" for token in special}
     for piece, score in pieces:
         kind = proto.ModelProto.SentencePiece.Type.Value(kinds.get(piece, "NORMAL"))
         model.pieces.add(piece=piece, score=score, type=kind)
     model.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM
     model.trainer_spec.vocab_size = len(pieces)
     model.trainer_spec.pad_id, model.trainer_spec.eos_id = 0, 1
-    model.trainer_spec.unk_id, model.trainer_spec.bos_id = 2, -1
+    model.trainer_spec.unk_id = special.index("<unk>")
+    model.trainer_spec.bos_id = special.index("<s>") if "<s>" in special else -1
     model.trainer_spec.pad_piece = "<pad>"
     model.normalizer_spec.name = "identity"
     return model.SerializeToString(deterministic=True)

@@ -11,7 +11,7 @@ import torch
 from fastvideo_grpo.published import WAN_2_1_VAE
 from fastvideo_grpo.tiny import checkpoint_files
 from fastvideo_grpo.tiny.checkpoint_files import Component, randomize, t5_config, t5_keys
-from fastvideo_grpo.tiny.tokenizer_files import VIDEO_WORDS, t5_pieces, t5_sentinels, write_t5_tokenizer
+from fastvideo_grpo.tiny.tokenizer_files import UMT5_SPECIAL, VIDEO_WORDS, t5_pieces, t5_sentinels, write_t5_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +64,7 @@ def configs() -> dict[str, dict[str, Any]]:
 
     x8 latents as in Wan 2.1 (FastVideo reckons with 8 whatever the file says), two layers everywhere.
     """
-    tokens = len(t5_pieces(VIDEO_WORDS)) + len(t5_sentinels())
+    tokens = len(t5_pieces(VIDEO_WORDS, UMT5_SPECIAL)) + len(t5_sentinels())
     return {
         "transformer": {
             "_class_name": "WanTransformer3DModel",
@@ -143,7 +143,7 @@ def write_wan(folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> 
         MODEL_INDEX,
         SCHEDULER,
         dtype=torch.float32,
-        # Published: UMT5's, of the same files with 300 sentinels, and a <s> that nobody uses.
-        processors={"tokenizer": partial(write_t5_tokenizer, words=VIDEO_WORDS)},
+        # Published with 300 sentinels.
+        processors={"tokenizer": partial(write_t5_tokenizer, words=VIDEO_WORDS, special=UMT5_SPECIAL)},
         components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()},
     )

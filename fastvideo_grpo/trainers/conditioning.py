@@ -12,6 +12,7 @@ from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id
+from fastvideo_grpo.sampling import noise
 
 if TYPE_CHECKING:
     from fastvideo_grpo.trainers.policy import Policy
@@ -30,7 +31,7 @@ def split_guidance(conditioning: Conditioning) -> tuple[Conditioning, Conditioni
 
 def negative_of(prompt: Prompt, config: Config) -> Prompt:
     """The negative prompt, as a prompt of its own (most prompts share one): the file's, or ``sample.negative_prompt``."""
-    text = config.sample.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+    text = prompt.negative_text(config.sample.negative_prompt)
     return Prompt(text_id(f"{NEGATIVE}{text}"), text)
 
 
@@ -47,6 +48,7 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[Policy], world
         "text_length": config.prompts.text_length,
         "dtype": config.prompts.embedding_dtype,
         "precision": config.model.precision,
+        **model.encoding,
     }
     components = [*model.text_encoders, *model.tokenizers]
     if FAMILIES[config.model.kind].reads_images:
@@ -54,6 +56,7 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[Policy], world
         settings |= {
             "size": [config.sample.height, config.sample.width],
             "vae_precision": config.model.vae_precision,
+            "noise": noise.VERSION,  # an image's latents are drawn
         }
     identity = encoder_identity(checkpoint, components, settings)
     return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)

@@ -39,6 +39,7 @@ from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
 from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
+from fastvideo_grpo.prompts.tokenizers import load_tokenizer  # noqa: E402
 from fastvideo_grpo.sampling.rollout import Walk  # noqa: E402
 from fastvideo_grpo.trainers.base import GRPOTrainer  # noqa: E402
 from fastvideo_grpo.trainers.policy import Drawn  # noqa: E402
@@ -136,10 +137,11 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
     def get_module(self, name: str, default: Any = None) -> Any:
         return ComposedPipelineBase.get_module(self, name, default)  # GRPOTrainer, which has none, comes first
 
-    @staticmethod
-    def read_tokenizers(checkpoint: Path) -> dict[str, Any]:
-        """Component name -> tokenizer, for those that FastVideo's loader would read wrongly."""
-        return {}
+    @classmethod
+    def read_tokenizers(cls, checkpoint: Path) -> dict[str, Any]:
+        """Component name -> tokenizer, with the tokens that its files say (FastVideo's loader takes what transformers makes of
+        its class)."""
+        return {name: load_tokenizer(checkpoint / name) for name in cls.tokenizers}
 
     def prepare_transformer(self, transformer: nn.Module) -> None:
         """Called with every transformer that is loaded, the reference included; a model that changes its own overrides it."""
@@ -204,11 +206,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         )
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
-        """FastVideo's stages, with the denoising stage replaced and the decoding stage left to who needs media."""
+        """FastVideo's stages, with those that denoise and decode replaced."""
         super().create_pipeline_stages(fastvideo_args)
         self._replace_stage("denoising_stage", RolloutStage(self))
-        decoding = self._stage_name_mapping["decoding_stage"]
-        self._replace_stage("decoding_stage", LeaderDecodingStage(decoding, self.vae_on_device))
+        self._replace_stage("decoding_stage", LeaderDecodingStage(self))
 
     def _replace_stage(self, name: str, stage: PipelineStage) -> None:
         position = self._stages.index(self._stage_name_mapping[name])
@@ -241,7 +242,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         batch = self.forward_batch(conditioning, initial)
         request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
-        with self.forward_context(conditioning):
-            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
+        with self.pass_context(conditioning):
+            ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
-        return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
+        return Drawn(request.media, request.finite, request.decoded, request.trajectory)

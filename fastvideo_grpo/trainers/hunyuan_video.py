@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.prompts.embeddings import Conditioning
+from fastvideo_grpo.prompts.tokenizers import load_tokenizer
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.conditioning import split_guidance
 from fastvideo_grpo.trainers.video import VideoGRPOTrainer  # first: it checks FastVideo's patches
@@ -32,16 +33,10 @@ class HunyuanVideoGRPOTrainer(VideoGRPOTrainer, HunyuanVideoPipeline):
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     pipeline_config_class: ClassVar[type[PipelineConfig]] = HunyuanConfig
 
-    @staticmethod
-    def read_tokenizers(checkpoint: Path) -> dict[str, Any]:
-        """Llama's, from its tokenizer.json: of a tokenizer declared as LlamaTokenizerFast, as the published one is,
-        transformers 5 ignores that file and makes one of Llama 2's kind."""
-        from transformers import PreTrainedTokenizerFast
-
-        folder = checkpoint / "tokenizer"
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"{folder} has no tokenizer.json; that of HunyuanVideo's own repository is needed")
-        return {"tokenizer": PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)}
+    @classmethod
+    def read_tokenizers(cls, checkpoint: Path) -> dict[str, Any]:
+        """Llama's from its tokenizer.json alone, whatever is there besides."""
+        return {name: load_tokenizer(checkpoint / name, from_json=name == "tokenizer") for name in cls.tokenizers}
 
     def initialize_pipeline(self, fastvideo_args: Any) -> None:
         """Check what the cropping of embeddings rests on.

@@ -41,4 +41,6 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
     if config.prompts.embeddings != "none":
         cache = embedding_cache(config, Path(config.model.path), cls, world)
         with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
+        if with_text_encoders:
+            cache.check_writable()
     return cls(config, world, with_text_encoders=with_text_encoders)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 from transformers.utils.logging import disable_progress_bar
 
 from fastvideo_grpo.config import Config
@@ -22,7 +22,8 @@ from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
+from fastvideo_grpo.prompts.tokenizers import load_tokenizer
+from fastvideo_grpo.sampling.rollout import Walk, rollout
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.policy import Drawn
@@ -55,7 +56,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         if with_text_encoders:
             encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
             self.components["text_encoder"] = encoder.to(waits)
-            self.components["tokenizer"] = CLIPTokenizer.from_pretrained(self.checkpoint / "tokenizer", local_files_only=True)
+            self.components["tokenizer"] = load_tokenizer(self.checkpoint / "tokenizer")
         self.setup(config, world)
 
     def load_denoiser(self) -> nn.Module:
@@ -116,19 +117,17 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         return alpha * output + sigma * sample.float()
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             latents, trajectory = rollout(
                 lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
             )
-        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
+        return self.drawn(latents, trajectory)
 
-    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
-        """Latents ``[B, C, H, W]`` -> uint8 ``[B, 1, H, W, 3]``, or with gradients float in [0, 1]."""
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Of latents ``[B, C, H, W]``, ``[B, 3, 1, H, W]``."""
         vae = self.get_module("vae")
-        with torch.set_grad_enabled(differentiable), self.vae_on_device():
-            scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
-            pixels = (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
-        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+        scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
+        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).unsqueeze(2)
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
