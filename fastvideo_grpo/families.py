@@ -3,7 +3,6 @@ sizes, and what they allow. Trainers (one per family) are in :mod:`fastvideo_grp
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fastvideo_grpo import published
+from fastvideo_grpo import downloads, published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
+from fastvideo_grpo.downloads import Source
 from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.cut import TextReader
 from fastvideo_grpo.prompts.files import Prompt, PromptFile, read_prompt_file
@@ -73,6 +74,47 @@ class ModelFacts:
         return int(self.vae["block_out_channels"][0] if "block_out_channels" in self.vae else self.vae["base_dim"])
 
 
+class _ConfigFile(dict[str, Any]):
+    """A component's configuration; a key that is asked for and not there is named with its file."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"{self.file} has no {key!r}, which is needed; download it again")
+
+    def check_types(self, published_config: Mapping[str, Any]) -> None:
+        """Raise :class:`ConfigError` where a value cannot be what the published configuration has there."""
+        for key, usual in published_config.items():
+            if key in self and usual is not None and not _alike(self[key], usual):
+                raise ConfigError(
+                    f"{self.file}: {key} is {self[key]!r}, but it must be of the kind of {usual!r}, as in the published model; "
+                    "download it again"
+                )
+
+
+def _alike(found: Any, usual: Any) -> bool:
+    """Whether a value is of the same kind: a number (or one a level), a truth value, a text, or a list of them."""
+    if isinstance(usual, dict):
+        return isinstance(found, dict)
+    if isinstance(usual, list):
+        return isinstance(found, list) and bool(found) and all(_alike(part, usual[0]) for part in found)
+    if isinstance(usual, bool) or isinstance(found, bool):
+        return isinstance(usual, bool) and isinstance(found, bool)
+    if isinstance(usual, str):
+        return isinstance(found, str)
+    values = found if isinstance(found, list) and found else [found]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _read(file: Path, advice: str) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}{advice or '; download it again'}") from error
+
+
 @dataclass(frozen=True)
 class Activations:
     """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
@@ -116,6 +158,7 @@ class Family(ABC):
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
+        source: where the published checkpoint is to be had; None: errors do not say.
         fastvideo_config: FastVideo's pipeline configuration, as "module:class"; None: its trainer is no FastVideo pipeline.
         defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
         reads_images: each prompt comes with an image that the clip starts from.
@@ -137,6 +180,7 @@ class Family(ABC):
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
+    source: Source | None = None
     fastvideo_config: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads_images: bool = False
@@ -200,31 +244,39 @@ class Family(ABC):
         index = path / "model_index.json"
         if not index.is_file():
             what = "has no model_index.json" if path.exists() else "does not exist"
-            raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {self.name}{self._where_from(path)}")
-        found = json.loads(index.read_text()).get("_class_name")
-        if found != self.pipeline:
-            fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.usable().values() if f.pipeline == found), "")
-            raise ConfigError(
-                f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a "
-                f"{self.pipeline}{fitting}"
-            )
+            raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {self.name}{self.where_from(path)}")
+        self._check_pipeline(path, _read(index, self.where_from(path)).get("_class_name"))
         missing = [folder for folder in self.folders if not (path / folder).is_dir()]
         if missing:
-            raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
-        parts = {}
-        for component in self.configs:
-            name = "scheduler_config.json" if component == "scheduler" else "config.json"
-            file = path / component / name
+            raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}{self.where_from(path)}")
+        parts: dict[str, dict[str, Any]] = {}
+        for component, published_config in self.configs.items():
+            file = path / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
             if not file.is_file():
-                raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
-            parts[component] = json.loads(file.read_text())
+                raise ConfigError(f"model.path={path} lacks {component}/{file.name}{self.where_from(path)}")
+            parts[component] = found = _ConfigFile(file, _read(file, self.where_from(path)))
+            found.check_types(published_config)
         return ModelFacts(str(path), parts, self.denoiser)
 
-    def _where_from(self, path: Path) -> str:
-        if self.kind not in _OWN:
-            return ""
-        script = " (the script in train_scripts says where to get it)"
-        return f"{script}, or make a tiny one: fastvideo-grpo tiny {self.kind} --out {path}"
+    def _check_pipeline(self, path: Path, found: Any) -> None:
+        """Raise :class:`ConfigError` if model_index.json names another pipeline than this family's."""
+        if found == self.pipeline:
+            return
+        fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.usable().values() if f.pipeline == found), "")
+        raise ConfigError(
+            f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a {self.pipeline}{fitting}"
+        )
+
+    def where_from(self, path: Path) -> str:
+        """The end of an error about a checkpoint that is not there, or not whole."""
+        advice = "" if self.source is None else f"; the published one: {self.source.advice(path)}"
+        if self.kind in _OWN and not path.exists():
+            tiny = path if path.name.startswith("tiny") else Path("checkpoints") / f"tiny-{self.kind.replace('_', '-')}"
+            advice += (
+                f"; or try everything with a tiny random one: fastvideo-grpo tiny {self.kind} --out {tiny}, and "
+                f"model.path={tiny}"
+            )
+        return advice
 
     def network(self, denoiser: dict[str, Any], *, as_trained: bool = False) -> nn.Module:
         """The network at its real size on the meta device: diffusers' class.
@@ -339,6 +391,13 @@ class _Video(Family):
             yield f"sample.frames is {frames}; it must be {ratio}k + 1 for this model: {below} or {below + ratio}"
 
 
+def _reads_image_latents(transformer: Mapping[str, Any]) -> bool:
+    """Whether it is SkyReels': HunyuanVideo's network, which reads an image's latents beside the noise it answers for."""
+    found, answered = transformer.get("in_channels"), transformer.get("out_channels", 16)
+    is_hunyuan = transformer.get("_class_name") == "HunyuanVideoTransformer3DModel"
+    return is_hunyuan and isinstance(answered, int) and found == 2 * answered
+
+
 class _HunyuanVideo(_Video):
     def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
         llama = TextReader(
@@ -352,6 +411,32 @@ class _HunyuanVideo(_Video):
             from_json=True,
         )
         return llama, _clip("text_encoder_2", "tokenizer_2")
+
+    def _check_pipeline(self, path: Path, found: Any) -> None:
+        """SkyReels' folder is HunyuanVideo's with another transformer in it; people forget to say so in model_index.json."""
+        transformer = path / "transformer" / "config.json"
+        if transformer.is_file() and _reads_image_latents(_read(transformer, self.where_from(path))):
+            kind, pipeline = FAMILIES["skyreels_i2v"].kind, FAMILIES["skyreels_i2v"].pipeline
+            read = f"model.path={path} holds the transformer of SkyReels-V1-I2V (it reads twice the channels it answers for)"
+            if found != pipeline:
+                if found == FAMILIES["hunyuan_video"].pipeline:
+                    edit = f"run {downloads.SKYREELS_V1_I2V.commands(path)[-1]}"
+                else:
+                    edit = f"make it {pipeline}"
+                set_kind = "" if self.kind == kind else f", and set model.kind={kind}"
+                raise ConfigError(f"{read}, but its model_index.json says {found}: {edit}{set_kind}")
+            if self.kind != kind:
+                raise ConfigError(f"{read}, which makes clips from images; set model.kind={kind}")
+        super()._check_pipeline(path, found)
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        found, latents = int(facts.denoiser["in_channels"]), int(facts.vae["latent_channels"])
+        if not self.reads_images and found != latents:
+            yield (
+                f"model.path={config.model.path}: the transformer reads {found} channels, but text to video needs the "
+                f"{latents} of the VAE: it is another model"
+            )
 
     def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
         size = int(facts.denoiser["patch_size"])
@@ -482,6 +567,7 @@ _OWN: dict[str, Family] = {
         fastvideo_config="fastvideo.configs.pipelines.flux:FluxPipelineConfig",
         folders=_TWO_ENCODERS,
         configs=published.FLUX_1_DEV,
+        source=downloads.FLUX_1_DEV,
         sequence_encoder=("text_encoder_2", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
@@ -496,6 +582,7 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.hunyuan_video:HunyuanVideoGRPOTrainer",
         fastvideo_config="fastvideo.configs.pipelines.hunyuan:HunyuanConfig",
         configs=published.HUNYUAN_VIDEO,
+        source=downloads.HUNYUAN_VIDEO,
         **_HUNYUAN,
     ),
     "skyreels_i2v": _SkyReelsI2V(
@@ -505,6 +592,7 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.skyreels_i2v:SkyReelsI2VGRPOTrainer",
         fastvideo_config="fastvideo_grpo.trainers.skyreels_config:SkyReelsI2VConfig",
         configs=published.SKYREELS_V1_I2V,
+        source=downloads.SKYREELS_V1_I2V,
         reads_images=True,
         # With classifier-free guidance the paper makes one update per iteration.
         defaults={"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
@@ -518,6 +606,7 @@ _OWN: dict[str, Family] = {
         fastvideo_config="fastvideo.configs.pipelines.wan:WanT2V480PConfig",
         folders=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
         configs=published.WAN_2_1_1_3B,
+        source=downloads.WAN_2_1_1_3B,
         sequence_encoder=("text_encoder", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
         activations={
@@ -538,6 +627,7 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.stable_diffusion:StableDiffusionGRPOTrainer",
         folders=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         configs=published.STABLE_DIFFUSION_V1_4,
+        source=downloads.STABLE_DIFFUSION_V1_4,
         sequence_encoder=("text_encoder", "hidden_size"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         activations=None,

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from fastvideo_grpo import launcher
+from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
@@ -60,7 +61,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         here: the run will start on this machine: what it needs must be installed and its files present.
         training: False only draws pictures: training prompts and dealing do not matter.
     """
-    problems = list(FAMILIES[config.model.kind].problems(config, facts))
+    problems = [*FAMILIES[config.model.kind].problems(config, facts), *checkpoint_problems(config, facts)]
     shared = config.engine.sequence_parallel
     heads = FAMILIES[config.model.kind].heads(facts)
     if heads == 1 and shared > 1:
@@ -375,7 +376,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     if not Path(config.model.path).exists():
         lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
     found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, facts)]
-    found += _disk_notes(config, facts, embedding * len(prompts))
+    found += [*_disk_notes(config, facts, embedding * len(prompts)), unread_files(config)]
     lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")

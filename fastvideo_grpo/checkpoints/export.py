@@ -18,6 +18,9 @@ from fastvideo_grpo.config import LoRAConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_denoiser
+from fastvideo_grpo.model_files.clean_folder import write_unmarked
+from fastvideo_grpo.model_files.json_files import read_json
+from fastvideo_grpo.model_files.selection import unread
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
@@ -175,7 +178,9 @@ class MergedLoRA(Mapping[str, Tensor]):
 
 
 def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = False) -> None:
-    """Copy everything but the component ``denoiser``, so that the folder loads with one ``from_pretrained``.
+    """Copy everything but the component ``denoiser``, so that the folder loads with one ``from_pretrained``: of weight files
+    those that training read, JSON without byte order marks, and in model_index.json no component that is not there (Stable
+    Diffusion's safety checker, which many leave out).
 
     Args:
         link: hard links instead of copies of weight files; what symbolic links point at is linked.
@@ -185,6 +190,8 @@ def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = 
     """
 
     def place(source: str, target: str) -> str:
+        if write_unmarked(Path(source), Path(target)):
+            return target
         if not link or Path(source).suffix not in _WEIGHT_FILES:
             return str(shutil.copy2(source, target))
         try:
@@ -200,6 +207,12 @@ def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = 
         if entry.name == denoiser or entry.name.startswith("."):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, out / entry.name, copy_function=place)
+            shutil.copytree(entry, out / entry.name, copy_function=place, ignore=lambda folder, _: unread(Path(folder)))
         elif entry.suffix == ".json":
-            shutil.copy2(entry, out / entry.name)
+            place(str(entry), str(out / entry.name))
+    index = read_json(checkpoint / "model_index.json")
+    absent = [name for name, part in index.items() if isinstance(part, list) and part[:1] != [None] and name != denoiser]
+    absent = [name for name in absent if not (checkpoint / name).is_dir()]
+    if absent:
+        index |= {name: [None, None] for name in absent}
+        (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

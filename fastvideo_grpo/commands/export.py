@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from fastvideo_grpo import families
+    from fastvideo_grpo.checkpoint_checks import checkpoint_problems
     from fastvideo_grpo.checkpoints import export
     from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.engines.sharded_loading import CheckpointReader
@@ -55,8 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pipeline and lora is not None and not arguments.merge_lora:
         raise UserError("--pipeline needs full weights: add --merge-lora, or leave it out and load the adapters by themselves")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype or config.model.precision]
-    family, denoiser = families.FAMILIES[config.model.kind], families.model_facts(config).denoiser
-    pipeline, component = family.pipeline, family.denoiser
+    family, facts = families.FAMILIES[config.model.kind], families.model_facts(config)
+    denoiser, pipeline, component = facts.denoiser, family.pipeline, family.denoiser
+    copied = [part for part in family.folders if part != component] if arguments.pipeline else []
+    problems = checkpoint_problems(config, facts, [*copied, *([component] if arguments.merge_lora else [])])
+    if problems:
+        raise UserError("\n".join(problems))
     with export.appearing(out) as folder:
         if arguments.pipeline:
             export.copy_components(start, folder, component, link=arguments.link)

@@ -19,6 +19,7 @@ from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.model_files.json_files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,9 +160,9 @@ def _kind_of(checkpoint: Path) -> str:
         what = "has no model_index.json" if checkpoint.exists() else "does not exist"
         raise configuration.ConfigError(f"--model {checkpoint} {what}; expected a diffusers folder of {known}")
     try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise configuration.ConfigError(f"{index} is damaged ({error}); download it again") from error
+        found = read_json(index).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise configuration.ConfigError(f"{index}: {error}; download it again") from error
     if found not in drawing:
         raise configuration.ConfigError(f"--model {checkpoint} holds a {found}; images are drawn by {known}")
     return drawing[found].kind

@@ -25,6 +25,7 @@ from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.durable_files import write_atomic
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.model_files.selection import unread
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
 
@@ -34,7 +35,9 @@ Conditioning = dict[str, Tensor]
 PROMPTS_PER_SHARD = 64
 _SAMPLED_BLOCKS = 64
 _BLOCK = 4096
-_LOADED_FROM = (".safetensors", ".bin", ".json", ".txt", ".model")
+_WEIGHTS = (".safetensors", ".bin")
+_LOADED_FROM = (*_WEIGHTS, ".json", ".model")
+_VOCABULARIES = ("merges.txt", "vocab.txt")
 
 
 def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict[str, Any]) -> str:
@@ -45,16 +48,20 @@ def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for component in components:
-        # What is loaded from; a download leaves folders of its own there, people their notes.
-        for path in sorted(p for p in (checkpoint / component).glob("*") if p.suffix in _LOADED_FROM and p.is_file()):
+        folder = checkpoint / component
+        # What is loaded from; a download leaves folders of its own there, people their notes and other variants.
+        left_out = unread(folder) if folder.is_dir() else ()
+        loaded = (p for p in folder.glob("*") if p.suffix in _LOADED_FROM or p.name in _VOCABULARIES)
+        for path in sorted(p for p in loaded if p.name not in left_out and p.is_file()):
             size = path.stat().st_size
             digest.update(f"{component}/{path.name}:{size}".encode())
             with path.open("rb") as file:
-                if path.suffix != ".safetensors":
+                if path.suffix not in _WEIGHTS:
                     digest.update(file.read())
                     continue
-                header = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(header))
+                if path.suffix == ".safetensors":
+                    header = int.from_bytes(file.read(8), "little")
+                    digest.update(file.read(min(header, size)))
                 for block in range(_SAMPLED_BLOCKS):
                     file.seek(size * block // _SAMPLED_BLOCKS)
                     digest.update(file.read(_BLOCK))

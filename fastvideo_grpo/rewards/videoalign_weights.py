@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards.videoalign_template import TOKENS
 from fastvideo_grpo.rewards.weight_files import find_weights, read_weights
 
@@ -25,9 +26,7 @@ FULL = "model.pth"
 ADAPTER = "adapter_model.safetensors"
 REST = "non_lora_state_dict.pth"
 
-GET_CHECKPOINT = (
-    "the weights are KwaiVGI/VideoReward on Hugging Face: hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward"
-)
+GET_CHECKPOINT = f"the weights are KlingTeam/VideoReward on Hugging Face: {downloads.VIDEO_REWARD.advice()}"
 
 _EMBEDDINGS = "backbone.language_model.embed_tokens.weight"
 _HEAD = "rm_head.weight"
@@ -321,8 +320,7 @@ def _frozen(base: Path, names: set[str]) -> StateDict:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"videoalign: {error}, and the checkpoint leaves out {len(names)} weights that were not trained: "
-            "set params.base to the complete model, hf download Qwen/Qwen2-VL-2B-Instruct --local-dir "
-            "checkpoints/Qwen2-VL-2B-Instruct"
+            f"set params.base to the complete model: {downloads.QWEN2_VL_2B.advice()}"
         ) from error
     return {module_name(name): tensor for name, tensor in found.items()}
 

@@ -19,6 +19,7 @@ from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
 from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.model_files.clean_folder import clean_folder
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
@@ -49,29 +50,32 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         """
         self.config, self.world = config, world  # what loading reads; setup() does the rest
         waits = torch.device("cpu") if config.engine.offload_idle else world.device
-        self.components: dict[str, Any] = {
-            "unet": self.load_denoiser(),
-            "vae": _load(AutoencoderKL, self.checkpoint / "vae", DTYPES[config.model.vae_precision]).to(waits),
-        }
-        if with_text_encoders:
-            encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
-            self.components["text_encoder"] = encoder.to(waits)
-            self.components["tokenizer"] = load_tokenizer(self.checkpoint / "tokenizer")
+        self.components: dict[str, Any] = {"unet": self.load_denoiser()}
+        with clean_folder(self.checkpoint, ("vae", "text_encoder", "tokenizer")) as folder:
+            self.components["vae"] = _load(AutoencoderKL, folder / "vae", DTYPES[config.model.vae_precision]).to(waits)
+            if with_text_encoders:
+                encoder = _load(CLIPTextModel, folder / "text_encoder", torch.float32)
+                self.components["text_encoder"] = encoder.to(waits)
+                self.components["tokenizer"] = load_tokenizer(folder / "tokenizer")
         self.setup(config, world)
 
     def load_denoiser(self) -> nn.Module:
         """The UNet; with ZeRO-3 in partitions, read tensor by tensor, so that no process holds all of it."""
         config, world = self.config, self.world
         if not uses_zero3(config):
-            unet = _load(UNet2DConditionModel, self.checkpoint / "unet", DTYPES[config.model.precision])
-            return unet.to(world.device)
+            with clean_folder(self.checkpoint, ("unet",)) as folder:
+                return _load(UNet2DConditionModel, folder / "unet", DTYPES[config.model.precision]).to(world.device)
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, load_partitioned
         from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 
         module = diffusers_denoiser(model_facts(config).denoiser).requires_grad_(False)
-        folder = self.checkpoint / "unet"
         return load_partitioned(
-            module, lambda: CheckpointReader(folder), config.optim, config.engine, precision=config.model.precision, world=world
+            module,
+            lambda: CheckpointReader(self.checkpoint / "unet"),
+            config.optim,
+            config.engine,
+            precision=config.model.precision,
+            world=world,
         )
 
     def get_module(self, name: str) -> Any:
