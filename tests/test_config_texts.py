@@ -267,8 +267,7 @@ def test_a_section_with_nothing_in_it_is_none_given(load_file):
             "a: *x",
             "? [a]\n: 5",
             "!!binary x",
-            "[" * 5000,
-        ),
+            ),
         *(
             "%YAML 9.9\n---\na: b",
             "run: {seed: !!bool x}",
@@ -297,6 +296,11 @@ def test_no_file_is_a_traceback(load_file, tmp_path, capsys, text):
     assert "\n" not in str(error.value) and ("given.yaml" in str(error.value) or "missing" in str(error.value))
     assert cli.main(["train", str(tmp_path / "given.yaml"), "--dry-run"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_depth_is_a_traceback():
+    with pytest.raises(ConfigError, match=r"deep.yaml: not valid YAML: nested too deeply"):
+        config_files.parse("[" * 1500, "deep.yaml")
 
 
 def test_random_bytes_and_mangled_files_are_told_in_a_line_or_read(load_file):

@@ -18,6 +18,7 @@ examples:
   torchrun --nproc-per-node 8 -m fastvideo_grpo.cli train train_scripts/configs/flux_t2i_released.yaml
   fastvideo-grpo train train_scripts/configs/flux_t2i_paper.yaml --dry-run --world-size 32
 
+A text (a prompt, a path, a name) is what stands behind the first =, as it is; rewards.models.NAME=null removes a reward.
 A second start with the same run.dir resumes from its newest whole checkpoint, exactly.
 All keys, their defaults and meaning: docs/configuration.md."""
 
