@@ -200,7 +200,7 @@ def test_the_sample_command_says_which_are_invalid(tmp_path, capsys):
     file.write_text("{}")
     out.mkdir()
     (out / "0000.png").write_bytes(b"of an earlier time")
-    command = ["sample", str(file), "--prompt", "a cat", "--samples", "2", "--no-rewards", "--out", str(out)]
+    command = ["sample", str(file), "--prompt", "a cat", "--samples", "2", "--no-rewards", "--overwrite", "--out", str(out)]
     assert cli.main([*command, *runs.settings(tmp_path, checkpoint, **SD)]) == 1
     assert f"2 of 2 are invalid and have no file: {DECODING}" in capsys.readouterr().out
     assert [entry["file"] for entry in json.loads((out / "index.json").read_text())] == [None, None]
