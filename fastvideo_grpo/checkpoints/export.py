@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
 from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_denoiser
@@ -32,6 +33,16 @@ def model_names(config: dict[str, Any]) -> DiffusersNames:
     return denoiser_names(config["_class_name"], tensor_shapes(module.state_dict()))
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError unless ``out`` is a folder that can be written and holds nothing, or is not there."""
+    answer = refusal(out)
+    if answer is not None:
+        repair = "free space there" if answer.full else "repair it"
+        raise UserError(f"--out {out} cannot be written: {answer.reason}; {repair}, or choose another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; choose another folder")
+
+
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``out`` at the end of the block; after an exception nothing of it is left.
@@ -41,8 +52,7 @@ def appearing(out: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty; choose another folder")
+    check_out(out)
     target = out.resolve()
     unfinished = target.with_name(target.name + ".unfinished")
     try:

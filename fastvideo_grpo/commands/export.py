@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.link and not arguments.pipeline:
         raise UserError("--link is about what --pipeline copies; add --pipeline, or leave it out")
     out = Path(arguments.out)
+    export.check_out(out)  # before a checkpoint is read
     run = open_run(arguments.run, arguments.iteration)
     config, start, lora = run.config, Path(run.config.model.path), run.config.model.lora
     if arguments.merge_lora and lora is None:
