@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
+from fastvideo_grpo.checkpoints.kohya_names import kohya_lora
 from fastvideo_grpo.config import LoRAConfig
 from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
@@ -22,6 +23,8 @@ from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
+
+KOHYA_FILE = "kohya_lora.safetensors"
 
 # What --link links; the rest are small files that people edit.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -138,6 +141,20 @@ def write_lora(
     getattr(diffusers, pipeline).save_lora_weights(
         str(out), **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+
+
+def write_kohya_lora(
+    adapters: Mapping[str, Tensor], lora: LoRAConfig, names: DiffusersNames, class_name: str, out: Path, dtype: torch.dtype
+) -> None:
+    """Write adapters as ``out/kohya_lora.safetensors``, see :mod:`.kohya_names`.
+
+    Raises:
+        UserError: that format knows no such network, or layer.
+    """
+    from safetensors.torch import save_file
+
+    tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, class_name)
+    save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, out / KOHYA_FILE, metadata={"format": "pt"})
 
 
 def fold_scale(adapters: Mapping[str, Tensor], lora: LoRAConfig) -> dict[str, Tensor]:
