@@ -105,6 +105,16 @@ def test_of_an_iteration_that_is_there_twice_the_later_line_counts(tmp_path, cap
     assert json.loads(log.set_aside.read_text())["loss"] == 0.1
 
 
+def test_the_metrics_of_a_run_that_starts_over_are_set_aside(tmp_path):
+    """Its checkpoints were moved away, as advised when all of them are damaged."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i in range(2):
+        log.append({"iteration": i})
+    before = log.path.read_bytes()
+    log.cut_back(0)
+    assert log.read() == [] and log.set_aside.read_bytes() == before
+
+
 def test_cutting_metrics_back_on_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for i in range(4):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
+from fastvideo_grpo.checkpoints.kohya_names import kohya_lora
 from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_denoiser
@@ -24,6 +26,8 @@ from fastvideo_grpo.model_files.selection import unread
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
+
+KOHYA_FILE = "kohya_lora.safetensors"
 
 # What --link links; the rest are small files that people edit.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -35,6 +39,16 @@ def model_names(config: dict[str, Any]) -> DiffusersNames:
     return denoiser_names(config["_class_name"], tensor_shapes(module.state_dict()))
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError unless ``out`` is a folder that can be written and holds nothing, or is not there."""
+    answer = refusal(out)
+    if answer is not None:
+        repair = "free space there" if answer.full else "repair it"
+        raise UserError(f"--out {out} cannot be written: {answer.reason}; {repair}, or choose another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; choose another folder")
+
+
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``out`` at the end of the block; after an exception nothing of it is left.
@@ -44,8 +58,7 @@ def appearing(out: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty; choose another folder")
+    check_out(out)
     target = out.resolve()
     unfinished = target.with_name(target.name + ".unfinished")
     try:
@@ -131,6 +144,20 @@ def write_lora(
     getattr(diffusers, pipeline).save_lora_weights(
         str(out), **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+
+
+def write_kohya_lora(
+    adapters: Mapping[str, Tensor], lora: LoRAConfig, names: DiffusersNames, class_name: str, out: Path, dtype: torch.dtype
+) -> None:
+    """Write adapters as ``out/kohya_lora.safetensors``, see :mod:`.kohya_names`.
+
+    Raises:
+        UserError: that format knows no such network, or layer.
+    """
+    from safetensors.torch import save_file
+
+    tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, class_name)
+    save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, out / KOHYA_FILE, metadata={"format": "pt"})
 
 
 def fold_scale(adapters: Mapping[str, Tensor], lora: LoRAConfig) -> dict[str, Tensor]:

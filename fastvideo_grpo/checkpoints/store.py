@@ -297,9 +297,8 @@ class CheckpointStore:
                 shutil.rmtree(removing)
                 gone.append(number)
             except OSError as failure:
-                logger.warning(
-                    "old checkpoint %s could not be removed (%s); remove it by hand", self.path(number), describe(failure)
-                )
+                left = removing if removing.exists() else self.path(number)
+                logger.warning("old checkpoint %s could not be removed (%s); remove it by hand", left, describe(failure))
         return gone
 
     def _verify(self, iteration: int) -> str | None:

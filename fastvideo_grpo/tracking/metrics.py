@@ -59,7 +59,7 @@ class MetricsLog:
 
     def cut_back(self, iterations: int) -> None:
         """Keep the first ``iterations`` iterations: a resumed run writes the later ones again. What does not count goes
-        into ``set_aside``.
+        into ``set_aside``; with 0 all lines do, since a run that starts over need not be the one that wrote them.
 
         Raises:
             OSError: the disk refused; the file is as it was.
@@ -68,8 +68,9 @@ class MetricsLog:
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["iteration"] < iterations).encode()
         if not self.path.is_file() or kept == self.path.read_bytes():
             return
-        for line in bad:  # before they leave the file: a crash in between leaves them in both
-            append_line(self.set_aside, line.content)
+        before = [] if iterations else [json.dumps(line).encode() for line in lines]
+        for content in [line.content for line in bad] + before:
+            append_line(self.set_aside, content)  # before it leaves the file: a crash in between leaves it in both
         write_atomic(self.path, kept)
         self._name(bad, f"set aside in {self.set_aside}")
 

@@ -57,7 +57,7 @@ def with_adapters(pipeline, network, source):
     return merged
 
 
-def check_adapters_in_every_way(pipeline, network, trainer, folder):
+def check_adapters_in_every_way(pipeline, network, trainer, folder, kohya):
     """The same for readers that look at the metadata and for those that take alpha as the rank (12 is three times it)."""
     pipeline.unload_lora_weights()
     names = model_names(model_facts(trainer.config).denoiser)
@@ -66,6 +66,8 @@ def check_adapters_in_every_way(pipeline, network, trainer, folder):
     expected = dict(MergedLoRA(start, adapters, trainer.config.model.lora))
     (file,) = folder.iterdir()
     ways = {"folder": folder, "file": file, "state dict": load_file(file)}
+    if trainer.config.model.kind == "stable_diffusion":  # diffusers reads that of FLUX at FLUX.1's sizes alone
+        ways |= {"kohya": kohya, "kohya's state dict": load_file(kohya)}
     with safe_open(file, "pt") as opened:
         kinds = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert {value for key, value in kinds.items() if key.endswith((".r", ".lora_alpha"))} == {4}
@@ -106,7 +108,11 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-4
     assert (ours - before).abs().max() > 2 / 255  # training did something
     if case == "adapters":
-        check_adapters_in_every_way(pipeline, network, trainer, tmp_path / "exported")
+        written = export(model, trainer.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
+        assert written == (model.kind not in ("flux", "stable_diffusion")), capsys.readouterr().err
+        kohya = tmp_path / "kohya" / "kohya_lora.safetensors"
+        assert kohya.is_file() == (written == 0)
+        check_adapters_in_every_way(pipeline, network, trainer, tmp_path / "exported", kohya)
     if case == "model":
         assert list((tmp_path / "exported").glob("*/diffusion_pytorch_model.safetensors.index.json"))
 

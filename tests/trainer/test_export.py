@@ -96,7 +96,9 @@ def test_export_says_what_is_wrong(make_trainer, tmp_path, capsys):
         ([str(trainer.folder), "--out", str(tmp_path / "x"), "--iteration", "7"], "there are: 1"),
         ([str(trainer.folder), "--out", str(tmp_path / "y"), "--weights", "ema"], "no EMA weights"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--merge-lora"], "model.lora is null"),
+        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--lora-format", "kohya"], "these are full weights; leave"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--link"], "add --pipeline"),
+        ([str(trainer.folder), "--out", str(tmp_path / "full" / "file" / "z")], "a file, not a folder"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--max-shard-size", "big"], "--max-shard-size big is no size"),
     ]:
         assert cli.main(["export", *arguments]) == 1
