@@ -144,3 +144,13 @@ BERT_VOCABULARY = _one("google-bert/bert-base-uncased", "checkpoints/bert-base-u
 VIDEO_REWARD = _one("KlingTeam/VideoReward", "checkpoints/VideoReward")
 QWEN2_VL_2B = _one("Qwen/Qwen2-VL-2B-Instruct", "checkpoints/Qwen2-VL-2B-Instruct", 4.4)
 VIDEOSCORE2 = _one("TIGER-Lab/VideoScore2", "checkpoints/VideoScore2", 16.6)
+
+REWARDS = {
+    "clip": DFN5B,
+    "hps": HPS_V2_1,
+    "image_reward": IMAGE_REWARD,
+    "pickscore": PICKSCORE,
+    "videoalign": VIDEO_REWARD,
+    "videoscore2": VIDEOSCORE2,
+}
+"""Reward kind -> where its checkpoint is to be had."""

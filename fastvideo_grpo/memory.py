@@ -323,7 +323,11 @@ def _weight_file_bytes(path: str | None) -> float:
     if not place.is_dir():
         return float(place.stat().st_size) if place.is_file() else 0.0
     below = [_weight_file_bytes(str(folder)) for folder in place.iterdir() if folder.is_dir()]
-    return float(sum(file.stat().st_size for file in files_read(place))) + max(below, default=0.0)
+    try:
+        read = files_read(place)
+    except ValueError:  # a damaged index, which `plan.check_run` names
+        read = []
+    return float(sum(file.stat().st_size for file in read if file.is_file())) + max(below, default=0.0)
 
 
 def gib(size: float) -> str:

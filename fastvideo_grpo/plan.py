@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from fastvideo_grpo import launcher
+from fastvideo_grpo import downloads, launcher
 from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
@@ -35,6 +35,7 @@ from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
+from fastvideo_grpo.rewards.weight_files import check_files
 from fastvideo_grpo.sampling_checks import sampling_problem
 from fastvideo_grpo.tracking import wandb_run
 
@@ -85,7 +86,9 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
     if here:
         for name, reward in config.rewards.models.items():
             if reward.checkpoint is not None and not Path(reward.checkpoint).exists():
-                problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist")
+                source = downloads.REWARDS.get(reward.kind)
+                advice = "" if source is None else f"; the published one: {source.advice()}"
+                problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist{advice}")
         if config.engine.deepspeed_json is not None and not Path(config.engine.deepspeed_json).is_file():
             problems.append(f"engine.deepspeed_json={config.engine.deepspeed_json} is no file")
         if config.model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
@@ -98,6 +101,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
     checks += [partial(_check_reward, name, entry, config.sample.frames, here) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward_files, name, entry) for name, entry in config.rewards.models.items()]
     if training and make_objective(config).needs_reward_gradients:
         checks += [partial(reward_set.check_differentiable, name, entry) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
@@ -307,6 +311,16 @@ def _check_reward(name: str, reward: RewardConfig, frames: int, here: bool) -> N
     check_kind_of_media(name, reward, frames)
     if here:
         check_here(name, reward, frames)
+
+
+def _check_reward_files(name: str, reward: RewardConfig) -> None:
+    """Raise ValueError for a checkpoint that is there and not whole. (One behind a server is the server's.)"""
+    if reward.placement == "http" or reward.checkpoint is None or not Path(reward.checkpoint).exists():
+        return
+    try:
+        check_files(Path(reward.checkpoint))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"rewards.models.{name}.checkpoint: {error}") from error
 
 
 def _describe_reward(name: str, reward: RewardConfig) -> str:

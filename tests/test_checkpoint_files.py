@@ -12,7 +12,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.checkpoints.export import copy_components
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.config import ConfigError, RewardConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader, WeightFilesError
 from fastvideo_grpo.model_files.clean_folder import clean_folder
 from fastvideo_grpo.model_files.json_files import read_json
@@ -388,6 +388,36 @@ def test_of_a_reward_folder_with_two_libraries_weights_one_is_counted(tmp_path):
     for name in ("adapter_model.safetensors", "non_lora_state_dict.safetensors", "other.bin"):
         (tmp_path / "adapter" / name).write_bytes(bytes(100))
     assert len(files_read(tmp_path / "adapter")) == 2
+
+
+@pytest.mark.parametrize(
+    "name,content,said",
+    [
+        ("HPS.pt", POINTER.encode(), "HPS.pt: expected weights, found a Git LFS pointer"),
+        ("HPS.pt", b"", "HPS.pt: expected weights, found an empty file"),
+        ("HPS.pt", b"PK\3\4" + bytes(100), "HPS.pt: it is the beginning of a torch file"),
+        ("model.safetensors", b"x" * 100, "model.safetensors is no whole safetensors file"),
+        ("model.safetensors.index.json", b'{"weight_map": {"x": "one.safetensors"}}', "one.safetensors is listed in the index"),
+        ("checkpoint-5/model.pth", POINTER.encode(), "checkpoint-5/model.pth: expected weights, found a Git LFS pointer"),
+    ],
+)
+def test_a_rewards_files_are_looked_at_before_anything_is_loaded(tmp_path, name, content, said):
+    file = tmp_path / "reward" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    config = config_of("flux", tmp_path / "absent")
+    place = file if name == "HPS.pt" else tmp_path / "reward"
+    config.rewards.models["size"] = RewardConfig(kind="jpeg_size", checkpoint=str(place))
+    facts = families.model_facts(config, published_if_missing=True)
+    with pytest.raises(ConfigError, match=f"rewards.models.size.checkpoint: .*{said}"):
+        plan.check_run(config, facts, 1, here=False, training=False)
+
+
+def test_a_missing_reward_says_where_it_is_to_be_had(tmp_path):
+    config = config_of("flux", tmp_path / "absent")
+    config.rewards.models["hps"] = RewardConfig(kind="hps", checkpoint=str(tmp_path / "HPS.pt"))
+    with pytest.raises(ConfigError, match=r"hps.checkpoint=.* does not exist.*hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
+        plan.check_run(config, families.model_facts(config, published_if_missing=True), 1, training=False)
 
 
 def test_decoys_are_other_numbers():

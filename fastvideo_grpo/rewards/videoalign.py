@@ -220,7 +220,7 @@ def _read_backbone_config(folder: Path) -> Qwen2VLConfig:
     from transformers import Qwen2VLConfig
 
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
         if kind == Qwen2VLConfig.model_type:
             return Qwen2VLConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever transformers raises for a damaged file

@@ -91,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             found = f"the checkpoint {folder} has no {CONFIG}"
         raise FileNotFoundError(f"videoalign: {found}; {GET_CHECKPOINT}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
         model, inference = config["model_config"], config["inference_config"]
         needed = {
             **{
@@ -165,7 +165,7 @@ def read_checkpoint(folder: Path, peft_lora_config: Mapping[str, Any]) -> dict[s
         return _read(folder / FULL)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        own = json.loads(adapter.read_text(encoding="utf-8"))
+        own = json.loads(adapter.read_bytes())
         scale, own_scale = lora_scale(peft_lora_config), lora_scale({**own, "lora_r": own["r"]})
         if scale != own_scale or own.get("use_dora"):
             raise ValueError(

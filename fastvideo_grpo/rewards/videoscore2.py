@@ -93,7 +93,7 @@ def _check_folder(folder: Path) -> None:
             f"videoscore2: {folder}: expected config.json and safetensors files, found {there}; {_GET_CHECKPOINT}"
         )
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_bytes())
         kind, program = content.get("model_type"), content.get("auto_map")
     except (ValueError, AttributeError) as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastvideo_grpo.model_files.headers import read_header
 from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.model_files.pointers import refuse_pointer
 from fastvideo_grpo.model_files.selection import WEIGHTS
@@ -40,16 +42,17 @@ def find_weights(folder: Path, stems: Sequence[str]) -> Path | None:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """The weight files that are read of a folder: those of one library, where there are two libraries' (a CLIP's, open_clip's
-    first), and of the shards those in the index. Of a folder with neither all, in one format; folders below do not count."""
+    """The weight files that are read of a folder, whether they are there or not: those of one library, where there are two
+    libraries' (a CLIP's, open_clip's first), and of shards those in the index. Of a folder with neither all of one format;
+    folders below do not count.
+
+    Raises ValueError for an index that is none.
+    """
     layouts = (OPEN_CLIP_STEMS,) if (folder / OPEN_CLIP).is_file() else ()
     for stems in (*layouts, STEMS):
         found = find_weights(folder, stems)
         if found is not None and found.name.endswith(".index.json"):
-            try:
-                return [folder / file for file in sorted(set(_places(found).values())) if (folder / file).is_file()]
-            except ValueError:
-                return []  # damaged: the reward will say so
+            return [folder / file for file in sorted(set(_places(found).values()))]
         if found is not None:
             return [found]
     by_format: dict[str, list[Path]] = {}
@@ -58,6 +61,35 @@ def files_read(folder: Path) -> list[Path]:
             # An adapter and the rest of its weights lie in two files; the same weights lie there in two formats, too.
             by_format.setdefault(file.suffix, []).append(file)
     return max(by_format.values(), key=lambda files: sum(file.stat().st_size for file in files), default=[])
+
+
+def check_files(place: Path) -> None:
+    """Look at the beginnings of the weight files that are read of a folder and of those below it (checkpoint-N), or at a file.
+
+    Raises ValueError or FileNotFoundError, naming the file, for one that is not there, is empty, is cut short, or is a Git LFS
+    pointer.
+    """
+    folders = [place, *(path for path in sorted(place.iterdir()) if path.is_dir())] if place.is_dir() else []
+    for file in [name for folder in folders for name in files_read(folder)] or [place]:
+        if file.suffix not in WEIGHTS:
+            continue  # what another package's reward makes of it is its own
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is listed in the index, but not there; fetch all files of the checkpoint"
+            )
+        if file.suffix == ".safetensors":
+            read_header(file)
+            continue
+        with file.open("rb") as content:
+            start = content.read(64)
+        try:
+            refuse_pointer(start, "weights")
+            if not start:
+                raise ValueError("expected weights, found an empty file")
+            if start.startswith(b"PK") and not zipfile.is_zipfile(file):
+                raise ValueError("it is the beginning of a torch file: it is not complete")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
