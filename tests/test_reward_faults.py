@@ -1,12 +1,14 @@
 """A reward gets what is its own, and whatever it raises, returns or changes ends no run and makes up no number."""
 
 import asyncio
+import gc
 import importlib.metadata
 import logging
 import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +204,26 @@ def test_whatever_a_reward_raises_masks_its_samples_and_is_named():
         assert not rewards.score(request_of()).valid["bad/quality"].any(), "its thread lives on"
         assert rewards.failure_counts.total() == 2
         rewards.close()
+
+
+def test_what_a_failed_attempt_held_is_free_at_once():
+    """Tensors of a failed attempt, on a device that ran out of memory above all, are not kept by its error."""
+    held = []
+
+    def call(request):
+        held.append(weakref.ref(request.media))
+        raise SystemExit(0) if len(held) % 2 else RuntimeError("out of memory")
+
+    rewards = set_of(r={"call": call})
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert not rewards.score(request_of()).valid["r/quality"].any()
+        rewards.close()  # its thread has gone on
+        assert [media() for media in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Evasive(RewardResult):

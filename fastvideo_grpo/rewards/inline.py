@@ -63,6 +63,8 @@ class InlineReward:
             if not answer.cancel():  # if it has not begun, it need not
                 self._hangs = answer
             raise TimeoutError(f"no answer within {seconds:g} s") from None
+        finally:
+            del answer  # an error leads to this frame: in a circle with it, its tensors would stay until they are collected
 
     def _begin(self) -> None:
         if self.device.type == "cuda":

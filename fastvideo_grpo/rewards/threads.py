@@ -66,3 +66,5 @@ class SerialThread:
             answer.set_exception(Escape(error))
         else:
             answer.set_result(result)
+        finally:
+            del call, answer  # an error leads to this frame: in a circle with it, its tensors would stay until collected
