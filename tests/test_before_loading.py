@@ -104,7 +104,7 @@ def test_wandb_online_without_a_key_is_told_before_a_model_is_loaded(words, home
     assert (
         said.count("\n") == 1
         and "no key for https://api.wandb.ai" in said
-        and "`wandb login`, or set run.wandb=offline" in said
+        and "wandb login`, or set run.wandb=offline" in said
     )
     assert cli.main(["train", *words, "run.wandb=online", "--dry-run"]) == 0
     assert "note         run.wandb is online, but there is no key" in capsys.readouterr().out

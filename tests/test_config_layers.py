@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import cli, families, plan
 from fastvideo_grpo import config as configuration
+from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import ConfigError
 
 RECIPE = Path(__file__).parent.parent / "train_scripts/configs/flux_t2i_released.yaml"
@@ -110,12 +110,11 @@ def test_what_cannot_be_removed_is_told(load, text, words, message):
         load(text, *words)
 
 
-def test_a_recipes_reward_is_replaced_as_the_readme_says(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    words = [f"prompts.path={tmp_path / 'prompts.txt'}", "rewards.models.hps=null", "rewards.models.size.kind=jpeg_size"]
-    assert cli.main(["train", str(RECIPE), "--dry-run", "--world-size", "16", *words]) == 0
-    assert "rewards    size (jpeg_size)" in capsys.readouterr().out
-    config = configuration.load(RECIPE, [*words[:1], "rewards.models.hps.kind=clip"])
+def test_a_recipes_reward_is_replaced_as_the_readme_says():
+    prompts = f"prompts.path={RECIPE.parents[2] / 'data/prompts/shapes_train.txt'}"
+    config = configuration.load(RECIPE, ["rewards.models.hps=null", "rewards.models.size.kind=jpeg_size"])
+    assert kinds(config) == {"size": "jpeg_size"}
+    config = configuration.load(RECIPE, [prompts, "rewards.models.hps.kind=clip"])
     with pytest.raises(ConfigError, match=r"rewards.models.hps: reward 'clip' needs a checkpoint"):
         plan.check_run(config, families.model_facts(config, published_if_missing=True), 16, here=False)
 
