@@ -32,6 +32,7 @@ from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.memory import describe_memory, estimate, gib, too_little, too_little_on_host
 from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
+from fastvideo_grpo.prompts.entries import shortened
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
@@ -274,6 +275,13 @@ def _cautions(config: Config, facts: ModelFacts) -> list[str]:
     files = [prompt_file_of(config, path) for path in paths]
     prompts = [prompt for file in files for prompt in file.prompts]
     lines += [note for file in files for note in file.notes]
+    trained = {(prompt.text, prompt.image) for prompt in files[0].prompts}
+    shared = [prompt for file in files[1:] for prompt in file.prompts if (prompt.text, prompt.image) in trained]
+    if shared:
+        lines.append(
+            f"{len(shared)} of the {len(files[1].prompts)} prompts of prompts.eval_path are trained on, too, so that what is "
+            f"evaluated as heldout is not kept out: the first is {shortened(shared[0].text, 60)!r}"
+        )
     unread = sum(prompt.negative_prompt is not None for prompt in prompts)
     if unread and config.sample.cfg_scale <= 1:
         lines.append(

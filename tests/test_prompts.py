@@ -291,6 +291,10 @@ def test_a_start_says_what_is_left_out_of_the_prompts_and_what_encoders_cut(tmp_
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3 and "1 line begins with #" in said[0] and "1 repeated prompt is left out" in said[1]
     assert said[2].startswith("1 of 2 prompts are longer than the 77 tokens that CLIP (text_encoder) reads, and cut there")
+    config.prompts.eval_path = str(_write(tmp_path / "b.txt", "a cat\na dog\n"))
+    caplog.clear()
+    plan.warn(config)
+    assert "1 of the 2 prompts of prompts.eval_path are trained on, too" in caplog.text
     config.prompts.duplicates = "keep"
     assert len(prompts_of(config, path)) == 3
     (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")

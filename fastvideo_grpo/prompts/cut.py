@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.prompts.entries import shortened
 from fastvideo_grpo.prompts.tokenizers import check_vocabulary, load_tokenizer
 
 _BATCH = 4096
@@ -79,7 +80,7 @@ def cut_texts(
 def describe_cut(texts: Sequence[str], cut: Sequence[tuple[int, int]], reader: TextReader, what: str = "prompts") -> str:
     """A line for a person; ``cut``, not empty, is from :func:`cut_texts`."""
     number, tokens = cut[0]
-    first = texts[number] if len(texts[number]) <= 60 else f"{texts[number][:57]}..."
+    first = shortened(texts[number], 60)
     way_out = f"raise {reader.key}, or shorten them" if reader.key is not None else "it reads no more: shorten them"
     return (
         f"{len(cut)} of {len(texts)} {what} are longer than the {reader.longest} tokens that {reader.name} ({reader.encoder}) "
