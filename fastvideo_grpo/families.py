@@ -127,6 +127,7 @@ class Activations:
         mlp: kept by a block besides, per image token, in multiples of the MLP's width (of models in which it is no fixed
             multiple of the hidden width).
         text: kept by a block per text token, where blocks read the text by cross-attention; None: as much as of an image token.
+        refiner: kept by a block that refines the text before the others, per text token.
     """
 
     double: float
@@ -135,6 +136,7 @@ class Activations:
     forward: float
     mlp: float = 0
     text: float | None = None
+    refiner: float = 0
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,9 @@ class Family(ABC):
         source: where the published checkpoint is to be had; None: errors do not say.
         fastvideo_config: FastVideo's pipeline configuration, as "module:class"; None: its trainer is no FastVideo pipeline.
         defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
+        blocks: names of the classes of the loaded network's blocks, which ``engine.activation_checkpointing`` recomputes; none
+            where it cannot be asked for.
+        not_recomputed: names of the classes of other modules that stand in the network's lists of modules.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
         decodes_frames: frames that its VAE decodes at once; None: a whole clip, or a tile of it.
@@ -183,6 +188,8 @@ class Family(ABC):
     source: Source | None = None
     fastvideo_config: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    not_recomputed: tuple[str, ...] = ()
     reads_images: bool = False
     decodes_singly: bool = False
     decodes_frames: int | None = None
@@ -224,6 +231,11 @@ class Family(ABC):
                 below, above = value // multiple * multiple, -(-value // multiple) * multiple
                 near = f"{below} or {above}" if below else str(above)
                 yield f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}"
+        if config.engine.activation_checkpointing != "none" and not self.blocks:
+            yield (
+                f"engine.activation_checkpointing is {config.engine.activation_checkpointing}, but {self.kind} names no blocks "
+                "to recompute; use none"
+            )
 
     def schedule(self, sample: SampleConfig, facts: ModelFacts) -> Schedule:
         """The levels that a sample passes: a flow's; a model of another paradigm has others.
@@ -301,7 +313,15 @@ class Family(ABC):
         shape = (config.engine.micro_batch_size, *self.latent_shape(facts, config.sample))
         dtype = DTYPES[config.model.precision]
         every = checkpointed_blocks(config.engine.activation_checkpointing)
-        return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
+        return unet_bytes(
+            facts.denoiser,
+            shape,
+            config.prompts.text_length,
+            dtype,
+            every,
+            blocks=self.blocks,
+            not_recomputed=self.not_recomputed,
+        )
 
     def text_width(self, facts: ModelFacts) -> int:
         """Width of the text sequence the network reads."""
@@ -551,7 +571,11 @@ _HUNYUAN: dict[str, Any] = {
     "sequence_encoder": ("text_encoder", "hidden_size"),
     # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
     "lora_targets": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
-    "activations": {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
+    "blocks": ("MMDoubleStreamBlock", "MMSingleStreamBlock", "IndividualTokenRefinerBlock"),
+    "activations": {
+        "fp32": Activations(26, 22, (4, 1.5), 28, refiner=18),
+        "bf16": Activations(27, 26, (4, 1.5), 36, refiner=18),
+    },
     "decode": 9.4,
     "decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
@@ -570,6 +594,7 @@ _OWN: dict[str, Family] = {
         source=downloads.FLUX_1_DEV,
         sequence_encoder=("text_encoder_2", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
         decode=9.4,
         decode_kept=45,
@@ -609,6 +634,7 @@ _OWN: dict[str, Family] = {
         source=downloads.WAN_2_1_1_3B,
         sequence_encoder=("text_encoder", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
+        blocks=("WanTransformerBlock",),
         activations={
             "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
             "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
@@ -630,6 +656,8 @@ _OWN: dict[str, Family] = {
         source=downloads.STABLE_DIFFUSION_V1_4,
         sequence_encoder=("text_encoder", "hidden_size"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        blocks=("ResnetBlock2D", "Transformer2DModel"),
+        not_recomputed=("Downsample2D", "Upsample2D"),
         activations=None,
         decode=9.4,
         decode_kept=45,

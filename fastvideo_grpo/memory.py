@@ -246,6 +246,9 @@ def _kept_bytes(config: Config, facts: ModelFacts) -> float:
         checkpointed = -(-count // every) if every else 0
         units += (count - checkpointed) * _block_units(kept, factor, facts, image, text)
         units += checkpointed * (image + (text if kept.text is None else 0))  # a checkpointed block keeps its input
+    count = int(facts.denoiser.get("num_refiner_layers", 0))
+    checkpointed = -(-count // every) if every else 0
+    units += ((count - checkpointed) * kept.refiner + checkpointed) * text
     return _passes_kept(config) * units * _unit(config, facts)
 
 

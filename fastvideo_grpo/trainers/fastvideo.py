@@ -27,7 +27,6 @@ from fastvideo.forward_context import set_forward_context  # noqa: E402
 from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
-from fastvideo.training.activation_checkpoint import CheckpointType, apply_activation_checkpointing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
@@ -235,9 +234,6 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         self.text_stage.text_encoders = [None] * len(self.text_encoders)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def checkpoint_activations(self, every: int) -> nn.Module:
-        return apply_activation_checkpointing(self.denoiser, CheckpointType.BLOCK_SKIP, n_layer=every)
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.

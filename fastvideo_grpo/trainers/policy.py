@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.make import uses_zero3
@@ -177,9 +178,10 @@ class Policy(ABC):
         """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``).
 
         Raises:
-            UserError: the model's trainer does not say how.
+            UserError: the network's blocks are not those that the model's family names.
         """
-        raise UserError(f"model.kind={self.config.model.kind} recomputes no blocks: set engine.activation_checkpointing=none")
+        family = FAMILIES[self.config.model.kind]
+        return checkpoint_blocks(self.denoiser, find_blocks(self.denoiser, family.blocks, family.not_recomputed), every)
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         """Entered around every forward and backward of the network with this conditioning, and around text encoders."""

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
 from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.model_files.clean_folder import clean_folder
 from fastvideo_grpo.precision import DTYPES
@@ -86,9 +85,6 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             self.components.pop(name, None)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def checkpoint_activations(self, every: int) -> nn.Module:
-        return checkpoint_unet(self.denoiser, every)
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """CLIP's sequence ``[1, text_length, width]`` of each prompt, its padding included."""

@@ -39,6 +39,7 @@ class Model:
             and whose elements are no multiple of 32 somewhere in the network, if they can be.
         geometries: sizes and lengths of text at which samples are compared with diffusers'; the first one is exported, too.
         lora_layers: linear layers that get an adapter, where ``model.lora.targets`` is left out.
+        blocks: of each kind of block that activation checkpointing recomputes the names of all, as a regular expression.
         shares_tokens: processes can share a sample's tokens (``engine.sequence_parallel``).
         unpadded: the network reads a text's own tokens only, so that both texts of guidance differ in length.
         maps_names: FastVideo calls its weights otherwise than diffusers does, and its mapping is read to export them.
@@ -50,6 +51,7 @@ class Model:
     settings: ClassVar[Settings]
     geometries: ClassVar[dict[str, Settings]]
     lora_layers: ClassVar[int]
+    blocks: ClassVar[tuple[str, ...]]
     shares_tokens: ClassVar[bool] = True
     unpadded: ClassVar[bool] = False
     maps_names: ClassVar[bool] = False
@@ -124,6 +126,7 @@ class Flux(Model):
     pipeline = "FluxPipeline"
     settings: ClassVar = {"sample__height": 48, "sample__width": 48}  # 9 tokens
     lora_layers = 2 * 8 + 2 * 3  # of two double and two single blocks
+    blocks = (r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+")
 
     geometries: ClassVar = {
         "square": {"sample__height": 64, "sample__width": 64},
@@ -171,6 +174,7 @@ class HunyuanVideo(VideoModel):
         "a prompt longer than the text": {"sample__shift": 7.0, "sample__frames": 5, "prompts__text_length": 6},
     }
     lora_layers = 2 * 4 + 2 * 2  # of two double and two single blocks
+    blocks = (r"double_blocks\.\d+", r"single_blocks\.\d+", r"txt_in\.refiner_blocks\.\d+")
     unpadded = True
     maps_names = True
     flavours: ClassVar = {"image": {"sample__frames": 1}}
@@ -219,6 +223,7 @@ class Wan(VideoModel):
         "a prompt longer than the text": {"sample__frames": 5, "prompts__text_length": 6},
     }
     lora_layers = 2 * 8  # of both attentions of two blocks
+    blocks = (r"blocks\.\d+",)
     maps_names = True
     flavours: ClassVar = {"image": {"sample__frames": 1}}
 
@@ -248,6 +253,7 @@ class StableDiffusion(Model):
         "wide": {"sample__height": 32, "sample__width": 96},
     }
     lora_layers = 4 * 8  # of both attentions of four transformers
+    blocks = (r".+\.resnets\.\d+", r".+\.attentions\.\d+")
     shares_tokens = False
     flavours: ClassVar = {
         "reverse SDE, decaying noise": {"sample__transition": "diffusion_sde", "sample__noise_decay": 1.0},
