@@ -7,11 +7,14 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 
-from fastvideo_grpo import __version__
+from fastvideo_grpo import __version__, launcher
+from fastvideo_grpo.disk_room import REFUSING, describe
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.printed_commands import runnable
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastvideo_grpo.commands.train", "train a model with GRPO, or resume a run"),
@@ -28,6 +31,13 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class _Formatter(logging.Formatter):
+    """Commands that a message advises run as they stand."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return runnable(super().format(record))
+
+
 def _overview() -> argparse.ArgumentParser:
     """The parser that lists the subcommands; each has its own, made when it is called."""
     parser = argparse.ArgumentParser(
@@ -35,7 +45,7 @@ def _overview() -> argparse.ArgumentParser:
         description="GRPO reinforcement learning for image and video generators, on FastVideo.",
         epilog="commands:\n"
         + "\n".join(f"  {name:15} {help}" for name, (_, help) in SUBCOMMANDS.items())
-        + "\n\nfastvideo-grpo COMMAND --help says more.",
+        + f"\n\n{runnable('fastvideo-grpo train')} --help says more of one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -58,6 +68,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ModuleType]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    parser.epilog = runnable(parser.epilog or "")
     arguments = parser.parse_intermixed_args(argv[1:])
     arguments.command = name
     return arguments, module
@@ -66,17 +77,36 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ModuleType]:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. Errors of the user's making are told in a line, without a traceback."""
     arguments, module = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     run: Callable[[argparse.Namespace], int] = module.run
     try:
+        launcher.check()
         return run(arguments)
     except (UserError, FileNotFoundError, FileExistsError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"fastvideo-grpo {arguments.command}: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
-        return 1
+        return _told(arguments, str(error))
+    except OSError as error:
+        if error.errno not in REFUSING:
+            raise
+        return _told(arguments, f"{describe(error)}; free space or repair it, or choose another place")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:  # the arguments were right: no code of ours leaves so
+        traceback.print_exc()
+        print(
+            f"fastvideo-grpo {arguments.command}: ended by sys.exit({error.code!r}) of what is named above, before it was done",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _told(arguments: argparse.Namespace, text: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[rank {rank}] "
+    print(f"fastvideo-grpo {arguments.command}: {who}{runnable(text)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

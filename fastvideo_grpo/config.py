@@ -7,36 +7,45 @@ Every key's meaning stands beside it (:mod:`fastvideo_grpo.config_reference` pri
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo import config_files, config_values, launcher
+from fastvideo_grpo.config_files import Given
+from fastvideo_grpo.config_paths import as_typed, expanded
+from fastvideo_grpo.config_values import known_keys
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.grpo.advantages import NORMALISATIONS
+from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 from fastvideo_grpo.rewards.placement import PLACEMENTS
 from fastvideo_grpo.sampling import transitions
 
 logger = logging.getLogger(__name__)
 
+REQUIRED: Any = "???"
+"""In place of a default: a run has to give the key."""
 
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot run. The message names each key, its value, what is allowed and a way out."""
 
+def _key(
+    default: Any,
+    help: str,
+    *,
+    choices: Callable[[], list[str]] | Sequence[str] | None = None,
+    path: bool = False,
+    **bounds: float,
+) -> Any:
+    """A configuration key: default, meaning, and what is allowed (``minimum``, ``above``, ``maximum``, ``choices``).
 
-def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | Sequence[str] | None = None, **bounds: float) -> Any:
-    """A configuration key: default, meaning, and what is allowed (``minimum``, ``above``, ``maximum``, ``choices``)."""
-    metadata = {"help": help, "choices": choices, **bounds}
+    ``path``: it names a file or a folder, in which ``~`` and variables are expanded.
+    """
+    metadata = {"help": help, "choices": choices, "path": path, "required": default is REQUIRED, **bounds}
     if isinstance(default, (list, dict)) or callable(default):
         factory = default if callable(default) else (lambda: type(default)(default))
         return field(default_factory=factory, metadata=metadata)
@@ -47,7 +56,7 @@ def _key(default: Any, help: str, *, choices: Callable[[], list[str]] | Sequence
 class LoRAConfig:
     """Low-rank adapters in place of full weights."""
 
-    rank: int = _key(128, "inner dimension of each adapter", minimum=1)
+    rank: int = _key(128, "inner dimension of each adapter", minimum=1, maximum=2**16)
     alpha: float = _key(256.0, "the adapter's output is scaled by alpha / rank", above=0)
     targets: list[str] | None = _key(
         None, "linear layers that get an adapter: ends of FastVideo's module names (default: the attention projections)"
@@ -59,7 +68,7 @@ class ModelConfig:
     """The model to train."""
 
     kind: str = _key("flux", "model family", choices=lambda: _families().names())
-    path: str = _key(MISSING, "checkpoint folder in diffusers layout (with model_index.json)")
+    path: str = _key(REQUIRED, "checkpoint folder in diffusers layout (with model_index.json)", path=True)
     lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
     precision: str = _key(
         "bf16", "dtype the network is loaded and runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
@@ -77,12 +86,15 @@ class PromptsConfig:
     """What to draw, and the cache of its text embeddings."""
 
     path: str = _key(
-        MISSING,
+        REQUIRED,
         "training prompts: .txt (one a line), or .jsonl, .json or .csv with prompt and, if wanted, id, image, negative_prompt "
         "(docs/prompts.md)",
+        path=True,
     )
     eval_path: str | None = _key(
-        None, "prompts kept out of training, scored at each evaluation; goes with path: who sets another path sets it anew"
+        None,
+        "prompts kept out of training, scored at each evaluation; goes with path: who sets another path sets it anew",
+        path=True,
     )
     duplicates: str = _key(
         "drop",
@@ -93,6 +105,7 @@ class PromptsConfig:
         "none",
         "folder of cached embeddings of texts and images (encoded once, text encoders then leave memory), or none: encode as "
         "needed",
+        path=True,
     )
     embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
     text_length: int = _key(
@@ -101,19 +114,19 @@ class PromptsConfig:
         "HunyuanVideo's Llama only cuts",
         minimum=1,
     )
-    seed: int = _key(0, "seed of the order in which prompts are drawn")
+    seed: int = _key(0, "seed of the order in which prompts are drawn", minimum=0, maximum=2**63 - 1)
 
 
 @dataclass
 class SampleConfig:
     """How a sample is drawn."""
 
-    height: int = _key(720, "pixels", minimum=1)
-    width: int = _key(720, "pixels", minimum=1)
+    height: int = _key(720, "pixels", minimum=1, maximum=2**16)
+    width: int = _key(720, "pixels", minimum=1, maximum=2**16)
     frames: int = _key(1, "frames of a video, as many as the model's VAE takes (those here 4k + 1); 1: an image", minimum=1)
-    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1)
+    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1, maximum=1000)
     vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
-    steps: int = _key(16, "sampling steps, the paper's T", minimum=2)
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2, maximum=1000)
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key(
         "flow_sde",
@@ -125,8 +138,8 @@ class SampleConfig:
     noise_decay: float = _key(
         0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
     )
-    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0)
-    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1)
+    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0, maximum=1000)
+    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1, maximum=1000)
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared",
@@ -139,8 +152,8 @@ class SampleConfig:
 class BestOfConfig:
     """Train on the best and worst of each group only."""
 
-    top: int = _key(MISSING, "samples of highest advantage", minimum=1)
-    bottom: int = _key(MISSING, "samples of lowest advantage", minimum=1)
+    top: int = _key(REQUIRED, "samples of highest advantage", minimum=1)
+    bottom: int = _key(REQUIRED, "samples of lowest advantage", minimum=1)
 
 
 @dataclass
@@ -156,7 +169,7 @@ class TimestepsConfig:
         0.6,
         "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
         "draw from",
-        above=0,
+        minimum=1e-6,
         maximum=1,
     )
     per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
@@ -186,7 +199,8 @@ class GRPOConfig:
         choices=list(NORMALISATIONS),
     )
     history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
-    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", above=0)
+    # 1 + 1e-8 is 1 in float32: the ratio could never move.
+    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", minimum=1e-7)
     advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
     updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
     cfg_gradients: str = _key(
@@ -216,13 +230,13 @@ class OutputConfig:
 class RewardConfig:
     """One reward model."""
 
-    kind: str = _key(MISSING, "registered reward")
-    checkpoint: str | None = _key(None, "its weights, for kinds that have some")
+    kind: str = _key(REQUIRED, "registered reward")
+    checkpoint: str | None = _key(None, "its weights, for kinds that have some", path=True)
     params: dict[str, Any] = _key({}, "settings of this kind")
     placement: str = _key(
         "inline", "where it runs: in the training process, in a process of its own, or behind a server", choices=PLACEMENTS
     )
-    python: str | None = _key(None, "placement=process: interpreter of another environment (default: this one)")
+    python: str | None = _key(None, "placement=process: interpreter of another environment (default: this one)", path=True)
     device: str | None = _key(None, "placement=process: where its weights lie, e.g. cuda:1 (default: the trainer's device)")
     url: str | None = _key(None, "placement=http: its server (fastvideo-grpo serve-reward), e.g. http://127.0.0.1:8800")
     token_variable: str | None = _key(
@@ -237,9 +251,9 @@ class RewardsConfig:
 
     # "async" in files and on the command line; Python has that word for itself.
     async_: bool = _key(False, "score while later micro-batches of the iteration are sampled; the same numbers")
-    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0)
-    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0)
-    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0)
+    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0, maximum=1e7)
+    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0, maximum=30)
+    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0, maximum=1e5)
     max_invalid_fraction: float = _key(
         0.1, "the run stops when more than this share of an iteration's samples could not be scored", minimum=0, maximum=1
     )
@@ -267,7 +281,9 @@ class EngineConfig:
     offload: str = _key(
         "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
     )
-    deepspeed_json: str | None = _key(None, "your DeepSpeed JSON: may repeat ours or say auto, and tunes the rest (deepspeed)")
+    deepspeed_json: str | None = _key(
+        None, "your DeepSpeed JSON: may repeat ours or say auto, and tunes the rest (deepspeed)", path=True
+    )
     sequence_parallel: int = _key(
         1, "processes that share the tokens of one sample (Ulysses attention); divides heads and processes", minimum=1
     )
@@ -282,9 +298,9 @@ class EngineConfig:
 class RunConfig:
     """Where and how long."""
 
-    dir: str = _key(MISSING, "folder of the run: metrics, samples, checkpoints; a second start resumes from it")
+    dir: str = _key(REQUIRED, "folder of the run: metrics, samples, checkpoints; a second start resumes from it", path=True)
     iterations: int = _key(300, "iterations of Algorithm 1", minimum=1)
-    seed: int = _key(0, "seed of all sampling noise and timestep choices")
+    seed: int = _key(0, "seed of all sampling noise and timestep choices", minimum=0, maximum=2**63 - 1)
     save_every: int = _key(50, "iterations between checkpoints (the last iteration is always saved)", minimum=1)
     keep: int = _key(3, "newest checkpoints kept", minimum=1)
     eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)
@@ -293,8 +309,8 @@ class RunConfig:
     sample_every: int = _key(50, "iterations between saved pictures or clips of fixed prompts and noise; 0: never", minimum=0)
     sample_prompts: int = _key(8, "prompts of those pictures or clips", minimum=1)
     deterministic: bool = _key(False, "deterministic GPU kernels (slower); exact resume on GPUs needs it")
-    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1)
-    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1)
+    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1, maximum=4096)
+    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1, maximum=10**6)
     wandb: str = _key("disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
 
 
@@ -357,29 +373,59 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, and check every value on its own and against the others.
 
     A top-level ``base: FILE`` (relative to the file) is read first and overridden. Relative paths in values are relative to
-    the working directory.
+    the working directory. docs/configuration.md says what is a text, how paths are expanded, and how rewards are removed.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range, missing key, impossible combination.
         FileNotFoundError: no such file.
     """
-    return build(_read_yaml(Path(path)), overrides)
+    return _built([given for _, given in config_files.read(Path(path))], overrides)
 
 
-def build(values: dict[str, Any] | DictConfig, overrides: list[str] | None = None) -> Config:
-    """Like :func:`load`, from nested values in place of a file.
+def build(values: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
+    """Like :func:`load`, from nested values in place of a file; paths among them are taken as they are.
 
     Raises:
         ConfigError: as :func:`load` does.
     """
+    return _built([Given.of(values)], overrides)
+
+
+def _built(layers: list[Given], overrides: list[str] | None) -> Config:
     from fastvideo_grpo.config_checks import check  # checks are made of configurations
 
-    given = _over(values, _parse_overrides(overrides or []))
-    of_objective = _defaults(given, "grpo.objective", objectives.OBJECTIVES)
-    of_model = _defaults(given, "model.kind", _families())
-    config = _to_dataclasses(OmegaConf.merge(of_objective, of_model, given))
+    given = _layered([*layers, config_values.of_words(Config, overrides or [])])
+    of_objective = _defaults(given, "grpo", "objective", objectives.OBJECTIVES)
+    of_model = _defaults(given, "model", "kind", _families())
+    config = _filled(_layered([of_objective, of_model, given]))
     check(config)
     return config
+
+
+def _layered(layers: list[Given]) -> Given:
+    merged = Given({})
+    for layer in layers:
+        merged = config_values.layered(Config, merged, _without_foreign_eval_path(merged, layer))
+    return merged
+
+
+def _without_foreign_eval_path(lower: Given, upper: Given) -> Given:
+    """Prompts kept out of a recipe's list are not kept out of another: where ``upper`` sets prompts.path and says nothing of
+    prompts.eval_path, that of ``lower`` goes, with a word."""
+    before, now = (_inside(given, "prompts") for given in (lower, upper))
+    if not ("path" in now and {"path", "eval_path"} <= before.keys()) or "eval_path" in now:
+        return upper
+    kept_out = before["eval_path"].value
+    if kept_out is None or now["path"].value == before["path"].value:
+        return upper
+    if launcher.rank() == 0:
+        logger.warning(
+            "prompts.eval_path=%s goes with prompts.path=%s, which is %s now: no prompts are kept out, and pictures are of %s; "
+            "set prompts.eval_path, too, to have some",
+            *(kept_out, before["path"].value, now["path"].value, now["path"].value),
+        )
+    prompts = replace(upper.value["prompts"], value={**now, "eval_path": Given(None, typed=False)})
+    return replace(upper, value={**upper.value, "prompts": prompts})
 
 
 def _families() -> Registry[Any]:
@@ -388,146 +434,70 @@ def _families() -> Registry[Any]:
     return FAMILIES
 
 
-def _defaults(given: Any, key: str, registry: Registry[Any]) -> DictConfig:
+def _defaults(given: Given, section: str, name: str, registry: Registry[Any]) -> Given:
     """What the thing named by a key has instead of other keys' own defaults."""
-    name = OmegaConf.select(given, key)
-    if name not in registry.names():
-        return OmegaConf.create()  # told with all other wrong values, or left out
+    chosen = _inside(given, section).get(name)
+    if chosen is None or chosen.value not in registry.names():
+        return Given({})  # told with all other wrong values, or left out
+    key = f"{section}.{name}"
     try:
-        defaults = getattr(registry[name], "defaults", {})
+        defaults = getattr(registry[chosen.value], "defaults", {})
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
-    try:
-        defaults = OmegaConf.create(dict(defaults))
-        _merged(defaults)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={name} brings defaults that cannot be: {error}") from error
-    return defaults
+    found = Given.of(dict(defaults))
+    problems = config_values.filled(Config, found).problems
+    if problems:
+        raise ConfigError(f"{key}={chosen.value} brings defaults that cannot be: {'; '.join(problems)}")
+    return found
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such configuration file: {path}")
-    try:
-        raw = OmegaConf.load(path)
-    except Exception as error:  # yaml's errors have no common public class that says where
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of the sections {', '.join(f.name for f in fields(Config))}")
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    return _over(_read_yaml(path.parent / str(base)), raw)
-
-
-def _over(lower: dict[str, Any] | DictConfig, upper: DictConfig) -> DictConfig:
-    """The values ``upper`` over ``lower`` ones."""
-    merged = OmegaConf.merge(lower, upper)
-    assert isinstance(merged, DictConfig)
-    _drop_foreign_eval_path(OmegaConf.create(lower), upper, merged)
-    return merged
-
-
-def _drop_foreign_eval_path(lower: DictConfig, upper: DictConfig, merged: DictConfig) -> None:
-    """Prompts kept out of a recipe's list are not kept out of another: where ``upper`` sets prompts.path and says nothing of
-    prompts.eval_path, that of ``lower`` goes, with a word."""
-    sections = [section if isinstance(section := c.get("prompts"), DictConfig) else {} for c in (lower, upper)]
-    before, now = (section.get("path") for section in sections)
-    kept_out = sections[0].get("eval_path")
-    if now is None or before in (None, now) or kept_out is None or "eval_path" in sections[1]:
-        return
-    merged.prompts.eval_path = None
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "prompts.eval_path=%s goes with prompts.path=%s, which is %s now: no prompts are kept out, and pictures are of %s; "
-            "set prompts.eval_path, too, to have some",
-            *(kept_out, before, now, now),
-        )
-
-
-def _parse_overrides(overrides: list[str]) -> DictConfig:
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} must be written key=value, for example run.iterations=10")
-    return OmegaConf.from_dotlist(overrides)
-
-
-def name_in_file(name: str) -> str:
-    """A field's name as files have it."""
-    return name.rstrip("_")
-
-
-def known_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
-    """All keys of a section and those below it, as files have them; ``*`` stands for a name that a run gives."""
-    for name, hint in get_type_hints(cls).items():
-        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        yield prefix + name_in_file(name)
-        if isinstance(inner, type):
-            yield from known_keys(inner, f"{prefix}{name}{'.*' if 'dict' in str(hint) else ''}.")
-
-
-def _merged(raw: Any) -> Any:
-    """``raw`` over the keys' own defaults; raises ConfigError for an unknown key or a wrong type."""
-    try:
-        return OmegaConf.merge(OmegaConf.structured(Config), _renamed(raw, "async", "async_"))
-    except OmegaConfBaseException as error:
-        raise _told(error) from error
-
-
-def _to_dataclasses(raw: Any) -> Config:
-    merged = _merged(raw)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError("missing: " + "; ".join(f"{key} ({_help_of(key)})" for key in missing))
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _told(error) from error
-    assert isinstance(config, Config)
+def _filled(given: Given) -> Config:
+    """The configuration of what was given, over the keys' own defaults."""
+    problems = []
+    for name, entry in _inside(given, "rewards", "models").items():
+        kind = _inside(entry).get("kind")
+        if kind is not None:
+            problems += _expand_params(kind.value, _inside(entry, "params"), f"rewards.models.{name}.params")
+    filled = config_values.filled(Config, given)
+    problems += filled.problems
+    if filled.missing and not problems:  # a misspelt key, told alone, is often the one that is missing
+        problems.append(f"missing: {'; '.join(filled.missing)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config: Config = filled.config
     return config
 
 
-def _told(error: OmegaConfBaseException) -> ConfigError:
-    key = name_in_file(str(getattr(error, "full_key", None) or ""))
-    if "not in" in str(error):
-        near = difflib.get_close_matches(key, list(known_keys(Config)), n=1, cutoff=0.6)
-        allowed = [name_in_file(f.name) for f in fields(_section_of(key.rpartition(".")[0]))]
-        hint = f"did you mean {near[0]}? " if near else ""
-        return ConfigError(f"unknown key {key}: {hint}keys here: {', '.join(allowed)}")
-    return ConfigError(f"{key}: {str(error).splitlines()[0]} ({_help_of(key)})")
+def reward_params(kind: str, words: Sequence[str]) -> dict[str, Any]:
+    """``rewards.models.NAME.params`` of a reward of ``kind`` from ``key=value`` words.
+
+    Raises:
+        ConfigError: a value is no YAML, or a path cannot be expanded.
+    """
+    params = _inside(config_values.of_words(RewardConfig, [f"params.{word}" for word in words]), "params")
+    problems = list(_expand_params(kind, params, "params"))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {name: value.plain() for name, value in params.items()}
 
 
-def _renamed(raw: Any, old: str, new: str) -> Any:
-    """``raw`` with the key ``old`` of the rewards called ``new``."""
-    plain = OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
-    rewards = plain.get("rewards") if isinstance(plain, dict) else None
-    if not isinstance(rewards, dict):
-        return raw
-    if new in rewards:
-        raise ConfigError(f"unknown key rewards.{new}: did you mean rewards.{old}?")
-    assert isinstance(plain, dict)
-    return OmegaConf.create({**plain, "rewards": {new if key == old else key: value for key, value in rewards.items()}})
-
-
-def _section_of(key: str) -> type[Any]:
-    """The dataclass that holds the keys under a dotted key (of a reward or an output: under its name)."""
-    cls: Any = Config
-    named = False  # the next part is the name of a reward or an output
-    for part in key.split(".") if key else []:
-        if named:
-            named = False
+def _expand_params(kind: Any, params: dict[str, Given], prefix: str) -> Iterator[str]:
+    """Expand the paths among a reward's parameters, in place; what is wrong with them."""
+    for name in sorted(registry.paths(kind) & params.keys()) if isinstance(kind, str) else ():
+        value = params[name]
+        if not isinstance(value.value, str) or not value.typed:
             continue
-        hint = get_type_hints(cls).get(part)
-        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        if inner is None:
-            break
-        cls, named = inner, "dict" in str(hint)
-    return cls
+        try:
+            params[name] = replace(value, value=expanded(value.value))
+        except ValueError as error:
+            yield f"{prefix}.{name} is {value.shown()}{value.place}: {error}"
 
 
-def _help_of(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    return next((f.metadata.get("help", "") for f in fields(_section_of(section)) if name_in_file(f.name) == name), "")
+def _inside(given: Given | None, *path: str) -> dict[str, Given]:
+    """What is given under a path; nothing where there is no section."""
+    for part in path:
+        given = _inside(given).get(part)
+    return given.value if given is not None and isinstance(given.value, dict) else {}
 
 
 def make_objective(config: Config) -> objectives.Objective:
@@ -563,14 +533,18 @@ def checkpointed_blocks(value: str) -> int:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain containers."""
-    plain = OmegaConf.to_container(_renamed(OmegaConf.structured(config), "async_", "async"))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return config_values.plain(config)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load` reads back."""
-    return OmegaConf.to_yaml(_renamed(OmegaConf.structured(config), "async_", "async"))
+    values = config_values.typed(config)
+    for name, reward in config.rewards.models.items():
+        params = values["rewards"]["models"][name]["params"]
+        for parameter in registry.paths(reward.kind) & params.keys():
+            if isinstance(params[parameter], str):
+                params[parameter] = as_typed(params[parameter])
+    return config_files.dump(values)
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -586,7 +560,7 @@ def changed_on_resume(old: dict[str, Any], config: Config) -> list[str]:
     Keys that a later version added count as their defaults.
     """
     known = {*known_keys(Config)}
-    before = _flat(to_dict(_to_dataclasses(OmegaConf.create({k: v for k, v in old.items() if k in known}))))
+    before = _flat(to_dict(_filled(Given.of({k: v for k, v in old.items() if k in known}))))
     after = _flat(to_dict(config))
     for flat in (before, after):
         # Which folder does not matter; whether embeddings passed through the cache's dtype does.

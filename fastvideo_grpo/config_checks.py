@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from fastvideo_grpo.config import Config, ConfigError, GRPOConfig, checkpointed_blocks, make_objective, name_in_file
+import torch
+
+from fastvideo_grpo.config import Config, ConfigError, GRPOConfig, checkpointed_blocks, make_objective
+from fastvideo_grpo.config_values import name_in_file
 from fastvideo_grpo.extensions import nearest
 from fastvideo_grpo.grpo import objectives
 from fastvideo_grpo.sampling import transitions
+
+_FLOAT32, _INT32 = torch.finfo(torch.float32), torch.iinfo(torch.int32)
+LARGEST_ITERATION = 10**7
+"""Samples of an iteration: each is a row of tables that every process keeps."""
 
 
 def check(config: Config) -> None:
@@ -56,15 +63,31 @@ def _check_values(node: Any, prefix: str) -> Iterator[str]:
             if value not in known:
                 near = nearest(value, known) if isinstance(value, str) else ""
                 yield f"{key} is {value!r}{near}; allowed: {', '.join(map(str, known))}"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                yield f"{key} is {value}; it must be a finite number"
-            elif "minimum" in allowed and value < allowed["minimum"]:
-                yield f"{key} is {value}; it must be at least {allowed['minimum']}"
-            elif "above" in allowed and value <= allowed["above"]:
-                yield f"{key} is {value}; it must be above {allowed['above']}"
-            elif "maximum" in allowed and value > allowed["maximum"]:
-                yield f"{key} is {value}; it must be at most {allowed['maximum']}"
+        elif isinstance(value, list):
+            yield from (problem for i, item in enumerate(value) for problem in _check_number(f"{key}.{i}", item, {}))
+        else:
+            yield from _check_number(key, value, allowed)
+
+
+def _check_number(key: str, value: Any, allowed: Mapping[str, Any]) -> Iterator[str]:
+    """The problem of a number, of which there is at most one; what is no number has none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    # What is computed is computed in float32, and what is counted is counted in 32 bits somewhere.
+    largest, smallest = (_FLOAT32.max, _FLOAT32.tiny) if isinstance(value, float) else (_INT32.max, 0)
+    if not math.isfinite(value):
+        yield f"{key} is {value}; it must be a finite number"
+    elif "minimum" in allowed and value < allowed["minimum"]:
+        yield f"{key} is {value}; it must be at least {allowed['minimum']}"
+    elif "above" in allowed and value <= allowed["above"]:
+        yield f"{key} is {value}; it must be above {allowed['above']}"
+    elif value > allowed.get("maximum", largest):
+        yield f"{key} is {value}; it must be at most {allowed.get('maximum', largest)}"
+    elif value < -largest:
+        yield f"{key} is {value}; it must be at least {-largest}"
+    elif value and abs(value) < smallest:
+        zero = "" if "above" in allowed else ", or 0"
+        yield f"{key} is {value}, which float32 loses; it must be at least {smallest:.2g}{zero}"
 
 
 def _check_combinations(config: Config) -> Iterator[str]:
@@ -73,6 +96,12 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield (
             f"grpo.best_of takes {grpo.best_of.top} + {grpo.best_of.bottom} samples of a group of {grpo.group_size}: "
             f"set grpo.group_size to at least {grpo.best_of.top + grpo.best_of.bottom}"
+        )
+    samples = grpo.prompts_per_iteration * grpo.group_size
+    if samples > LARGEST_ITERATION:
+        yield (
+            f"grpo.prompts_per_iteration x grpo.group_size is {grpo.prompts_per_iteration} x {grpo.group_size} = {samples} "
+            f"samples an iteration, of at most {LARGEST_ITERATION}: lower one of them"
         )
     if grpo.history.minimum > grpo.history.size:
         yield (
@@ -111,8 +140,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
             yield f"sample.transition: {error}"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
-    if config.optim.ema_decay == 1.0:
-        yield "optim.ema_decay is 1.0, an average that never moves; use 0.995, or null for none"
+    if config.optim.ema_decay is not None and torch.tensor(config.optim.ema_decay) == 1.0:  # to float32
+        yield f"optim.ema_decay is {config.optim.ema_decay}, an average that never moves; use 0.995, or null for none"
     if not config.rewards.models:
         yield "rewards.models is empty; name at least one reward, for example rewards.models.size.kind=jpeg_size"
     rewards = config.rewards

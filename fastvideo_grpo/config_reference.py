@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
-
-from fastvideo_grpo.config import Config, name_in_file
+from fastvideo_grpo.config import REQUIRED, Config
+from fastvideo_grpo.config_values import name_in_file
 from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
+
+HEAD = """\
+# Configuration
+
+Every key of a run, as `fastvideo_grpo/config.py` defines it; this page is printed from there
+(`python -m fastvideo_grpo.config_reference > docs/configuration.md`).
+
+A run is a YAML file and, over it, `key=value` words of the command line, of which the last counts where a key comes twice
+(in a shell that has run `. .venv/bin/activate`):
+
+    fastvideo-grpo train my_run.yaml optim.lr=3e-4 sample.negative_prompt='blurry, #1' rewards.models.hps=null
+
+**Texts.** On the command line a text (also a path, or a choice such as `model.precision`) is what stands behind the first
+`=`, as it is: `no` is "no", `0123` is "0123", nothing is the empty text, and quotes that the shell leaves stay. Only `null` is
+no text, where a key may be null. In a file YAML reads `no`, `0123`, `1e5` or `2024-11-27` as something else than a text: there
+they need quotes, and without them they are refused. `${...}` is not replaced. All other values are YAML in both places:
+numbers, `true`, `[a, b]`, `{top: 1, bottom: 1}`.
+
+**Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is
+that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not there
+is an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
+relative to the working directory. The `config.yaml` that a run writes has them expanded.
+
+**`base: FILE`** at the top of a file names another one, relative to it, that is read first; the file then says what is
+different. Sections are merged key by key. A section that is left empty says nothing; null unsets what may be null.
+
+**Rewards** (and their `outputs`) have names. `rewards.models.hps=null` removes one, `rewards.models=null` all of them, here or
+in a file with a `base:`. An entry that is given another `kind` starts anew: its other keys were those of the kind before.
+
+    bash train_scripts/flux_t2i.sh released rewards.models.hps=null rewards.models.size.kind=jpeg_size
+    bash train_scripts/flux_t2i.sh released rewards.models.hps.kind=pickscore rewards.models.hps.checkpoint=~/PickScore_v1
+
+"""
 
 
 def reference() -> str:
@@ -30,12 +63,13 @@ def _reference_rows(cls: type[Any], prefix: str) -> Iterator[str]:
         hint = get_type_hints(cls)[f.name]
         inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
         default = f.default if f.default_factory is NO_DEFAULT else f.default_factory()
-        shown = "required" if default == MISSING else "null" if default is None else str(default)
+        shown = "required" if default is REQUIRED else "null" if default is None else str(default)
         if is_dataclass(default):
             shown = ""
         known = f.metadata["choices"]
         bounds = {"minimum": "at least", "above": "above", "maximum": "at most"}
         limits = [f"{words} {f.metadata[name]}" for name, words in bounds.items() if name in f.metadata]
+        limits += ["a path"] * f.metadata["path"]
         allowed = ", ".join((known() if callable(known) else known) if known is not None else limits)
         key = prefix + name_in_file(f.name)
         yield f"| `{key}` | {shown} | {allowed} | {f.metadata['help']}{_left_out(key)} |"
@@ -49,14 +83,16 @@ def _left_out(key: str) -> str:
     for sort, registry in (("", FAMILIES), ("objective ", OBJECTIVES)):
         kinds: dict[str, list[str]] = {}
         for name, thing in registry.usable().items():
-            value = OmegaConf.select(OmegaConf.create(dict(getattr(thing, "defaults", {}))), key)
-            if value is not None and not OmegaConf.is_config(value):
+            value = reduce(
+                lambda values, part: values.get(part) if isinstance(values, Mapping) else None,
+                key.split("."),
+                getattr(thing, "defaults", {}),
+            )
+            if value is not None and not isinstance(value, Mapping):
                 kinds.setdefault(str(value), []).append(name)
         parts += [f"{sort}{', '.join(names)}: {value}" for value, names in kinds.items()]
     return f" ({'; '.join(parts)} if left out)" if parts else ""
 
 
 if __name__ == "__main__":
-    print("# Configuration\n\nEvery key of a run, as `fastvideo_grpo/config.py` defines it; this page is printed from there")
-    print("(`python -m fastvideo_grpo.config_reference > docs/configuration.md`).\n")
-    print(reference(), end="")
+    print(HEAD + reference(), end="")

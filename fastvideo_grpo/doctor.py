@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvideo_grpo import __version__, patching
+from fastvideo_grpo.printed_commands import runnable
 
 DISTRIBUTION = "fastvideo-grpo"
 REINSTALL = "make env, or pip install --no-deps -r requirements/lock.txt"
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{what:{width}}  {found}")
     print()
     for what, repair in report.problems:
-        print(f"missing: {what}" + (f"\n  repair: {repair}" if repair else ""))
+        print(runnable(f"missing: {what}" + (f"\n  repair: {repair}" if repair else "")))
     if not report.problems:
         print("Nothing is missing.")
     return 1 if report.problems else 0

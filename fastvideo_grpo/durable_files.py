@@ -29,6 +29,33 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Append a line, whole and on the disk, or leave the file as it was.
+
+    What a crash left without its end stays a line of its own.
+
+    Args:
+        line: without its line break.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        begin = file.seek(0, os.SEEK_END)
+        torn = False
+        if begin:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        content = memoryview((b"\n" if torn else b"") + line + b"\n")
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(begin)
+            raise
+
+
 @contextmanager
 def keep_going(file: str | os.PathLike[str]) -> Iterator[None]:
     """A full disk must not end a run: what cannot be written is told, and training goes on."""

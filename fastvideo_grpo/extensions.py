@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Generic, TypeVar
 
+from fastvideo_grpo.errors import one_line
+
 T = TypeVar("T")
 
 
@@ -88,8 +90,8 @@ class Registry(Generic[T]):
         offered = f"{self.what} '{name}' is offered by the entry point {_offer(points[0])}"
         try:
             thing = points[0].load()
-        except Exception as error:  # whatever a package does while it is imported
-            raise ValueError(f"{offered}, which cannot be imported: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # whatever a package does while it is imported
+            raise ValueError(f"{offered}, which cannot be imported: {one_line(error)}") from error
         problem = self._problem(name, thing)
         if problem is not None:
             raise ValueError(f"{offered}, {problem}")

@@ -3,7 +3,6 @@ sizes, and what they allow. Trainers (one per family) are in :mod:`fastvideo_grp
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fastvideo_grpo import published
+from fastvideo_grpo import downloads, published
 from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, SampleConfig, checkpointed_blocks
+from fastvideo_grpo.downloads import Source
 from fastvideo_grpo.extensions import Registry
+from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.cut import TextReader
 from fastvideo_grpo.prompts.files import Prompt, PromptFile, read_prompt_file
 from fastvideo_grpo.sampling import schedules, transitions
+from fastvideo_grpo.sampling.schedules import Schedule
 
 if TYPE_CHECKING:
     from fastvideo_grpo.unet_memory import PassBytes
@@ -72,6 +74,47 @@ class ModelFacts:
         return int(self.vae["block_out_channels"][0] if "block_out_channels" in self.vae else self.vae["base_dim"])
 
 
+class _ConfigFile(dict[str, Any]):
+    """A component's configuration; a key that is asked for and not there is named with its file."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"{self.file} has no {key!r}, which is needed; download it again")
+
+    def check_types(self, published_config: Mapping[str, Any]) -> None:
+        """Raise :class:`ConfigError` where a value cannot be what the published configuration has there."""
+        for key, usual in published_config.items():
+            if key in self and usual is not None and not _alike(self[key], usual):
+                raise ConfigError(
+                    f"{self.file}: {key} is {self[key]!r}, but it must be of the kind of {usual!r}, as in the published model; "
+                    "download it again"
+                )
+
+
+def _alike(found: Any, usual: Any) -> bool:
+    """Whether a value is of the same kind: a number (or one a level), a truth value, a text, or a list of them."""
+    if isinstance(usual, dict):
+        return isinstance(found, dict)
+    if isinstance(usual, list):
+        return isinstance(found, list) and bool(found) and all(_alike(part, usual[0]) for part in found)
+    if isinstance(usual, bool) or isinstance(found, bool):
+        return isinstance(usual, bool) and isinstance(found, bool)
+    if isinstance(usual, str):
+        return isinstance(found, str)
+    values = found if isinstance(found, list) and found else [found]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _read(file: Path, advice: str) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}{advice or '; download it again'}") from error
+
+
 @dataclass(frozen=True)
 class Activations:
     """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
@@ -84,6 +127,7 @@ class Activations:
         mlp: kept by a block besides, per image token, in multiples of the MLP's width (of models in which it is no fixed
             multiple of the hidden width).
         text: kept by a block per text token, where blocks read the text by cross-attention; None: as much as of an image token.
+        refiner: kept by a block that refines the text before the others, per text token.
     """
 
     double: float
@@ -92,6 +136,7 @@ class Activations:
     forward: float
     mlp: float = 0
     text: float | None = None
+    refiner: float = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +160,12 @@ class Family(ABC):
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
+        source: where the published checkpoint is to be had; None: errors do not say.
         fastvideo_config: FastVideo's pipeline configuration, as "module:class"; None: its trainer is no FastVideo pipeline.
         defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
+        blocks: names of the classes of the loaded network's blocks, which ``engine.activation_checkpointing`` recomputes; none
+            where it cannot be asked for.
+        not_recomputed: names of the classes of other modules that stand in the network's lists of modules.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
         decodes_frames: frames that its VAE decodes at once; None: a whole clip, or a tile of it.
@@ -136,8 +185,11 @@ class Family(ABC):
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
+    source: Source | None = None
     fastvideo_config: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    not_recomputed: tuple[str, ...] = ()
     reads_images: bool = False
     decodes_singly: bool = False
     decodes_frames: int | None = None
@@ -179,6 +231,19 @@ class Family(ABC):
                 below, above = value // multiple * multiple, -(-value // multiple) * multiple
                 near = f"{below} or {above}" if below else str(above)
                 yield f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}"
+        if config.engine.activation_checkpointing != "none" and not self.blocks:
+            yield (
+                f"engine.activation_checkpointing is {config.engine.activation_checkpointing}, but {self.kind} names no blocks "
+                "to recompute; use none"
+            )
+
+    def schedule(self, sample: SampleConfig, facts: ModelFacts) -> Schedule:
+        """The levels that a sample passes: a flow's; a model of another paradigm has others.
+
+        Raises:
+            ValueError: these settings have none.
+        """
+        return schedules.flow(sample.steps, sample.shift)
 
     def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
         """How each text encoder reads prompts, as its trainer has it: prompts that are cut are counted by them."""
@@ -191,31 +256,39 @@ class Family(ABC):
         index = path / "model_index.json"
         if not index.is_file():
             what = "has no model_index.json" if path.exists() else "does not exist"
-            raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {self.name}{self._where_from(path)}")
-        found = json.loads(index.read_text()).get("_class_name")
-        if found != self.pipeline:
-            fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.usable().values() if f.pipeline == found), "")
-            raise ConfigError(
-                f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a "
-                f"{self.pipeline}{fitting}"
-            )
+            raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {self.name}{self.where_from(path)}")
+        self._check_pipeline(path, _read(index, self.where_from(path)).get("_class_name"))
         missing = [folder for folder in self.folders if not (path / folder).is_dir()]
         if missing:
-            raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}; download the whole repository")
-        parts = {}
-        for component in self.configs:
-            name = "scheduler_config.json" if component == "scheduler" else "config.json"
-            file = path / component / name
+            raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}{self.where_from(path)}")
+        parts: dict[str, dict[str, Any]] = {}
+        for component, published_config in self.configs.items():
+            file = path / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
             if not file.is_file():
-                raise ConfigError(f"model.path={path} lacks {component}/{name}; download the whole repository")
-            parts[component] = json.loads(file.read_text())
+                raise ConfigError(f"model.path={path} lacks {component}/{file.name}{self.where_from(path)}")
+            parts[component] = found = _ConfigFile(file, _read(file, self.where_from(path)))
+            found.check_types(published_config)
         return ModelFacts(str(path), parts, self.denoiser)
 
-    def _where_from(self, path: Path) -> str:
-        if self.kind not in _OWN:
-            return ""
-        script = " (the script in train_scripts says where to get it)"
-        return f"{script}, or make a tiny one: fastvideo-grpo tiny {self.kind} --out {path}"
+    def _check_pipeline(self, path: Path, found: Any) -> None:
+        """Raise :class:`ConfigError` if model_index.json names another pipeline than this family's."""
+        if found == self.pipeline:
+            return
+        fitting = next((f"; set model.kind={f.kind}" for f in FAMILIES.usable().values() if f.pipeline == found), "")
+        raise ConfigError(
+            f"model.path={path} holds a {found} (model_index.json), but model.kind={self.kind} needs a {self.pipeline}{fitting}"
+        )
+
+    def where_from(self, path: Path) -> str:
+        """The end of an error about a checkpoint that is not there, or not whole."""
+        advice = "" if self.source is None else f"; the published one: {self.source.advice(path)}"
+        if self.kind in _OWN and not path.exists():
+            tiny = path if path.name.startswith("tiny") else Path("checkpoints") / f"tiny-{self.kind.replace('_', '-')}"
+            advice += (
+                f"; or try everything with a tiny random one: fastvideo-grpo tiny {self.kind} --out {tiny}, and "
+                f"model.path={tiny}"
+            )
+        return advice
 
     def network(self, denoiser: dict[str, Any], *, as_trained: bool = False) -> nn.Module:
         """The network at its real size on the meta device: diffusers' class.
@@ -240,7 +313,15 @@ class Family(ABC):
         shape = (config.engine.micro_batch_size, *self.latent_shape(facts, config.sample))
         dtype = DTYPES[config.model.precision]
         every = checkpointed_blocks(config.engine.activation_checkpointing)
-        return unet_bytes(facts.denoiser, shape, config.prompts.text_length, dtype, every)
+        return unet_bytes(
+            facts.denoiser,
+            shape,
+            config.prompts.text_length,
+            dtype,
+            every,
+            blocks=self.blocks,
+            not_recomputed=self.not_recomputed,
+        )
 
     def text_width(self, facts: ModelFacts) -> int:
         """Width of the text sequence the network reads."""
@@ -330,6 +411,13 @@ class _Video(Family):
             yield f"sample.frames is {frames}; it must be {ratio}k + 1 for this model: {below} or {below + ratio}"
 
 
+def _reads_image_latents(transformer: Mapping[str, Any]) -> bool:
+    """Whether it is SkyReels': HunyuanVideo's network, which reads an image's latents beside the noise it answers for."""
+    found, answered = transformer.get("in_channels"), transformer.get("out_channels", 16)
+    is_hunyuan = transformer.get("_class_name") == "HunyuanVideoTransformer3DModel"
+    return is_hunyuan and isinstance(answered, int) and found == 2 * answered
+
+
 class _HunyuanVideo(_Video):
     def text_readers(self, config: Config, facts: ModelFacts) -> tuple[TextReader, ...]:
         llama = TextReader(
@@ -343,6 +431,32 @@ class _HunyuanVideo(_Video):
             from_json=True,
         )
         return llama, _clip("text_encoder_2", "tokenizer_2")
+
+    def _check_pipeline(self, path: Path, found: Any) -> None:
+        """SkyReels' folder is HunyuanVideo's with another transformer in it; people forget to say so in model_index.json."""
+        transformer = path / "transformer" / "config.json"
+        if transformer.is_file() and _reads_image_latents(_read(transformer, self.where_from(path))):
+            kind, pipeline = FAMILIES["skyreels_i2v"].kind, FAMILIES["skyreels_i2v"].pipeline
+            read = f"model.path={path} holds the transformer of SkyReels-V1-I2V (it reads twice the channels it answers for)"
+            if found != pipeline:
+                if found == FAMILIES["hunyuan_video"].pipeline:
+                    edit = f"run {downloads.SKYREELS_V1_I2V.commands(path)[-1]}"
+                else:
+                    edit = f"make it {pipeline}"
+                set_kind = "" if self.kind == kind else f", and set model.kind={kind}"
+                raise ConfigError(f"{read}, but its model_index.json says {found}: {edit}{set_kind}")
+            if self.kind != kind:
+                raise ConfigError(f"{read}, which makes clips from images; set model.kind={kind}")
+        super()._check_pipeline(path, found)
+
+    def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
+        yield from super().problems(config, facts)
+        found, latents = int(facts.denoiser["in_channels"]), int(facts.vae["latent_channels"])
+        if not self.reads_images and found != latents:
+            yield (
+                f"model.path={config.model.path}: the transformer reads {found} channels, but text to video needs the "
+                f"{latents} of the VAE: it is another model"
+            )
 
     def patch(self, facts: ModelFacts) -> tuple[int, int, int]:
         size = int(facts.denoiser["patch_size"])
@@ -421,6 +535,10 @@ class _StableDiffusion(Family):
     def heads(self, facts: ModelFacts) -> int:
         return 1  # a UNet's convolutions need all of a sample's latents in one process
 
+    def schedule(self, sample: SampleConfig, facts: ModelFacts) -> Schedule:
+        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
+        return schedules.ddim_of(sample.steps, facts.components["scheduler"])
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
         sample, defaults = config.sample, SampleConfig()
@@ -442,7 +560,7 @@ class _StableDiffusion(Family):
         if config.prompts.text_length > longest:
             yield f"prompts.text_length is {config.prompts.text_length}; {self.kind}'s CLIP reads at most {longest} tokens"
         try:
-            schedules.ddim_of(sample.steps, facts.components["scheduler"])
+            self.schedule(sample, facts)
         except ValueError as error:
             yield f"model.path={config.model.path}: {error}"
 
@@ -453,7 +571,11 @@ _HUNYUAN: dict[str, Any] = {
     "sequence_encoder": ("text_encoder", "hidden_size"),
     # In the single blocks FastVideo fuses the projections with the MLP's: linear1 and linear2 are both.
     "lora_targets": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
-    "activations": {"fp32": Activations(26, 22, (4, 37.5), 28), "bf16": Activations(27, 26, (4, 37.5), 36)},
+    "blocks": ("MMDoubleStreamBlock", "MMSingleStreamBlock", "IndividualTokenRefinerBlock"),
+    "activations": {
+        "fp32": Activations(26, 22, (4, 1.5), 28, refiner=18),
+        "bf16": Activations(27, 26, (4, 1.5), 36, refiner=18),
+    },
     "decode": 9.4,
     "decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
@@ -469,8 +591,10 @@ _OWN: dict[str, Family] = {
         fastvideo_config="fastvideo.configs.pipelines.flux:FluxPipelineConfig",
         folders=_TWO_ENCODERS,
         configs=published.FLUX_1_DEV,
+        source=downloads.FLUX_1_DEV,
         sequence_encoder=("text_encoder_2", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
         decode=9.4,
         decode_kept=45,
@@ -483,6 +607,7 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.hunyuan_video:HunyuanVideoGRPOTrainer",
         fastvideo_config="fastvideo.configs.pipelines.hunyuan:HunyuanConfig",
         configs=published.HUNYUAN_VIDEO,
+        source=downloads.HUNYUAN_VIDEO,
         **_HUNYUAN,
     ),
     "skyreels_i2v": _SkyReelsI2V(
@@ -492,6 +617,7 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.skyreels_i2v:SkyReelsI2VGRPOTrainer",
         fastvideo_config="fastvideo_grpo.trainers.skyreels_config:SkyReelsI2VConfig",
         configs=published.SKYREELS_V1_I2V,
+        source=downloads.SKYREELS_V1_I2V,
         reads_images=True,
         # With classifier-free guidance the paper makes one update per iteration.
         defaults={"sample": {"guidance_scale": 1.0, "cfg_scale": 5.0}, "grpo": {"updates_per_iteration": 1}},
@@ -505,8 +631,10 @@ _OWN: dict[str, Family] = {
         fastvideo_config="fastvideo.configs.pipelines.wan:WanT2V480PConfig",
         folders=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
         configs=published.WAN_2_1_1_3B,
+        source=downloads.WAN_2_1_1_3B,
         sequence_encoder=("text_encoder", "d_model"),
         lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
+        blocks=("WanTransformerBlock",),
         activations={
             "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
             "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
@@ -525,8 +653,11 @@ _OWN: dict[str, Family] = {
         trainer="fastvideo_grpo.trainers.stable_diffusion:StableDiffusionGRPOTrainer",
         folders=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         configs=published.STABLE_DIFFUSION_V1_4,
+        source=downloads.STABLE_DIFFUSION_V1_4,
         sequence_encoder=("text_encoder", "hidden_size"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        blocks=("ResnetBlock2D", "Transformer2DModel"),
+        not_recomputed=("Downsample2D", "Upsample2D"),
         activations=None,
         decode=9.4,
         decode_kept=45,

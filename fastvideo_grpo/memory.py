@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from fastvideo_grpo.config import Config, checkpointed_blocks, make_objective
 from fastvideo_grpo.families import FAMILIES, Activations, ModelFacts
 from fastvideo_grpo.precision import DTYPES
+from fastvideo_grpo.rewards.weight_files import files_read
 
 if TYPE_CHECKING:
     from fastvideo_grpo.unet_memory import PassBytes
@@ -245,6 +246,9 @@ def _kept_bytes(config: Config, facts: ModelFacts) -> float:
         checkpointed = -(-count // every) if every else 0
         units += (count - checkpointed) * _block_units(kept, factor, facts, image, text)
         units += checkpointed * (image + (text if kept.text is None else 0))  # a checkpointed block keeps its input
+    count = int(facts.denoiser.get("num_refiner_layers", 0))
+    checkpointed = -(-count // every) if every else 0
+    units += ((count - checkpointed) * kept.refiner + checkpointed) * text
     return _passes_kept(config) * units * _unit(config, facts)
 
 
@@ -315,19 +319,18 @@ def _reward_bytes(config: Config) -> dict[str, float]:
 
 
 def _weight_file_bytes(path: str | None) -> float:
-    """Bytes of a file, or of the weight files in a folder; of folders below it (checkpoint-N) the largest counts."""
+    """Bytes of a file, or of those that are read of a folder; of folders below it (checkpoint-N) the largest counts."""
     if path is None:
         return 0.0
     place = Path(path)
     if not place.is_dir():
         return float(place.stat().st_size) if place.is_file() else 0.0
-    own: dict[str, float] = {}
-    for file in place.iterdir():
-        if file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-            own[file.suffix] = own.get(file.suffix, 0.0) + file.stat().st_size
     below = [_weight_file_bytes(str(folder)) for folder in place.iterdir() if folder.is_dir()]
-    # The same weights often lie there in two formats; an adapter and the rest of its weights lie in two files, too.
-    return max(own.values(), default=0.0) + max(below, default=0.0)
+    try:
+        read = files_read(place)
+    except ValueError:  # a damaged index, which `plan.check_run` names
+        read = []
+    return float(sum(file.stat().st_size for file in read if file.is_file())) + max(below, default=0.0)
 
 
 def gib(size: float) -> str:

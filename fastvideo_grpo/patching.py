@@ -26,7 +26,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import patches_dir
 
 APPLY_COMMAND = "fastvideo-grpo patch apply"
@@ -440,6 +442,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
+        type=path_argument,
         metavar="DIR",
         help="a FastVideo checkout (a folder that contains fastvideo/) instead of the installed copy",
     )
@@ -457,7 +460,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{item.state:9} {item.path}")
             done = all(_is_done(item, manifest) for item in statuses)
             target = f" --to {args.to}" if args.to else ""
-            print("FastVideo is patched." if done else f"FastVideo is not patched. Run `{APPLY_COMMAND}{target}`.")
+            print("FastVideo is patched." if done else runnable(f"FastVideo is not patched. Run `{APPLY_COMMAND}{target}`."))
             return 0 if done else 1
         changed = apply(args.to) if args.action == "apply" else revert(args.to)
         word = "patched" if args.action == "apply" else "reverted"
@@ -467,7 +470,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"nothing to do: FastVideo is {'patched already' if args.action == 'apply' else 'not patched'}")
         return 0
     except PatchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {runnable(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -7,12 +7,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+from fastvideo_grpo import downloads, launcher
+from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
+from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, make_objective
+from fastvideo_grpo.config import Config, ConfigError, LoRAConfig, RewardConfig, SampleConfig, make_objective
 from fastvideo_grpo.config_checks import cautions
+from fastvideo_grpo.disk_room import free_bytes, refusal
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import (
     FAMILIES,
@@ -30,7 +35,10 @@ from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
 from fastvideo_grpo.prompts.entries import shortened
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards import reward_set
-from fastvideo_grpo.rewards.placement import check_here
+from fastvideo_grpo.rewards.placement import check_here, check_kind_of_media
+from fastvideo_grpo.rewards.weight_files import check_files
+from fastvideo_grpo.sampling_checks import sampling_problem
+from fastvideo_grpo.tracking import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +63,7 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
         here: the run will start on this machine: what it needs must be installed and its files present.
         training: False only draws pictures: training prompts and dealing do not matter.
     """
-    problems = list(FAMILIES[config.model.kind].problems(config, facts))
+    problems = [*FAMILIES[config.model.kind].problems(config, facts), *checkpoint_problems(config, facts)]
     shared = config.engine.sequence_parallel
     heads = FAMILIES[config.model.kind].heads(facts)
     if heads == 1 and shared > 1:
@@ -79,17 +87,22 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
     if here:
         for name, reward in config.rewards.models.items():
             if reward.checkpoint is not None and not Path(reward.checkpoint).exists():
-                problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist")
+                source = downloads.REWARDS.get(reward.kind)
+                advice = "" if source is None else f"; the published one: {source.advice()}"
+                problems.append(f"rewards.models.{name}.checkpoint={reward.checkpoint} does not exist{advice}")
         if config.engine.deepspeed_json is not None and not Path(config.engine.deepspeed_json).is_file():
             problems.append(f"engine.deepspeed_json={config.engine.deepspeed_json} is no file")
         if config.model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
             problems.append(
                 "model.attention is flash, but flash-attn is not installed: pip install flash-attn, or attention=sdpa"
             )
+    if here and training and launcher.rank() == 0:
+        problems += filter(None, [wandb_run.missing_key(config.run.wandb)])
     if config.engine.kind == "local" and ranks > 1:
         problems.append(f"engine.kind is local, but there are {ranks} processes; set engine.kind=deepspeed")
     checks: list[Callable[[], object]] = [dealing(config, ranks // shared).check] if training and ranks % shared == 0 else []
-    checks += [partial(_check_reward, name, entry, here) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward, name, entry, config.sample.frames, here) for name, entry in config.rewards.models.items()]
+    checks += [partial(_check_reward_files, name, entry) for name, entry in config.rewards.models.items()]
     if training and make_objective(config).needs_reward_gradients:
         checks += [partial(reward_set.check_differentiable, name, entry) for name, entry in config.rewards.models.items()]
     json_file = config.engine.deepspeed_json
@@ -105,10 +118,18 @@ def check_run(config: Config, facts: ModelFacts, ranks: int, *, here: bool = Tru
             problems.append(str(error))
     if config.model.attention == "flash" and config.model.precision == "fp32":
         problems.append("model.attention is flash, which computes in bf16; set model.precision=bf16, or attention=sdpa")
+    if not problems:
+        problems += filter(None, [_sampling_problem(config, facts)])
     if not problems and config.model.lora is not None:
         count_parameters(config, facts)  # a wrong model.lora.targets is told here, not after loading
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _sampling_problem(config: Config, facts: ModelFacts) -> str | None:
+    family = FAMILIES[config.model.kind]
+    usual = replace(SampleConfig(), **dict(family.defaults.get("sample", {})))
+    return sampling_problem(config, lambda sample: family.schedule(sample, facts), usual)
 
 
 def check_folder(config: Config) -> None:
@@ -116,18 +137,83 @@ def check_folder(config: Config) -> None:
     from fastvideo_grpo.checkpoints.resume import check_resumable
     from fastvideo_grpo.prompts.embeddings import encoder_identity
 
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep)
-    for iteration in store.iterations()[-1:]:
+    store = folder.run_store(config)
+    for iteration in reversed(store.iterations()):
         try:
             state = store.load_trainer_json(store.path(iteration))
         except CheckpointError:
-            return  # damaged: resuming will name it and take the one before
+            continue  # damaged: resuming will name it and take the one before
         check_resumable(
             state,
             config,
             prompts_of(config, config.prompts.path),
             encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
+        return
+
+
+def check_disk(config: Config, facts: ModelFacts) -> None:
+    """Raise :class:`ConfigError` if the run cannot write to ``run.dir``, or its checkpoints will not fit; warn where
+    ``run.keep`` of them do not. Call it on one process, after :func:`check_folder`."""
+    folder.make_writable(config)
+    room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+    problem, caution = folder.room_problem(config, room), folder.room_caution(config, room)
+    if problem is not None:
+        raise ConfigError(problem)
+    if caution is not None:
+        logger.warning("%s", caution)
+
+
+def _disk_notes(config: Config, facts: ModelFacts, embeddings: int) -> list[str]:
+    """What :func:`check_disk` would say on this machine, and whether the embeddings would fit; nothing is changed."""
+    answer = folder.refused(config)
+    notes = [] if answer is None else [folder.not_written(config, answer)]
+    if answer is None or answer.full:
+        room = folder.checkpoint_room(config, checkpoint_bytes(config, facts))
+        notes += [line for line in (folder.room_problem(config, room), folder.room_caution(config, room)) if line is not None]
+    if config.prompts.embeddings != "none":
+        cache = Path(config.prompts.embeddings)
+        answer = refusal(cache)
+        if answer is not None:
+            notes.append(f"prompts.embeddings={cache} takes no new ones: {answer.reason}")
+        elif not cache.exists() and embeddings > free_bytes(cache):
+            notes.append(
+                f"prompts.embeddings={cache}: {gib(embeddings)} of embeddings, and {gib(free_bytes(cache))} are free on the "
+                "disk there; point it at another, or set it to none"
+            )
+    return notes
+
+
+def checkpoint_bytes(config: Config, facts: ModelFacts) -> int:
+    """Of a checkpoint: float32 weights and two moments of what is trained, and its EMA."""
+    return (12 + 4 * bool(config.optim.ema_decay)) * count_parameters(config, facts)[0]
+
+
+def iterations_done(config: Config, world: World) -> int | None:
+    """Iterations of a run that has all of its own, in a whole checkpoint; None of one that has iterations to make.
+
+    Said without a model; all ranks call it."""
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep, world)
+    if world.broadcast_object(store.iterations()[-1:] < [config.run.iterations]):
+        return None  # without reading checkpoints, which takes long
+    newest = store.newest()
+    done = 0 if newest is None else int(newest.name)
+    return done if done >= config.run.iterations else None
+
+
+def all_done(config: Config, done: int) -> str:
+    """What is said of a run that has its iterations."""
+    return f"{config.run.dir} has its {done} iterations (run.iterations={config.run.iterations}); raise run.iterations to go on"
+
+
+def _resumption(config: Config) -> str | None:
+    """What starting will find in the run's folder, as far as names say it."""
+    there = CheckpointStore(Path(config.run.dir) / "checkpoints", config.run.keep).iterations()
+    if not there:
+        return None
+    if there[-1] >= config.run.iterations:
+        return all_done(config, there[-1])
+    return f"{config.run.dir} has a checkpoint of iteration {there[-1]}: the run goes on there"
 
 
 def check_images(config: Config, world: World) -> None:
@@ -140,16 +226,16 @@ def check_images(config: Config, world: World) -> None:
         check_images(configured_prompts(config), config.sample.height, config.sample.width, world, show)
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, facts: ModelFacts) -> None:
     """Log what can run but is seldom meant."""
-    if os.environ.get("RANK", "0") == "0":
-        for line in _cautions(config):
+    if launcher.rank() == 0:
+        for line in _cautions(config, facts):
             logger.warning("%s", line)
 
 
 def warn_of_cut(config: Config, prompts: Sequence[Prompt]) -> None:
     """Log which of the prompts that will be drawn a text encoder does not read to their end."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.rank() == 0:
         for line in cut_by_encoders(config, prompts):
             logger.warning("%s", line)
 
@@ -177,9 +263,14 @@ def cut_by_encoders(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     return lines
 
 
-def _cautions(config: Config) -> list[str]:
+def _cautions(config: Config, facts: ModelFacts) -> list[str]:
     """What can run but is seldom meant, and what of the prompts will not be seen."""
     lines = cautions(config)
+    if config.model.vae_precision == "fp16" and facts.vae.get("force_upcast"):
+        lines.append(
+            f"model.vae_precision is fp16, but the VAE of {facts.source} overflows in it (its config.json says force_upcast): "
+            "samples that are not finite are masked, and too many of them stop the run; set bf16 or fp32"
+        )
     paths = [path for path in (config.prompts.path, config.prompts.eval_path) if path is not None]
     files = [prompt_file_of(config, path) for path in paths]
     prompts = [prompt for file in files for prompt in file.prompts]
@@ -207,7 +298,7 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
     (which on CPUs holds everything)."""
     import torch
 
-    if os.environ.get("RANK", "0") != "0":
+    if launcher.rank() != 0:
         return
     memory = estimate(config, facts, ranks, count_parameters(config, facts))
     host = sum(memory.host.values())
@@ -217,16 +308,27 @@ def warn_of_memory(config: Config, facts: ModelFacts, ranks: int) -> None:
             logger.warning("%s", too_little(config, memory, memory.peak, available))
     else:
         host += memory.peak
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / launcher.number("LOCAL_WORLD_SIZE", ranks)
     if host > share:
         on_gpu = torch.cuda.is_available()
         logger.warning("%s", too_little_on_host(memory, host, share) if on_gpu else too_little(config, memory, host, share))
 
 
-def _check_reward(name: str, reward: RewardConfig, here: bool) -> None:
+def _check_reward(name: str, reward: RewardConfig, frames: int, here: bool) -> None:
     reward_set.check_entry(name, reward)
+    check_kind_of_media(name, reward, frames)
     if here:
-        check_here(name, reward)
+        check_here(name, reward, frames)
+
+
+def _check_reward_files(name: str, reward: RewardConfig) -> None:
+    """Raise ValueError for a checkpoint that is there and not whole. (One behind a server is the server's.)"""
+    if reward.placement == "http" or reward.checkpoint is None or not Path(reward.checkpoint).exists():
+        return
+    try:
+        check_files(Path(reward.checkpoint))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"rewards.models.{name}.checkpoint: {error}") from error
 
 
 def _describe_reward(name: str, reward: RewardConfig) -> str:
@@ -260,7 +362,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
         + (f" (LoRA rank {config.model.lora.rank})" if config.model.lora else ""),
         *describe_memory(estimate(config, facts, ranks, (trainable, total))),
-        f"disk         {gib((12 + 4 * bool(config.optim.ema_decay)) * trainable)} a checkpoint, {config.run.keep} kept",
+        f"disk         {gib(checkpoint_bytes(config, facts))} a checkpoint, {config.run.keep} kept",
         f"sample       {sample.width}x{sample.height} pixels"
         + (f" x {sample.frames} frames" if sample.frames > 1 else "")
         + f" = latents {'x'.join(map(str, latent))}, {tokens} tokens, "
@@ -295,7 +397,9 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     ]
     if not Path(config.model.path).exists():
         lines.append(f"note         {config.model.path} is not there: whether its text encoders cut prompts is not known yet")
-    lines += [f"note         {line}" for line in _cautions(config)]
+    found = [_resumption(config), wandb_run.missing_key(config.run.wandb), *_cautions(config, facts)]
+    found += [*_disk_notes(config, facts, embedding * len(prompts)), unread_files(config)]
+    lines += [f"note         {line}" for line in found if line is not None]
     if grpo.prompts_per_iteration > len(prompts):
         lines.append(f"note         there are fewer prompts ({len(prompts)}) than an iteration draws: some come twice")
     return "\n".join(lines)

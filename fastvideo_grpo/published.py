@@ -20,6 +20,7 @@ FLUX_1_DEV: dict[str, dict[str, Any]] = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
+        "force_upcast": True,
         "latent_channels": 16,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet, checkpointed_parts
+from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 
 
 class PassBytes(NamedTuple):
@@ -62,7 +62,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def unet_bytes(
-    config: dict[str, Any], shape: tuple[int, ...], text_tokens: int, dtype: torch.dtype, checkpoint_every: int
+    config: dict[str, Any],
+    shape: tuple[int, ...],
+    text_tokens: int,
+    dtype: torch.dtype,
+    checkpoint_every: int,
+    *,
+    blocks: tuple[str, ...],
+    not_recomputed: tuple[str, ...],
 ) -> PassBytes:
     """Count a pass of diffusers' ``UNet2DConditionModel``.
 
@@ -71,12 +78,21 @@ def unet_bytes(
         shape: of the latents, ``(B, C, H, W)``.
         dtype: of weights and activations.
         checkpoint_every: every such block is checkpointed; 0: none.
+        blocks, not_recomputed: see :func:`~fastvideo_grpo.engines.activation_checkpointing.find_blocks`.
     """
-    return _unet_bytes(json.dumps(config), shape, text_tokens, dtype, checkpoint_every)
+    return _unet_bytes(json.dumps(config), shape, text_tokens, dtype, checkpoint_every, blocks, not_recomputed)
 
 
 @cache
-def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.dtype, every: int) -> PassBytes:
+def _unet_bytes(
+    config: str,
+    shape: tuple[int, ...],
+    tokens: int,
+    dtype: torch.dtype,
+    every: int,
+    blocks: tuple[str, ...],
+    not_recomputed: tuple[str, ...],
+) -> PassBytes:
     from diffusers import UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,11 +105,11 @@ def _unet_bytes(config: str, shape: tuple[int, ...], tokens: int, dtype: torch.d
             unet: nn.Module = UNet2DConditionModel.from_config(facts)
         finally:
             torch.set_default_dtype(before)
-        largest = max(
-            sum(p.numel() for p in parent.get_submodule(name).parameters()) for parent, name in checkpointed_parts(unet)
-        )
+        found = find_blocks(unet, blocks, not_recomputed)
+        each = [unet.get_submodule(name) for names in found.values() for name in names]
+        largest = max(sum(p.numel() for p in block.parameters()) for block in each)
         if every:
-            checkpoint_unet(unet, every)
+            checkpoint_blocks(unet, found, every)
         sample = torch.randn(shape, dtype=dtype)
         inputs = torch.full((shape[0],), 981.0), torch.randn(shape[0], tokens, facts["cross_attention_dim"], dtype=dtype)
         with torch.no_grad(), _LiveBytes(unet.parameters()) as forward:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fastvideo_grpo import disk_room
+from fastvideo_grpo.checkpoints import store as store_module
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.durable_files import write_atomic
 
@@ -131,6 +133,99 @@ def test_a_full_disk_stops_saving_not_the_saved(tmp_path, caplog):
     assert store.newest() == tmp_path / "000001"
     assert store.save(3, write())
     assert names(tmp_path) == ["000003"]
+
+
+class SmallDisk:
+    """A disk with room for so many checkpoints (:meth:`write` makes one) at `folder`, told by statvfs or a quota."""
+
+    def __init__(self, folder, room, monkeypatch, quota=False):
+        self.folder, self.size, self.monkeypatch = folder, 100_000, monkeypatch
+        self.capacity = int(room * 1.05 * self.size)
+        monkeypatch.setattr(store_module, "SPARE", 0)
+        monkeypatch.setattr(store_module, "free_bytes", lambda folder: 1 << 40 if quota else self.free())
+        self.tried = []
+
+    def free(self):
+        return self.capacity - disk_room.folder_bytes(self.folder)
+
+    def write(self, folder):
+        self.tried.append(sorted(int(name) for name in os.listdir(self.folder) if name.isdigit()))
+        written = min(self.size, max(0, self.free()))
+        (folder / "weights").write_bytes(bytes(written))
+        if written < self.size:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize("quota", [False, True], ids=["free space", "quota"])
+def test_what_is_beyond_keep_goes_before_a_save_that_has_no_room(tmp_path, monkeypatch, caplog, quota):
+    """With room for three, ``keep=3`` cannot hold four for a moment; and lowering ``run.keep``, as advised, helps."""
+    disk = SmallDisk(tmp_path, 3.4, monkeypatch, quota)
+    store = CheckpointStore(tmp_path, keep=3)
+    for iteration in (1, 2, 3, 4):
+        assert store.save(iteration, disk.write)
+    assert store.iterations() == [2, 3, 4] and disk.tried[-1] == [2, 3] and "000001" not in caplog.text
+    assert "checkpoints 1, beyond run.keep=3" in caplog.text
+    greedy = CheckpointStore(tmp_path, keep=4)
+    assert not greedy.save(5, disk.write)
+    assert names(tmp_path) == ["000002", "000003", "000004"]
+    assert "start it again with run.keep=1, for which 2, 3 would go" in caplog.text
+    caplog.clear()
+    advised = CheckpointStore(tmp_path, keep=1)
+    assert advised.save(5, disk.write)
+    assert disk.tried[-1] == [4] and names(tmp_path) == ["000005"]
+    assert "checkpoints 2, 3, beyond run.keep=1, were removed" in caplog.text
+
+
+@pytest.mark.parametrize("quota", [False, True], ids=["free space", "quota"])
+def test_the_only_whole_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch, caplog, quota):
+    disk = SmallDisk(tmp_path, 1.5, monkeypatch, quota)
+    store = CheckpointStore(tmp_path, keep=1)
+    assert store.save(1, disk.write)
+    assert not store.save(2, disk.write)
+    assert names(tmp_path) == ["000001"] and store.newest() == tmp_path / "000001"
+    assert "that of 1 stays until the next one is whole" in caplog.text and "run.keep" not in caplog.text
+
+
+def test_nothing_goes_before_a_save_but_for_a_whole_one(tmp_path, monkeypatch):
+    """The newest that count as there are damaged: what is beyond `keep` without them stays."""
+    disk = SmallDisk(tmp_path, 4.5, monkeypatch)
+    store = CheckpointStore(tmp_path, keep=4)
+    for iteration in (1, 2, 3, 4):
+        assert store.save(iteration, disk.write)
+    for iteration in (3, 4):
+        content = bytearray((tmp_path / f"{iteration:06d}" / "weights").read_bytes())
+        content[7] ^= 1
+        (tmp_path / f"{iteration:06d}" / "weights").write_bytes(content)
+    assert not CheckpointStore(tmp_path, keep=3).save(5, disk.write)
+    assert names(tmp_path) == ["000001", "000002", "000003", "000004"]
+    assert CheckpointStore(tmp_path, keep=1).save(5, disk.write)
+    assert names(tmp_path) == ["000003", "000004", "000005"] and disk.tried[-1] == [2, 3, 4]
+    for damaged in (1, 2):
+        (tmp_path / f"{damaged:06d}").mkdir()
+    (tmp_path / "000005" / "weights").unlink()
+    assert not CheckpointStore(tmp_path, keep=1).make_room()
+    assert names(tmp_path) == ["000001", "000002", "000003", "000004", "000005"]
+
+
+def test_with_room_old_ones_go_only_after_a_save(tmp_path, monkeypatch):
+    disk = SmallDisk(tmp_path, 9, monkeypatch)
+    store = CheckpointStore(tmp_path, keep=2)
+    for iteration in (1, 2, 3):
+        assert store.save(iteration, disk.write)
+    assert disk.tried == [[], [1], [1, 2]] and store.iterations() == [2, 3]
+
+
+def test_a_read_only_folder_is_not_told_to_be_full(tmp_path, caplog):
+    def read_only(folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "state")
+
+    store = CheckpointStore(tmp_path, keep=1)
+    for iteration in (1, 2):
+        store.save(iteration, write())
+    (tmp_path / "000001").mkdir()
+    assert not store.save(3, read_only)
+    assert "Read-only file system" in caplog.text and "repair what is wrong" in caplog.text
+    assert "free space" not in caplog.text and names(tmp_path) == ["000001", "000002"]
 
 
 def test_a_disk_full_at_the_last_file_stops_saving_too(tmp_path, monkeypatch):

@@ -443,14 +443,14 @@ def test_a_reader_follows_the_index(tmp_path):
     with pytest.raises(WeightFilesError, match=r"the index promises half in two\.safetensors"):
         CheckpointReader(tmp_path)
     index.write_text(json.dumps({"weight_map": places | {"half": "three.safetensors"}}))
-    with pytest.raises(WeightFilesError, match=r"three\.safetensors cannot be read"):
+    with pytest.raises(WeightFilesError, match=r"names 3 files, of which 1 is not there: three\.safetensors"):
         CheckpointReader(tmp_path)
     index.write_text("[]")
     with pytest.raises(WeightFilesError, match="is not an index"):
         CheckpointReader(tmp_path)
     index.unlink()
-    with pytest.raises(WeightFilesError, match="matrix is in"):
-        CheckpointReader(tmp_path)
+    with pytest.raises(WeightFilesError, match=r"found one\.safetensors, two\.safetensors"):
+        CheckpointReader(tmp_path)  # names that no library reads
 
 
 def test_a_damaged_file_is_named_before_anything_is_read(tmp_path):
@@ -462,7 +462,7 @@ def test_a_damaged_file_is_named_before_anything_is_read(tmp_path):
         with pytest.raises(WeightFilesError, match=r"model\.safetensors is no whole safetensors file"):
             CheckpointReader(tmp_path)
     path.unlink()
-    with pytest.raises(WeightFilesError, match="holds no safetensors file"):
+    with pytest.raises(WeightFilesError, match="found no weights"):
         CheckpointReader(tmp_path)
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from fastvideo_grpo.sampling.transitions import TRANSITIONS
 from fastvideo_grpo.trainers.load import trainer_class
 
 ROOT = Path(__file__).parent.parent
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 OFFERED = {
     "models": "dots = dots.family:DOTS",
     "rewards": "contrast = dots.reward:Contrast",
@@ -44,13 +47,21 @@ run: {dir: run, iterations: 2, eval_every: 0, sample_every: 0, threads: 1}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder of installed packages: the one of tests/outside, as pip would have put it there."""
-    site = tmp_path_factory.mktemp("site")
-    shutil.copytree(ROOT / "tests" / "outside" / "dots", site / "dots", ignore=shutil.ignore_patterns("__pycache__"))
-    info = site / "dots-0.3.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dots\nVersion: 0.3\n")
-    (info / "entry_points.txt").write_text("".join(f"[fastvideo_grpo.{sort}]\n{line}\n" for sort, line in OFFERED.items()))
+    """The installed packages of an environment that has everything this one has, and in which the package of tests/outside was
+    installed by the command that docs/extending.md gives."""
+    folder = tmp_path_factory.mktemp("outside")
+    shutil.copytree(ROOT / "tests" / "outside" / "dots", folder / "dots", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "environment"], check=True)
+    site = folder / "environment" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    (site / "all_of_ours.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+    command = next(line for line in EXTENDING.splitlines() if "pip install" in line).split()
+    assert command[0] == "python"
+    # Nothing is fetched: what would be missing, FastVideo's kernels, builds nowhere without a GPU.
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        [folder / "environment" / "bin" / "python", *command[1:]], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return site
 
 
@@ -82,10 +93,13 @@ def offer(monkeypatch):
     return lambda sort, name, value: points.append(importlib.metadata.EntryPoint(name, value, f"fastvideo_grpo.{sort}"))
 
 
+def test_the_page_shows_the_package_that_is_tested():
+    assert textwrap.indent((ROOT / "tests" / "outside" / "dots" / "setup.py").read_text(), "    ") in EXTENDING
+
+
 def test_a_package_adds_all_four_and_trains(folder, site):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "fastvideo_grpo.cli", "train", "run.yaml"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [site.parents[2] / "bin" / "python", "-m", "fastvideo_grpo.cli", "train", "run.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1]
@@ -210,7 +224,7 @@ def test_defaults_that_cannot_be_are_told_with_who_brings_them(folder, monkeypat
     [
         ("no_such_package:Trainer", "no_such_package:Trainer cannot be imported: ModuleNotFoundError"),
         ("dots.family:DOTS", "dots.family:DOTS is no class that inherits from GRPOTrainer"),
-        ("fastvideo_grpo.trainers.base:GRPOTrainer", "does not say __init__, decode, encode, generate, get_module"),
+        ("fastvideo_grpo.trainers.base:GRPOTrainer", "does not say __init__, encode, generate, get_module"),
         ("dots.family:Missing", "dots.family:Missing is no class that inherits from GRPOTrainer, but None"),
     ],
 )

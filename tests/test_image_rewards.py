@@ -451,10 +451,11 @@ def test_other_choices_are_refused(rewards, kind, frames):
 
 
 def test_a_choice_of_frames_can_be_given_on_the_command_line():
-    from omegaconf import OmegaConf
+    from fastvideo_grpo import config_files
+    from fastvideo_grpo.config import reward_params
 
-    assert OmegaConf.from_dotlist(["frames=uniform:4"]).frames == "uniform:4"
-    assert OmegaConf.create("frames: uniform:4").frames == "uniform:4"
+    assert reward_params("clip", ["frames=uniform:4"]) == {"frames": "uniform:4"}
+    assert config_files.parse("frames: uniform:4").plain() == {"frames": "uniform:4"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,13 +9,13 @@ import torch
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
-from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_digest
+from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_state
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.config_checks import cautions
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
 from fastvideo_grpo.memory import estimate
 from fastvideo_grpo.rewards import reward_set
-from fastvideo_grpo.sampling import schedules, transitions
+from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 
 # --- gradients, by hand -----------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_pairs_are_best_beside_worst_of_the_valid_ones(values, valid, count, exp
 
 
 def test_pairs_stay_together_in_micro_batches_and_what_fills_them_does_not_count():
-    batches = selection.regroup([4, 1, 0, 2], slots=6, micro_batch_size=4)
+    batches = selection.regroup_pairs([4, 1, 0, 2], slots=6, micro_batch_size=4)
     assert [[(row.member, row.weight) for row in batch] for batch in batches] == [
         [(4, 1.0), (1, 1.0), (0, 1.0), (2, 1.0)],
         [(4, 0.0), (4, 0.0), (4, 0.0), (4, 0.0)],
@@ -545,15 +545,32 @@ def test_a_run_is_not_resumed_with_another_objective(override):
     assert override.partition("=")[0] in {key.rpartition(".beta")[0] or key for key in changed}
 
 
+def _saved(config):
+    """What a checkpoint's trainer.json says of a run."""
+    state = {"config": configuration.to_dict(config), "denoiser": "its weights", "noise": noise.VERSION, "images": {}}
+    return {**state, **prompts_state([], config)}
+
+
 def test_a_run_from_before_these_keys_goes_on():
     old = configuration.to_dict(_config())
     for key in ("normalisation", "history", "objective_params"):
         del old["grpo"][key]
     assert configuration.changed_on_resume(old, _config()) == []
-    state = {"config": old, "prompts": prompts_digest([], _config()), "transformer": "its weights"}  # now called denoiser
+    state = {**_saved(_config()), "config": old}
     check_resumable(state, _config(), [], "its weights")
     with pytest.raises(ConfigError, match="another network"):
         check_resumable(state, _config(), [], "others")
+
+
+@pytest.mark.parametrize("overrides,merged", [((), False), (("model.lora={}",), True)])
+def test_a_run_with_the_noise_of_another_version_does_not_go_on_and_says_how_to_start_anew(overrides, merged):
+    config = _config(*overrides)
+    state = _saved(config)
+    del state["noise"]  # as it was before there was another
+    with pytest.raises(ConfigError, match=r"drew its noise otherwise.*fastvideo-grpo export .* --pipeline") as error:
+        check_resumable(state, config, [], "its weights")
+    assert ("--merge-lora" in str(error.value)) == merged
+    check_resumable({**state, "noise": noise.VERSION}, config, [], "its weights")
 
 
 @pytest.mark.parametrize(

@@ -74,23 +74,25 @@ def test_the_arms_are_what_their_labels_say():
         return {arm.label: arm_config(STUDIES[name], arm) for arm in STUDIES[name].arms}
 
     noise = of("initial_noise")
-    assert [noise[label].sample.init_noise for label in ("shared", "per sample")] == ["shared", "per_sample"]
+    assert [noise[label].sample.init_noise for label in ("shared noise", "noise per sample")] == ["shared", "per_sample"]
     steps = {label: (c.grpo.timesteps.strategy, c.grpo.timesteps.fraction) for label, c in of("timesteps").items()}
     assert steps == {
-        "first 30 %": ("first", 0.3),
-        "random 30 %": ("random", 0.3),
-        "last 40 %": ("last", 0.4),
-        "random 60 %": ("random", 0.6),
-        "all": ("all", 1.0),
+        "first 30 % of steps": ("first", 0.3),
+        "random 30 % of steps": ("random", 0.3),
+        "last 40 % of steps": ("last", 0.4),
+        "random 60 % of steps": ("random", 0.6),
+        "all steps": ("all", 1.0),
     }
     assert [c.sample.noise_level for c in of("noise_level").values()] == [0.1, 0.3, 0.6, 1.0, 1.5]
     best = of("best_of_n")
     assert [c.grpo.group_size for c in best.values()] == [16, 64, 256]
-    assert best["16 of 16"].grpo.best_of is None
-    assert all((c.grpo.best_of.top, c.grpo.best_of.bottom) == (8, 8) for label, c in best.items() if label != "16 of 16")
-    assert of("binary_reward")["binary"].rewards.models["reward"].outputs["colour_match"].threshold == 0.8
+    assert best["16 of 16 samples"].grpo.best_of is None
+    assert all(
+        (c.grpo.best_of.top, c.grpo.best_of.bottom) == (8, 8) for label, c in best.items() if label != "16 of 16 samples"
+    )
+    assert of("binary_reward")["binary reward"].rewards.models["reward"].outputs["colour_match"].threshold == 0.8
     trained = {label: {n for n in c.rewards.models if not n.startswith("watched_")} for label, c in of("multi_reward").items()}
-    assert trained == {"colour": {"reward"}, "size": {"size"}, "both": {"reward", "size"}}
+    assert trained == {"colour alone": {"reward"}, "size alone": {"size"}, "colour and size": {"reward", "size"}}
 
 
 def test_network_evaluations_are_counted_by_hand():
@@ -116,7 +118,7 @@ def test_equal_arms_of_different_studies_are_one_run_and_anything_that_matters_m
         return {label: {seed: job.folder.name for seed, job in by_seed.items()} for label, by_seed in plan.arms.items()}, plan
 
     noise, plan = folders("noise_level")
-    assert folders("initial_noise")[0]["shared"] == noise["noise 1.0"] == folders("timesteps")[0]["random 60 %"]
+    assert folders("initial_noise")[0]["shared noise"] == noise["noise 1.0"] == folders("timesteps")[0]["random 60 % of steps"]
     assert folders("multi_reward")[1].before.folder == plan.before.folder
     assert len({folder for by_seed in noise.values() for folder in by_seed.values()}) == 10
     assert folders("noise_level", evaluations=BUDGET // 2)[0]["noise 1.0"] != noise["noise 1.0"]
@@ -217,10 +219,12 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
     reward, size, roughness = found.judge()
     assert reward.verdict == "shown" and reward.found.mean == pytest.approx(0.2) and found.equal_iterations() == 2
     assert size.verdict == "contradicted"  # shared moved further, in the fake
-    assert found.estimate("shared", "area").mean == pytest.approx(0.5 * 0.5 + 0.5 * 0.905)
+    assert found.estimate("shared noise", "area").mean == pytest.approx(0.5 * 0.5 + 0.5 * 0.905)
     assert roughness.verdict == "not shown" and found.verdict() == "agrees in part, contradicts in part"
-    assert found.seen().startswith("1 of 3 comparisons as the paper says. shared minus per sample in colour_match: +0.200")
-    assert found.below_untrained("shared") == 0 and diversity.judge()[0].verdict == "not shown"
+    assert found.seen().startswith(
+        "1 of 3 comparisons as the paper says. shared noise minus noise per sample in colour_match: +0.200"
+    )
+    assert found.below_untrained("shared noise") == 0 and diversity.judge()[0].verdict == "not shown"
 
     command._write_pages(tmp_path, str(tmp_path / "docs" / "studies.md"))
     page = (tmp_path / "docs" / "studies.md").read_text()
@@ -229,7 +233,7 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
         found.seen(),
         found.made["commit"] or "None",
         found.made["machine"],
-        "| shared > per sample | colour_match | 0.905 ± 0.005 | 0.705 ± 0.005 | +0.200 ± 0.000 | shown |",
+        "| shared noise > noise per sample | colour_match | 0.905 ± 0.005 | 0.705 ± 0.005 | +0.200 ± 0.000 | shown |",
         "![Initial noise: curves](images/studies/initial_noise_curves.png)",
         "come about by chance in 30% of comparisons",
         "![Initial noise: pictures of the first seed](images/studies/initial_noise_pictures.png)",
@@ -263,20 +267,61 @@ def test_failing_runs_are_told_with_their_log_and_leave_the_others_alone(tmp_pat
     printed = capsys.readouterr().out
     assert "FAILED: ArithmeticError: no luck; see" in printed and "SIGKILL" in printed
     plan = plan_study(study, 2, 1792, tmp_path)
-    log = plan.arms["per sample"][0].log_file.read_text()
+    log = plan.arms["noise per sample"][0].log_file.read_text()
     assert "about to fail" in log and "Traceback" in log and "no luck" in log
     (found,) = results.read_all(tmp_path)
-    assert len(found.finished("shared")) == 2 and set(found.failed("per sample")) == {0, 1}
+    assert len(found.finished("shared noise")) == 2 and set(found.failed("noise per sample")) == {0, 1}
     assert found.verdict() == "not measured"
+    assert "noise per sample, seed 0: the run failed: ArithmeticError: no luck" in found.seen()
     page = report.markdown(report.section(found), tmp_path, ".")
-    assert "**Failed:** per sample, seed 0: ArithmeticError: no luck" in page and "0 of 2 ended" in page
+    assert "**Failed:** noise per sample, seed 0: ArithmeticError: no luck" in page and "0 of 2 ended" in page
     untrained_failed = dataclasses.replace(found, before={"error": "no luck either"})
-    Image.new("RGB", (192, 32), "red").save(plan.arms["shared"][0].folder / "pictures.png")
+    Image.new("RGB", (192, 32), "red").save(plan.arms["shared noise"][0].folder / "pictures.png")
     page = report.markdown(report.section(untrained_failed), tmp_path, ".")
     assert "**Failed:** untrained: no luck either" in page and "a red circle, a blue square" in page
     # What failed is made at the next start.
     assert command.run_studies([study], arguments(), tmp_path, work.fake_measure) == 0
     assert results.read_all(tmp_path)[0].judge()[0].verdict == "shown"
+
+
+def test_what_was_not_measured_is_told_with_the_reason(tmp_path, capsys):
+    """On the page and on the console: a single seed, a run that stopped, samples without a score, a gap in a curve."""
+    study = STUDIES["initial_noise"]
+    assert command.run_studies([study], arguments(seeds=1), tmp_path, work.fake_measure) == 0
+    assert "initial_noise, arm 'shared noise', seed 0: colour_match 0.900" in capsys.readouterr().out
+    command._write_pages(tmp_path, None)
+    assert "not measured: colour_match: one seed has no standard error; --seeds 2 or more" in capsys.readouterr().out
+    assert "not measured: one seed has no standard error" in (tmp_path / "initial_noise" / "results.md").read_text()
+
+    assert command.run_studies([study], arguments(seeds=3), tmp_path, work.fake_measure) == 0
+    plan = plan_study(study, 3, 1792, tmp_path)
+    for seed, changes in enumerate(
+        (
+            {"stopped": "16 of 16 samples could not be scored"},
+            {"per_prompt": {"colour_match": [0.5, None, None], "jpeg_size": [1.0]}},
+            {"curve": [{"iteration": i, "spent": i, "colour_match": v} for i, v in ((0, 0.5), (1, None), (2, 0.5))]},
+        )
+    ):
+        job = plan.arms["noise per sample"][seed]
+        result = {**job.result(), **changes}
+        if seed < 2:
+            result["measures"] |= {"colour_match": None}
+        job.result_file.write_text(json.dumps(result))
+    found = results.collect(plan, {}, results.read_all(tmp_path)[0].made)
+    reasons = [
+        "noise per sample, seed 0: the run stopped: 16 of 16 samples could not be scored",
+        "noise per sample, seed 1: samples of 2 of 3 prompts could not be scored",
+    ]
+    assert found.judge()[0].why == "; ".join(reasons) and "; ".join(reasons) in found.seen()
+    assert "noise per sample: area in seed 2: the evaluations after 1 have no score" in found.not_measured()
+    results.save(found, tmp_path / "initial_noise" / results.RESULTS)
+    command._write_pages(tmp_path, None)
+    printed, page = capsys.readouterr().out, (tmp_path / "initial_noise" / "results.md").read_text()
+    for text in (*reasons, "area in seed 2: the evaluations after 1 have no score"):
+        assert text in printed and text in page
+    assert command._measured(plan.arms["noise per sample"][1].result()) == (
+        "colour_match not measured (samples of 2 prompts could not be scored)"
+    )
 
 
 def test_workers_run_at_the_same_time(tmp_path):
@@ -319,7 +364,7 @@ def test_counts_that_are_not_as_planned_are_told(tmp_path):
         if job.values["sample"]["init_noise"] == "per_sample":
             job.result_file.write_text(json.dumps({**result, "counted": 900.0}))
     found = results.collect(plan, {}, {})
-    assert found.miscounted() == ["per sample: 900 network evaluations an iteration, planned 896"]
+    assert found.miscounted() == ["noise per sample: 900 network evaluations an iteration, planned 896"]
 
 
 @pytest.mark.parametrize(
@@ -342,4 +387,6 @@ def test_bad_commands_are_told(argv, said, capsys, tmp_path, monkeypatch):
 
 def test_the_studies_can_be_listed(capsys):
     assert cli.main(["study", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STUDIES)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == list(STUDIES)
+    assert lines[5].strip() == "arms: noise 0.1 | noise 0.3 | noise 0.6 | noise 1.0 | noise 1.5"

@@ -1,7 +1,12 @@
 """metrics.jsonl, pictures and the console."""
 
+import errno
 import io
 import json
+import os
+import resource
+import signal
+import time
 
 import av
 import numpy as np
@@ -11,7 +16,7 @@ from PIL import Image
 
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
-from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, save_samples
+from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, not_samples, save_samples
 from fastvideo_grpo.tracking.wandb_run import WandbRun
 
 
@@ -27,6 +32,102 @@ def test_metrics_are_lines_of_json_and_are_cut_back(tmp_path):
     assert [json.loads(line)["iteration"] for line in log.path.read_text().splitlines()] == [0, 1]
 
 
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch, fails):
+    """A disk that is full for an iteration: half of its line fits, and the next iteration's line begins a line."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"iteration": 0})
+    before = log.path.read_bytes()
+    with monkeypatch.context() as patch:
+        if fails == "write":
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        else:
+            patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        try:
+            with pytest.raises(OSError):
+                log.append({"iteration": 1, "loss": 0.25})
+        finally:
+            if fails == "write":
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                signal.signal(signal.SIGXFSZ, handler)
+    assert log.path.read_bytes() == before
+    log.append({"iteration": 2})
+    assert [line["iteration"] for line in log.read()] == [0, 2]
+
+
+BAD_LINES = {
+    "torn": (b'{"iteration": 4, "lo', "line 3: it is torn"),
+    "torn, the next one glued on": (b'{"iteration": 4, "lo{"iteration": 5}', "line 3: it is torn"),
+    "NUL": (b'\0\0\0{"iteration": 4}', "line 3: it holds NUL"),
+    "blank": (b"  ", "line 3: it is blank"),
+    "other bytes": (b'{"iteration": 4, "note": "\xff\xfe"}', "line 3: it is not UTF-8"),
+    "no object": (b"[4]", "line 3: it is no JSON object"),
+    "no iteration": (b'{"loss": 1.0}', "line 3: it has no iteration"),
+    "a text for an iteration": (b'{"iteration": "4"}', "line 3: its iteration is '4'"),
+    "true for an iteration": (b'{"iteration": true}', "line 3: its iteration is True"),
+    "nested without an end": (b"[" * 100_000, "line 3: it is torn"),
+}
+
+
+@pytest.mark.parametrize("content, why", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_of_metrics_is_set_aside_and_named(tmp_path, caplog, content, why):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i in (0, 1, 6):
+        log.append({"iteration": i})
+    first, second, last = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(first + second + content + b"\n" + last)
+    for _ in range(2):
+        assert [line["iteration"] for line in log.read()] == [0, 1, 6]
+    assert caplog.text.count(why) == 1 and "bad lines: 1, left out" in caplog.text and str(log.path) in caplog.text
+    log.cut_back(9)
+    assert log.path.read_bytes() == first + second + last and log.set_aside.read_bytes() == content + b"\n"
+    log.append({"iteration": 7})
+    again = MetricsLog(log.path)
+    caplog.clear()
+    assert [line["iteration"] for line in again.read()] == [0, 1, 6, 7] and not caplog.records
+    log.path.write_bytes(log.path.read_bytes() + content)  # and at the end, before any other line
+    again.append({"iteration": 8})
+    again.cut_back(9)
+    assert "metrics.jsonl.set_aside" in caplog.text and log.set_aside.read_bytes() == 2 * (content + b"\n")
+    assert [line["iteration"] for line in MetricsLog(log.path).read()] == [0, 1, 6, 7, 8]
+
+
+def test_of_an_iteration_that_is_there_twice_the_later_line_counts(tmp_path, caplog):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i, loss in ((1, 0.1), (2, 0.2), (0, 0.0), (1, 0.5)):
+        log.append({"iteration": i, "loss": loss})
+    assert log.read() == [{"iteration": i, "loss": loss} for i, loss in ((0, 0.0), (1, 0.5), (2, 0.2))]
+    assert "line 1: line 4 has iteration 1, too" in caplog.text
+    log.cut_back(2)
+    assert [json.loads(line)["loss"] for line in log.path.read_text().splitlines()] == [0.0, 0.5]
+    assert json.loads(log.set_aside.read_text())["loss"] == 0.1
+
+
+def test_the_metrics_of_a_run_that_starts_over_are_set_aside(tmp_path):
+    """Its checkpoints were moved away, as advised when all of them are damaged."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i in range(2):
+        log.append({"iteration": i})
+    before = log.path.read_bytes()
+    log.cut_back(0)
+    assert log.read() == [] and log.set_aside.read_bytes() == before
+
+
+def test_cutting_metrics_back_on_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i in range(4):
+        log.append({"iteration": i})
+    before = log.path.read_bytes()
+    log.cut_back(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            log.cut_back(2)
+    assert log.path.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_samples_are_saved_with_prompt_and_rewards(tmp_path):
     media = torch.randint(0, 256, (3, 1, 32, 48, 3), dtype=torch.uint8)
     rewards = [{"m/score": 0.5}, {"m/score": None}, {"m/score": 1.0}]
@@ -37,6 +138,23 @@ def test_samples_are_saved_with_prompt_and_rewards(tmp_path):
     index = json.loads((tmp_path / "index.json").read_text())
     assert [entry["file"] for entry in index] == ["0000.png", "0001.png", "0002.png"]
     assert index[1] == {"file": "0001.png", "prompt": "a dog", "rewards": {"m/score": None}}
+
+
+def test_samples_in_the_folder_give_way_whatever_their_number(tmp_path):
+    """A run that goes on saves the pictures of an iteration again, perhaps of fewer prompts, or clips where there were none."""
+    (tmp_path / "notes.txt").write_text("mine")
+    save_samples(tmp_path, torch.zeros(5, 1, 32, 32, 3, dtype=torch.uint8), ["a cat"] * 5, [{}] * 5)
+    save_samples(
+        tmp_path, torch.zeros(2, 1, 32, 32, 3, dtype=torch.uint8), ["a dog"] * 2, [{}] * 2, made_from={"weights": "ema"}
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "0001.png", "grid.png", "index.json", "notes.txt"]
+    assert json.loads((tmp_path / "index.json").read_text())[1] == {
+        **{"file": "0001.png", "prompt": "a dog", "rewards": {}, "weights": "ema"}
+    }
+    save_samples(tmp_path, clips_of(2), ["a cat", "a dog"], [{}] * 2, fps=8)
+    save_samples(tmp_path, torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), ["a cat"], [{}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "grid.png", "index.json", "notes.txt"]
+    assert not_samples(tmp_path) == ["notes.txt"]
 
 
 def clips_of(batch=2, frames=9, height=32, width=48):
@@ -134,7 +252,10 @@ def test_wandb_offline_keeps_clips_with_their_captions(tmp_path, monkeypatch):
     kept = {path.read_bytes() for path in (folder / "files" / "media").rglob("*.mp4")}
     assert kept == {file.read_bytes() for file in files}
     (record,) = folder.glob("*.wandb")
-    assert json.dumps("a dog\nscore 0.5").encode() in record.read_bytes()
+    waits = time.monotonic() + 60  # wandb's own process writes it, on a busy machine later
+    while json.dumps("a dog\nscore 0.5").encode() not in record.read_bytes():
+        assert time.monotonic() < waits
+        time.sleep(0.1)
 
 
 def test_console_shows_rewards_invalid_scores_and_evaluations(capsys):

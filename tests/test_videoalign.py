@@ -425,8 +425,8 @@ def test_what_is_missing_is_told_before_anything_is_loaded(copy, tmp_path, monke
         with pytest.raises(error, match=message):
             create("videoalign", checkpoint=str(checkpoint), params=params)
 
-    refused("there is no checkpoint .*absent.*KwaiVGI/VideoReward", checkpoint=tmp_path / "absent")
-    refused("has no model_config.json.*KwaiVGI/VideoReward", checkpoint=copy / "tiny-Qwen2-VL")
+    refused("there is no checkpoint .*absent.*KlingTeam/VideoReward", checkpoint=tmp_path / "absent")
+    refused("has no model_config.json.*KlingTeam/VideoReward", checkpoint=copy / "tiny-Qwen2-VL")
     refused(f"set it to {reward}", checkpoint=step)
     refused("there is no .*absent.*git clone", template=str(tmp_path / "absent.txt"))
     refused("has no prompt_template.py.*git clone", template=str(copy))
@@ -445,10 +445,10 @@ def test_what_is_missing_is_told_before_anything_is_loaded(copy, tmp_path, monke
         (reward / "model_config.json").write_text(json.dumps({**config, **change}))
         refused(message, (ValueError, FileNotFoundError))
     (reward / "model_config.json").write_text("{")
-    refused("model_config.json.*found something else.*KwaiVGI", ValueError)
+    refused("model_config.json.*found something else.*KlingTeam", ValueError)
     (reward / "model_config.json").write_text(json.dumps(config))
     (step / "model.pth").rename(step / "non_lora_state_dict.pth")
-    refused("expected model.pth, or adapter_model.safetensors and.*found non_lora_state_dict.pth.*KwaiVGI")
+    refused("expected model.pth, or adapter_model.safetensors and.*found non_lora_state_dict.pth.*KlingTeam")
 
 
 @pytest.mark.parametrize(("layout", "file"), [("full", "model.pth"), ("lora", "adapter_model.safetensors")])
@@ -458,10 +458,10 @@ def test_a_truncated_file_is_told_as_such(request, layout, file):
     content = path.read_bytes()
     for length in (0, 1000, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{file}: expected a.*{length} bytes.*KwaiVGI/VideoReward"):
+        with pytest.raises(ValueError, match=f"{file}: expected a.*{length} bytes.*KlingTeam/VideoReward"):
             make(folder)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(ValueError, match=r"Git LFS pointer.*KwaiVGI/VideoReward"):
+    with pytest.raises(ValueError, match=r"Git LFS pointer.*KlingTeam/VideoReward"):
         make(folder)
 
 
@@ -488,7 +488,7 @@ def test_other_weights_are_refused_by_name(copy, change, message):
     if "model.embed_tokens.weight" in state:
         state.pop("base_model.model.model.embed_tokens.weight")
     torch.save(state, path)
-    with pytest.raises(ValueError, match=f"{message}.*KwaiVGI/VideoReward"):
+    with pytest.raises(ValueError, match=f"{message}.*KlingTeam/VideoReward"):
         make(copy)
 
 

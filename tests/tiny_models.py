@@ -43,7 +43,8 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
         from fastvideo_grpo.trainers.load import load_trainer
         from tests.trainer import runs
 
-        torch.set_num_threads(1)  # thread counts change sums; the forked runs use one thread, too
+        # Thread counts change sums; the forked runs use one thread, too.
+        torch.set_num_threads(overrides.get("run__threads", 1))
         empty = tmp_path / "empty.yaml"
         empty.write_text("{}")
         checkpoint = overrides.get("model__path") or tiny_checkpoint(overrides.get("model__kind", "flux"))

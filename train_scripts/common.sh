@@ -27,11 +27,17 @@ names() {
   done
 }
 
+# unknown [NAME]: what is told of a name that is no recipe's.
+unknown() {
+  if [ -n "${1:-}" ]; then echo "$0: there is no recipe $1" >&2; fi
+}
+
 # train_recipe PREFIX MODEL DIR [NAME [argument ...]]: train configs/PREFIX_NAME.yaml; the tiny ones use a tiny MODEL in DIR.
 train_recipe() {
   local prefix=$1 model=$2 tiny=$3 name=${4:-}
   local config=train_scripts/configs/${prefix}_$name.yaml
   if [ -z "$name" ] || [ ! -f "$config" ]; then
+    unknown "$name"
     echo "usage: $0 NAME [key=value ...] [--dry-run]; NAME is one of:" >&2
     names "$prefix" >&2
     exit 2

@@ -24,6 +24,7 @@ source "$(dirname "$0")/common.sh"
 
 NAME=${1:-}
 if [ -z "$NAME" ] || [ ! -f "train_scripts/configs/hunyuan_t2v_$NAME.yaml" ] || [[ $NAME == *lora* ]]; then
+  unknown "$NAME"
   echo "usage: $0 NAME [key=value ...] [STAGE:key=value ...] [--dry-run]; STAGE is image, small or large, NAME is one of:" >&2
   names hunyuan_t2v | grep -v lora >&2
   exit 2

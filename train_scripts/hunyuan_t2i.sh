@@ -11,10 +11,12 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/HunyuanVideo            hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
-#   checkpoints/HPS_v2.1_compressed.pt  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
-#   a prompt list                       set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
+#   checkpoints/HunyuanVideo (41.9 GB)
+#     hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
+#   checkpoints/HPS_v2.1_compressed.pt (1.97 GB)
+#     hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
+#   a prompt list: set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -11,12 +11,16 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/HunyuanVideo          hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
-#   checkpoints/VideoReward           hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
-#   checkpoints/Qwen2-VL-2B-Instruct  hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
-#   checkpoints/VideoAlign            git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
-#   a prompt list                     set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
+#   checkpoints/HunyuanVideo (41.9 GB)
+#     hf download hunyuanvideo-community/HunyuanVideo --local-dir checkpoints/HunyuanVideo
+#   checkpoints/VideoReward
+#     hf download KlingTeam/VideoReward --local-dir checkpoints/VideoReward
+#   checkpoints/Qwen2-VL-2B-Instruct (4.4 GB)
+#     hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
+#   checkpoints/VideoAlign (for its prompt)
+#     git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign
+#   a prompt list: set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -11,16 +11,21 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/SkyReels-V1-I2V       HunyuanVideo's folder with SkyReels' transformer in place of its own:
-#     hf download hunyuanvideo-community/HunyuanVideo --exclude 'transformer/*' --local-dir checkpoints/SkyReels-V1-I2V
-#     hf download Skywork/SkyReels-V1-Hunyuan-I2V --local-dir checkpoints/SkyReels-V1-I2V/transformer
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
+#   checkpoints/SkyReels-V1-I2V (HunyuanVideo's folder with SkyReels' transformer in place of its own, 41.8 GB)
+#     hf download hunyuanvideo-community/HunyuanVideo --exclude 'transformer/*' \
+#         --local-dir checkpoints/SkyReels-V1-I2V
+#     hf download Skywork/SkyReels-V1-Hunyuan-I2V --include '*.json' --include '*.safetensors' \
+#         --local-dir checkpoints/SkyReels-V1-I2V/transformer
 #     sed -i 's/"HunyuanVideoPipeline"/"HunyuanSkyreelsImageToVideoPipeline"/' checkpoints/SkyReels-V1-I2V/model_index.json
-#   checkpoints/VideoReward           hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
-#   checkpoints/Qwen2-VL-2B-Instruct  hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
-#   checkpoints/VideoAlign            git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
-#   prompts with images               set prompts.path to a .jsonl file, a line {"prompt": ..., "image": ...}; from prompts
-#                                     alone: fastvideo-grpo make-references (docs/image_to_video.md)
+#   checkpoints/VideoReward
+#     hf download KlingTeam/VideoReward --local-dir checkpoints/VideoReward
+#   checkpoints/Qwen2-VL-2B-Instruct (4.4 GB)
+#     hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
+#   checkpoints/VideoAlign (for its prompt)
+#     git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign
+#   prompts with images: set prompts.path to a .jsonl file, a line {"prompt": ..., "image": ...}; from prompts alone:
+#     fastvideo-grpo make-references (docs/image_to_video.md)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -12,12 +12,18 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/stable-diffusion-v1-4   hf download CompVis/stable-diffusion-v1-4 --local-dir checkpoints/stable-diffusion-v1-4
-#   checkpoints/HPS_v2.1_compressed.pt  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
-#   checkpoints/DFN5B-CLIP-ViT-H-14-378 (hps_clip)
-#                                       hf download apple/DFN5B-CLIP-ViT-H-14-378 --local-dir checkpoints/DFN5B-CLIP-ViT-H-14-378
-#   a prompt list                       set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
+#   checkpoints/stable-diffusion-v1-4 (4.3 GB)
+#     hf download CompVis/stable-diffusion-v1-4 --include '*.json' --include '*.txt' \
+#         --include text_encoder/model.safetensors --include unet/diffusion_pytorch_model.safetensors \
+#         --include vae/diffusion_pytorch_model.safetensors --exclude 'safety_checker/*' \
+#         --local-dir checkpoints/stable-diffusion-v1-4
+#   checkpoints/HPS_v2.1_compressed.pt (1.97 GB)
+#     hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
+#   checkpoints/DFN5B-CLIP-ViT-H-14-378 (hps_clip, 3.95 GB)
+#     hf download apple/DFN5B-CLIP-ViT-H-14-378 --exclude pytorch_model.bin \
+#         --local-dir checkpoints/DFN5B-CLIP-ViT-H-14-378
+#   a prompt list: set prompts.path (docs/prompts.md); data/prompts/flux_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

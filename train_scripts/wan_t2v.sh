@@ -14,18 +14,24 @@
 # Started again, it resumes from the newest checkpoint of its run.dir. Under Slurm: slurm/train.sbatch.
 # SIGUSR1 stops it after the iteration it is in, saved, with exit code 75.
 #
-# What it needs, besides for tiny (the licences are the publishers'):
-#   checkpoints/Wan2.1-T2V-1.3B-Diffusers
-#     hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir checkpoints/Wan2.1-T2V-1.3B-Diffusers    (or 14B: model.path)
+# What it needs, besides for tiny (the licences are the publishers'; `. .venv/bin/activate` puts hf on the PATH):
+#   checkpoints/Wan2.1-T2V-1.3B-Diffusers (or 14B: model.path, 28.9 GB)
+#     hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --exclude 'assets/*' --exclude 'examples/*' \
+#         --local-dir checkpoints/Wan2.1-T2V-1.3B-Diffusers
 #   for images:
-#   checkpoints/HPS_v2.1_compressed.pt    hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
-#   checkpoints/clip-vit-large-patch14    hf download openai/clip-vit-large-patch14 vocab.json merges.txt tokenizer_config.json \
-#                                           special_tokens_map.json --local-dir checkpoints/clip-vit-large-patch14
+#   checkpoints/HPS_v2.1_compressed.pt (1.97 GB)
+#     hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints
+#   checkpoints/clip-vit-large-patch14
+#     hf download openai/clip-vit-large-patch14 vocab.json merges.txt tokenizer_config.json special_tokens_map.json \
+#         --local-dir checkpoints/clip-vit-large-patch14
 #   for videos:
-#   checkpoints/VideoReward               hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward
-#   checkpoints/Qwen2-VL-2B-Instruct      hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
-#   checkpoints/VideoAlign                git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign (for its prompt)
-#   a prompt list                         set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
+#   checkpoints/VideoReward
+#     hf download KlingTeam/VideoReward --local-dir checkpoints/VideoReward
+#   checkpoints/Qwen2-VL-2B-Instruct (4.4 GB)
+#     hf download Qwen/Qwen2-VL-2B-Instruct --local-dir checkpoints/Qwen2-VL-2B-Instruct
+#   checkpoints/VideoAlign (for its prompt)
+#     git clone https://github.com/KwaiVGI/VideoAlign checkpoints/VideoAlign
+#   a prompt list: set prompts.path (docs/prompts.md); data/prompts/hunyuan_examples.txt is an example
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

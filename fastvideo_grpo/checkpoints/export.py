@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
+from fastvideo_grpo.checkpoints.kohya_names import kohya_lora
 from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.fastvideo_models import diffusers_denoiser
+from fastvideo_grpo.model_files.clean_folder import write_unmarked
+from fastvideo_grpo.model_files.json_files import read_json
+from fastvideo_grpo.model_files.selection import unread
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
+
+KOHYA_FILE = "kohya_lora.safetensors"
 
 # What --link links; the rest are small files that people edit.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -32,6 +39,16 @@ def model_names(config: dict[str, Any]) -> DiffusersNames:
     return denoiser_names(config["_class_name"], tensor_shapes(module.state_dict()))
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError unless ``out`` is a folder that can be written and holds nothing, or is not there."""
+    answer = refusal(out)
+    if answer is not None:
+        repair = "free space there" if answer.full else "repair it"
+        raise UserError(f"--out {out} cannot be written: {answer.reason}; {repair}, or choose another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; choose another folder")
+
+
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``out`` at the end of the block; after an exception nothing of it is left.
@@ -41,8 +58,7 @@ def appearing(out: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty; choose another folder")
+    check_out(out)
     target = out.resolve()
     unfinished = target.with_name(target.name + ".unfinished")
     try:
@@ -111,7 +127,8 @@ def write_lora(
 ) -> None:
     """Write adapters as ``out/pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
 
-    Rank and alpha go into the file's metadata, so that diffusers scales the adapters as training did.
+    The scale alpha / rank is folded into lora_B, and the file's metadata says alpha = rank: a reader that looks at the
+    tensors alone adds the same B A to the weights as one that reads the metadata.
 
     Args:
         adapters: under diffusers' names, see :meth:`DiffusersNames.lora_to_diffusers`.
@@ -121,13 +138,35 @@ def write_lora(
     """
     import diffusers
 
-    # The parts of a fused layer share one tensor, which safetensors refuses.
-    layers = {f"{name}.weight": t.to(dtype, copy=True).contiguous() for name, t in adapters.items()}
+    layers = {f"{name}.weight": tensor.to(dtype).contiguous() for name, tensor in fold_scale(adapters, lora).items()}
     targets = sorted({name.rpartition(".lora_")[0] for name in adapters})
-    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
+    metadata = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": targets}
     getattr(diffusers, pipeline).save_lora_weights(
         str(out), **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+
+
+def write_kohya_lora(
+    adapters: Mapping[str, Tensor], lora: LoRAConfig, names: DiffusersNames, class_name: str, out: Path, dtype: torch.dtype
+) -> None:
+    """Write adapters as ``out/kohya_lora.safetensors``, see :mod:`.kohya_names`.
+
+    Raises:
+        UserError: that format knows no such network, or layer.
+    """
+    from safetensors.torch import save_file
+
+    tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, class_name)
+    save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, out / KOHYA_FILE, metadata={"format": "pt"})
+
+
+def fold_scale(adapters: Mapping[str, Tensor], lora: LoRAConfig) -> dict[str, Tensor]:
+    """Adapters whose B A is all that they add: lora_B times alpha / rank, in float32; none shares its memory."""
+    scale = lora.alpha / lora.rank
+    return {
+        name: tensor.float() * scale if name.endswith(".lora_B") else tensor.float().clone()  # a fused layer's parts share A
+        for name, tensor in adapters.items()
+    }
 
 
 class MergedLoRA(Mapping[str, Tensor]):
@@ -166,7 +205,9 @@ class MergedLoRA(Mapping[str, Tensor]):
 
 
 def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = False) -> None:
-    """Copy everything but the component ``denoiser``, so that the folder loads with one ``from_pretrained``.
+    """Copy everything but the component ``denoiser``, so that the folder loads with one ``from_pretrained``: of weight files
+    those that training read, JSON without byte order marks, and in model_index.json no component that is not there (Stable
+    Diffusion's safety checker, which many leave out).
 
     Args:
         link: hard links instead of copies of weight files; what symbolic links point at is linked.
@@ -176,6 +217,8 @@ def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = 
     """
 
     def place(source: str, target: str) -> str:
+        if write_unmarked(Path(source), Path(target)):
+            return target
         if not link or Path(source).suffix not in _WEIGHT_FILES:
             return str(shutil.copy2(source, target))
         try:
@@ -191,6 +234,12 @@ def copy_components(checkpoint: Path, out: Path, denoiser: str, *, link: bool = 
         if entry.name == denoiser or entry.name.startswith("."):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, out / entry.name, copy_function=place)
+            shutil.copytree(entry, out / entry.name, copy_function=place, ignore=lambda folder, _: unread(Path(folder)))
         elif entry.suffix == ".json":
-            shutil.copy2(entry, out / entry.name)
+            place(str(entry), str(out / entry.name))
+    index = read_json(checkpoint / "model_index.json")
+    absent = [name for name, part in index.items() if isinstance(part, list) and part[:1] != [None] and name != denoiser]
+    absent = [name for name in absent if not (checkpoint / name).is_dir()]
+    if absent:
+        index |= {name: [None, None] for name in absent}
+        (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import IO
 
+from fastvideo_grpo.disk_room import describe
 from fastvideo_grpo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -16,10 +17,13 @@ def lock_folder(folder: Path) -> IO[str]:
     """Hold ``folder/lock`` as long as the returned file is open (the kernel lets go of it when the process ends).
 
     Raises:
-        UserError: another process trains in this folder.
+        UserError: another process trains in this folder, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written: {describe(error)}; repair it, or choose another") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

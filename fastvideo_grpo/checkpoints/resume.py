@@ -11,6 +11,7 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
+from fastvideo_grpo.sampling import noise
 
 
 def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Prompt], denoiser: str) -> None:
@@ -21,15 +22,17 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
         denoiser: identity of the weights training starts from.
 
     Raises:
-        ConfigError: settings that change what is computed, the prompts, or the model to start from differ; names them.
+        ConfigError: settings that change what is computed, the prompts, the model to start from or the generator of noise
+            differ; names them.
     """
+    _check_noise(state, config)
     changed = configuration.changed_on_resume(state["config"], config)
     if changed:
         raise ConfigError(
             f"run.dir={config.run.dir} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "
             "Set them back, or choose another run.dir"
         )
-    before, now = state.get("images", {}), image_digests(prompts)
+    before, now = state["images"], image_digests(prompts)
     changed_images = [prompt for prompt in prompts if before.get(prompt.id, now.get(prompt.id)) != now.get(prompt.id)]
     if changed_images:
         first = changed_images[0]
@@ -37,12 +40,8 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"{len(changed_images)} images are others than when {config.run.dir} was started, first {first.image} of prompt "
             f"{first.id!r}; restore them, or choose another run.dir"
         )
-    alone = prompts_digest(prompts, config, metadata=False)
-    same = [prompts_digest(prompts, config)]
-    if "prompts_alone" not in state:
-        same.append(alone)  # saved before metadata counted: nothing says what it was
-    if state["prompts"] not in same:
-        if state.get("prompts_alone") == alone:
+    if state["prompts"] != prompts_digest(prompts, config):
+        if state["prompts_alone"] == prompts_digest(prompts, config, metadata=False):
             raise ConfigError(
                 f"prompts.path={config.prompts.path} says something else of its prompts, which rewards are told, than when "
                 f"{config.run.dir} was started (the prompts are the same); restore the file, or choose another run.dir"
@@ -51,11 +50,24 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             f"prompts.path={config.prompts.path} holds other prompts than when {config.run.dir} was started; restore the "
             "file, or choose another run.dir"
         )
-    if state.get("denoiser", state.get("transformer")) != denoiser:  # its name in runs from before there were UNets
+    if state["denoiser"] != denoiser:
         raise ConfigError(
             f"model.path={config.model.path} holds another network than the one {config.run.dir} was started from; set "
             "it back, or choose another run.dir"
         )
+
+
+def _check_noise(state: dict[str, Any], config: Config) -> None:
+    """Runs that say no version were made with the first."""
+    if state.get("noise", 1) == noise.VERSION:
+        return
+    merged = "" if config.model.lora is None else " --merge-lora"
+    raise ConfigError(
+        f"run.dir={config.run.dir} was saved by another version of this package, which drew its noise otherwise (noise "
+        f"{state.get('noise', 1)}, here {noise.VERSION}): gone on with, it would not be one run. To start anew from its "
+        f"weights: fastvideo-grpo export {config.run.dir} --out NEW --pipeline{merged}, then train with model.path=NEW and "
+        "another run.dir"
+    )
 
 
 def image_digests(prompts: Sequence[Prompt]) -> dict[str, str]:

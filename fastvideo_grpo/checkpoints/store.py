@@ -22,13 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.disk_room import Refusal, describe, folder_bytes, free_bytes
 from fastvideo_grpo.durable_files import sync_directory, write_synced
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.memory import gib
 
 logger = logging.getLogger(__name__)
 
 TRAINER_JSON = "trainer.json"
+SPARE = 1 << 20
+"""Bytes of a disk that are left to what else is written."""
+
+_LEFT = (".saving-", ".removing-")
 _RESERVED = ("iteration", "versions", "checksums", "checksum")
 _PACKAGES = ("fastvideo-grpo", "fastvideo", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -66,54 +72,118 @@ class CheckpointStore:
         return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit() and entry.is_dir())
 
     def save(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> bool:
-        """Write the checkpoint of `iteration`; afterwards remove the oldest beyond `keep`.
+        """Write the checkpoint of `iteration`; afterwards remove the oldest beyond `keep`, or before where the disk has no
+        room else (:meth:`make_room`).
 
         Args:
             iteration: number of finished iterations.
             write: called on every rank with the same folder, which is empty; writes files of names no other rank uses.
                 What rank 0 returns goes into trainer.json. An OSError it raises must not leave other ranks waiting
-                inside it (`Engine.save` exchanges nothing).
+                inside it (`Engine.save` exchanges nothing). Called a second time if the disk was full and old checkpoints
+                could go.
 
         Returns:
             True when the checkpoint is there. False when the disk refused (full, over quota, read-only): the partial
             folder is removed, earlier checkpoints stay, the error is logged, and the run can go on and save again
             later.
         """
-        target = self.path(iteration)
-        partial = self.folder / f".saving-{target.name}"
-        error = self._on_rank_0(lambda: self._make_partial(partial))
-        content: dict[str, Any] | None = None
-        if error is None:
-            local_error = None
-            try:
-                content = write(partial)
-            except OSError as failure:
-                local_error = _describe(failure)
-            error = self._agree(local_error)
-        checksums: dict[str, str] = {}
-        if error is None:
-            checksums, error = self._seal(partial)
-        if error is None:
-            error = self._on_rank_0(lambda: self._publish(partial, target, iteration, content or {}, checksums))
-        if error is not None:
+        if self.world.broadcast_object(self._short_of_room() if self.world.rank == 0 else None):
+            self.make_room(iteration)
+        failure = self._attempt(iteration, write)
+        if failure is not None and failure.full and self.make_room(iteration):  # quotas are not seen in the free space
+            failure = self._attempt(iteration, write)
+        if failure is not None:
             if self.world.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                whole = ", ".join(str(number) for number in self.iterations()) or "none"
-                logger.error(
-                    "checkpoint %s was not saved: %s. Checkpoints still there: %s. The run goes on; free space on the "
-                    "disk of %s (or lower run.keep) before the next save.",
-                    target.name,
-                    error,
-                    whole,
-                    self.folder,
-                )
+                self._report(iteration, failure)
             self.world.barrier()
             return False
         self._damaged.discard(iteration)
         if self.world.rank == 0:
-            self._remove_oldest(iteration)
+            self._remove(self._older(iteration, self.keep - 1))
         self.world.barrier()
         return True
+
+    def make_room(self, saving: int | None = None) -> list[int]:
+        """Remove what is beyond `keep`, the checkpoint of iteration `saving` that will come (None: the next) counted among
+        the kept; nothing unless a newer one's checksums hold, which stays, so with `keep=1` two are there in the end.
+
+        Returns:
+            Iterations of those that are gone.
+        """
+        kept = max(1, self.keep - 1)
+        if not self.world.broadcast_object(self._older(saving, kept) if self.world.rank == 0 else None):
+            return []
+        if self.newest() is None:  # from here on damaged ones are known
+            return []
+        gone: list[int] = []
+        if self.world.rank == 0:
+            gone = self._remove(self._older(saving, kept))
+            if gone:
+                logger.warning(
+                    "checkpoints %s, beyond run.keep=%d, were removed before the next is saved: the disk of %s has no room",
+                    _listed(gone),
+                    self.keep,
+                    self.folder,
+                )
+        return self.world.broadcast_object(gone)
+
+    def next_bytes(self) -> int:
+        """What the next checkpoint will take, by those that are there; 0 if none are."""
+        return max((folder_bytes(self.path(number)) for number in self.iterations()), default=0)
+
+    def leftover_bytes(self) -> int:
+        """What :meth:`clean` gives back."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sum(folder_bytes(entry) for entry in found if entry.name.startswith(_LEFT))
+
+    def _short_of_room(self) -> bool:
+        try:
+            return free_bytes(self.folder) < 1.02 * self.next_bytes() + SPARE
+        except OSError:
+            return False  # saving will meet it, and say so
+
+    def _attempt(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> Refusal | None:
+        """Write, hash and publish a checkpoint; after a refusal nothing of it is left."""
+        target = self.path(iteration)
+        partial = self.folder / f".saving-{target.name}"
+        refused = self._on_rank_0(lambda: self._make_partial(partial))
+        content: dict[str, Any] | None = None
+        if refused is None:
+            local = None
+            try:
+                content = write(partial)
+            except OSError as failure:
+                local = Refusal.of(failure)
+            refused = self._agree(local)
+        checksums: dict[str, str] = {}
+        if refused is None:
+            checksums, refused = self._seal(partial)
+        if refused is None:
+            refused = self._on_rank_0(lambda: self._publish(partial, target, iteration, content or {}, checksums))
+        if refused is not None:
+            if self.world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.world.barrier()
+        return refused
+
+    def _report(self, iteration: int, refused: Refusal) -> None:
+        """Tell that a checkpoint was not saved, why, and what would help."""
+        there, size = self.iterations(), self.next_bytes()
+        if not refused.full:
+            way_out = f"repair what is wrong with {self.folder}"
+        else:
+            way_out = f"free space on the disk of {self.folder}" + (f" ({gib(size)} are needed)" if size else "")
+            if len(there) > 1 and self.keep > 1:
+                way_out += f", or start it again with run.keep=1, for which {_listed(there[:-1])} would go,"
+            elif there:
+                way_out += f" (that of {there[-1]} stays until the next one is whole)"
+        logger.error(
+            "checkpoint %s was not saved: %s. Checkpoints still there: %s. The run goes on; %s before the next save.",
+            self.path(iteration).name,
+            refused.reason,
+            _listed(there),
+            way_out,
+        )
 
     def newest(self, required: bool = False) -> Path | None:
         """The newest checkpoint whose checksums hold. Damaged ones are named in a warning, left as they are, and
@@ -165,7 +235,7 @@ class CheckpointStore:
                         shutil.rmtree(entry)
                     else:  # killed between the two renames: the older one is the only one
                         os.rename(entry, target)
-                elif entry.name.startswith((".saving-", ".removing-")):
+                elif entry.name.startswith(_LEFT):
                     shutil.rmtree(entry)
         self.world.barrier()
 
@@ -174,20 +244,20 @@ class CheckpointStore:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
 
-    def _seal(self, partial: Path) -> tuple[dict[str, str], str | None]:
+    def _seal(self, partial: Path) -> tuple[dict[str, str], Refusal | None]:
         """Hash every file and push it to the disk; the files are dealt over ranks."""
         names = self.world.broadcast_object(_files(partial) if self.world.rank == 0 else None)
         share: dict[str, str] = {}
-        local_error = None
+        local = None
         try:
             for name in names[self.world.rank :: self.world.size]:
                 share[name] = _sha256(partial / name, sync=True)
         except OSError as failure:
-            local_error = _describe(failure)
+            local = Refusal.of(failure)
         checksums: dict[str, str] = {}
         for part in self.world.all_gather_object(share):
             checksums.update(part)
-        return dict(sorted(checksums.items())), self._agree(local_error)
+        return dict(sorted(checksums.items())), self._agree(local)
 
     def _publish(self, partial: Path, target: Path, iteration: int, content: dict[str, Any], checksums: dict[str, str]) -> None:
         clash = [key for key in _RESERVED if key in content]
@@ -202,24 +272,34 @@ class CheckpointStore:
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(target, replaced)
-        os.rename(partial, target)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
         sync_directory(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _remove_oldest(self, saved: int) -> None:
+    def _older(self, saved: int | None, kept: int) -> list[int]:
+        """Iterations of the checkpoints before `saved` (None: all) that are beyond the newest `kept` of them."""
         # Known damaged ones do not count as kept: `keep` promises usable checkpoints.
-        older = [number for number in self.iterations() if number < saved and number not in self._damaged]
-        for number in older[: max(0, len(older) - (self.keep - 1))]:
+        older = [n for n in self.iterations() if (saved is None or n < saved) and n not in self._damaged]
+        return older[: max(0, len(older) - kept)]
+
+    def _remove(self, numbers: list[int]) -> list[int]:
+        """Remove checkpoints; returns those that are gone."""
+        gone = []
+        for number in numbers:
             removing = self.folder / f".removing-{number:06d}"
             try:
                 os.rename(self.path(number), removing)
                 shutil.rmtree(removing)
+                gone.append(number)
             except OSError as failure:
-                logger.warning(
-                    "old checkpoint %s could not be removed (%s); remove it by hand",
-                    self.path(number),
-                    _describe(failure),
-                )
+                left = removing if removing.exists() else self.path(number)
+                logger.warning("old checkpoint %s could not be removed (%s); remove it by hand", left, describe(failure))
+        return gone
 
     def _verify(self, iteration: int) -> str | None:
         """What is wrong with a checkpoint, the same answer on every rank; None when it is whole."""
@@ -240,7 +320,7 @@ class CheckpointStore:
             try:
                 found = _sha256(folder / name)
             except OSError as failure:
-                found = _describe(failure)
+                found = describe(failure)
             if found != expected:
                 problem = f"{name}: sha256 expected {expected}, found {found}"
                 break
@@ -258,7 +338,7 @@ class CheckpointStore:
         try:
             document = json.loads(path.read_bytes())
         except OSError as failure:
-            raise CheckpointError(f"{path} cannot be read: {_describe(failure)}; choose another checkpoint") from failure
+            raise CheckpointError(f"{path} cannot be read: {describe(failure)}; choose another checkpoint") from failure
         except ValueError as failure:
             raise CheckpointError(f"{path} is not JSON ({failure}); choose another checkpoint") from failure
         if not isinstance(document, dict) or any(key not in document for key in _RESERVED):
@@ -269,23 +349,22 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: sha256 expected {expected}, found {found}; choose another checkpoint")
         return document
 
-    def _on_rank_0(self, action: Callable[[], None]) -> str | None:
-        """Run on rank 0; the OSError's description, on every rank, or None."""
-        local_error = None
+    def _on_rank_0(self, action: Callable[[], None]) -> Refusal | None:
+        """Run on rank 0; the disk's refusal, on every rank, or None."""
+        local = None
         if self.world.rank == 0:
             try:
                 action()
             except OSError as failure:
-                local_error = _describe(failure)
-        return self._agree(local_error)
+                local = Refusal.of(failure)
+        return self._agree(local)
 
-    def _agree(self, local_error: str | None) -> str | None:
-        """The first rank's error, on every rank."""
-        answers = self.world.all_gather_object(local_error)
-        return next(
-            (f"rank {rank}: {answer}" if self.world.size > 1 else answer for rank, answer in enumerate(answers) if answer),
-            None,
-        )
+    def _agree(self, local: Refusal | None) -> Refusal | None:
+        """The first rank's refusal, on every rank."""
+        for rank, refused in enumerate(self.world.all_gather_object(local)):
+            if refused is not None:
+                return Refusal(f"rank {rank}: {refused.reason}", refused.full) if self.world.size > 1 else refused
+        return None
 
 
 def _files(folder: Path) -> list[str]:
@@ -306,9 +385,8 @@ def _document_checksum(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode()).hexdigest()
 
 
-def _describe(failure: OSError) -> str:
-    reason = failure.strerror or str(failure)
-    return f"{reason} ({failure.filename})" if failure.filename else reason
+def _listed(iterations: list[int]) -> str:
+    return ", ".join(map(str, iterations)) or "none"
 
 
 def _versions() -> dict[str, str]:

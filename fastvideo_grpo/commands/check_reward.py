@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +34,11 @@ one by one, and in another order. The exit code is 1 where a reward failed, gave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file with the section rewards")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="a YAML file with the section rewards")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys")
-    parser.add_argument("--media", action="append", default=[], metavar="FILE", help="a picture or clip; may be repeated")
+    parser.add_argument(
+        "--media", action="append", type=path_argument, default=[], metavar="FILE", help="a picture or clip; may be repeated"
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="its prompt, in the same order")
     parser.add_argument("--device", default="cpu", help="where inline rewards score (default: cpu)")
     parser.epilog = EPILOG
@@ -87,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             check = check_reward(name, reward, given or built_in(reward.media_kind), device)
         finally:
-            reward.close()
+            _close(name, reward)
         if get(entry, "placement") in (None, "inline"):
             check.host_bytes = max(0, _memory("VmHWM") - before)
         print("\n".join(describe(check)))
@@ -141,20 +145,29 @@ def check_reward(name: str, reward: Reward, samples: list[Media], device: torch.
 def _score(reward: Reward, batch: Media, check: Check) -> dict[str, Tensor] | None:
     import torch
 
+    from fastvideo_grpo.rewards import answers
     from fastvideo_grpo.rewards.base import RewardRequest
 
     try:
         with torch.no_grad():
             result = reward.score(RewardRequest(batch.prompts, batch.media, fps=batch.fps))
+        valid, because = answers.judged(result, len(batch.prompts)), answers.reason(result)
+        scores = {output: answers.column(result, output, len(batch.prompts)) for output in reward.outputs}
     except Exception as error:  # a reward may raise anything; it is told, and the exit code says so
-        check.problems.append(f"failed: {type(error).__name__}: {error}")
+        check.problems.append(f"failed: {one_line(error)}")
         return None
-    scores = {output: values.float().cpu() for output, values in result.scores.items()}
-    missing = int((~result.valid.cpu()).sum()) + sum(int((~values.isfinite()).sum()) for values in scores.values())
+    missing = int((~valid).sum()) + sum(int((~values.isfinite()).sum()) for values in scores.values())
     if missing:
-        check.problems.append(f"gave no score for {missing} of {len(batch.prompts)} samples ({result.invalid_because})")
+        check.problems.append(f"gave no score for {missing} of {len(batch.prompts)} samples ({because})")
         return None
     return scores
+
+
+def _close(name: str, reward: Reward) -> None:
+    try:
+        reward.close()
+    except Exception as error:
+        print(f"reward {name}: close(): {one_line(error)}", file=sys.stderr)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

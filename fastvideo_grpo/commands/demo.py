@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.config_paths import as_typed, path_argument
+from fastvideo_grpo.disk_room import free_folder
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
@@ -106,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", metavar="NAME", help=f"what is rewarded ({known}; default: the first)")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40; 30 with --video)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)"
+    )
     parser.epilog = EPILOG
 
 
@@ -119,21 +123,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--reward is {chosen!r}; this demo has {', '.join(demo.rewards)}")
     reward_settings, meaning = demo.rewards[chosen]
     make = "make demo-video" if arguments.video else "make demo"
-    folder = Path(arguments.out) if arguments.out else _free_folder(Path("runs", make.removeprefix("make ")))
+    folder = Path(arguments.out) if arguments.out else free_folder(Path("runs", make.removeprefix("make ")))
     data = data_dir()
     overrides = [
-        f"model.path={data / demo.checkpoint}",
-        f"prompts.path={data / 'prompts' / demo.prompts}_train.txt",
-        f"prompts.eval_path={data / 'prompts' / demo.prompts}_heldout.txt",
+        f"model.path={as_typed(data / demo.checkpoint)}",
+        f"prompts.path={as_typed(data / 'prompts' / demo.prompts)}_train.txt",
+        f"prompts.eval_path={as_typed(data / 'prompts' / demo.prompts)}_heldout.txt",
         f"prompts.seed={arguments.seed}",
         f"run.seed={arguments.seed}",
         f"run.iterations={demo.iterations if arguments.iterations is None else arguments.iterations}",
-        f"run.dir={folder}",
+        f"run.dir={as_typed(folder)}",
         *reward_settings,
         *arguments.overrides,
     ]
     config = configuration.load(data / demo.settings, overrides)
-    plan.check_run(config, families.model_facts(config), ranks=1)
+    facts = families.model_facts(config)
+    plan.check_run(config, facts, ranks=1)
+    plan.check_folder(config)
+    plan.check_disk(config, facts)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
@@ -142,18 +149,21 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
-    with closing(load_trainer(config, World.current())) as trainer:
+    with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
         show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
         pictures_before = sample_fixed(trainer, show, 1, "pictures")
         trainer.train()
         pictures_after = sample_fixed(trainer, show, 1, "pictures")
-    before = json.loads((folder / "evaluation_before.json").read_text())
-    after = trainer.log.read()[-1]
+    lines = trainer.log.read()
+    whole = bool(lines) and lines[-1]["iteration"] == config.run.iterations - 1
+    if not (folder / "evaluation_before.json").is_file() or not whole:
+        raise UserError(f"{folder} lacks what was evaluated before or after training (see above): nothing can be compared")
+    before, after = json.loads((folder / "evaluation_before.json").read_text()), lines[-1]
 
     draw = _before_after_clips if arguments.video else _before_after
     grid = draw(folder, 6, pictures_before, pictures_after)
-    curve = _curve(folder, trainer.log.read())
+    curve = _curve(folder, lines)
     print(
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
@@ -170,31 +180,23 @@ def run(arguments: argparse.Namespace) -> int:
         if other != chosen:
             print(f"  {make} REWARD={other}")
     print(f"  {make} ITERATIONS={3 * config.run.iterations}")
-    print(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8')
-    print(f"  fastvideo-grpo export {folder} --out exported --pipeline")
+    print(runnable(f'  fastvideo-grpo sample {folder} --prompt "{demo.example}" --samples 8'))
+    print(runnable(f"  fastvideo-grpo export {folder} --out exported --pipeline"))
     return 0
-
-
-def _free_folder(folder: Path) -> Path:
-    number = 2
-    candidate = folder
-    while candidate.exists():
-        candidate = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return candidate
 
 
 def _before_after(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:
     """Two rows of pictures from the same noise, prompts trained on first."""
-    from fastvideo_grpo.tracking.pictures import caption, grid, to_image
+    from fastvideo_grpo.tracking.pictures import caption, grid, placeholder, to_image
 
     images, captions = [], []
     for drawn in (before, after):
         for i, prompt in enumerate(drawn.prompts):
             assert drawn.media is not None  # one process
-            images.append(to_image(drawn.media[i]))
+            picture, fault = drawn.media[i], drawn.faults[i]
+            images.append(to_image(picture) if fault is None else placeholder(*picture.shape[1:3]))
             text = prompt.text if i < trained else f"{prompt.text} (kept out)"
-            captions.append(caption(text, drawn.by_sample()[i]))
+            captions.append(caption(text, drawn.by_sample()[i], fault))
     path = folder / "before_after.png"
     grid(images, captions, len(before.prompts), row_titles=["before", "after"]).save(path)
     return path
@@ -202,15 +204,16 @@ def _before_after(folder: Path, trained: int, before: FixedSamples, after: Fixed
 
 def _before_after_clips(folder: Path, trained: int, before: FixedSamples, after: FixedSamples) -> Path:
     """Contact sheets of clips from the same noise, before above after for each prompt, prompts trained on first."""
-    from fastvideo_grpo.tracking.pictures import caption, contact_sheet, rows
+    from fastvideo_grpo.tracking.pictures import caption, contact_sheet, placeholder, rows
 
     sheets, captions = [], []
     for i, prompt in enumerate(before.prompts):
         text = prompt.text if i < trained else f"{prompt.text} (kept out)"
         for when, drawn in (("before", before), ("after", after)):
             assert drawn.media is not None  # one process
-            sheets.append(contact_sheet(drawn.media[i]))
-            captions.append(f"{when}: {caption(text, drawn.by_sample()[i])}")
+            clip, fault = drawn.media[i], drawn.faults[i]
+            sheets.append(contact_sheet(clip) if fault is None else placeholder(*clip.shape[1:3]))
+            captions.append(f"{when}: {caption(text, drawn.by_sample()[i], fault)}")
     path = folder / "before_after.png"
     rows(sheets, captions).save(path)
     return path

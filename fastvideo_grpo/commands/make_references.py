@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.model_files.json_files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +67,21 @@ KEYS_OF_PROCESSES = ("engine.offload_idle", "run.deterministic", "run.threads", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ", ".join(STARTING_FROM)
-    parser.add_argument("--model", required=True, metavar="DIR", help=f"checkpoint folder of a text-to-image model ({kinds})")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="a prompt file; images it names are replaced")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help=f"checkpoint folder of a text-to-image model ({kinds})",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        required=True,
+        metavar="FILE",
+        help="a prompt file; images it names are replaced",
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. sample.height=544 sample.steps=30")
     parser.epilog = EPILOG.format(keys=f"{', '.join(KEYS_OF_IMAGES)},\n  {', '.join(KEYS_OF_PROCESSES)}")
@@ -86,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
     file = read_prompt_file(arguments.prompts)
     prompts = file.prompts
-    for note in file.notes if os.environ.get("RANK", "0") == "0" else ():
+    for note in file.notes if launcher.rank() == 0 else ():
         logger.warning("%s", note)
     plan.warn_of_cut(config, prompts)
     folder = Path(arguments.out)
@@ -147,9 +160,9 @@ def _kind_of(checkpoint: Path) -> str:
         what = "has no model_index.json" if checkpoint.exists() else "does not exist"
         raise configuration.ConfigError(f"--model {checkpoint} {what}; expected a diffusers folder of {known}")
     try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise configuration.ConfigError(f"{index} is damaged ({error}); download it again") from error
+        found = read_json(index).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise configuration.ConfigError(f"{index}: {error}; download it again") from error
     if found not in drawing:
         raise configuration.ConfigError(f"--model {checkpoint} holds a {found}; images are drawn by {known}")
     return drawing[found].kind
@@ -158,9 +171,10 @@ def _kind_of(checkpoint: Path) -> str:
 def settings_of(config: Config, seed: int) -> dict[str, Any]:
     """Everything the images depend on besides the prompts: name -> value, flat. Weights are there by their identity."""
     from fastvideo_grpo.prompts.embeddings import encoder_identity
+    from fastvideo_grpo.sampling import noise
 
     plain = configuration.to_dict(config)
-    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed}
+    settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed, "noise": noise.VERSION}
     for key in KEYS_OF_IMAGES:
         section, _, name = key.partition(".")
         settings[key] = plain[section][name]
@@ -291,24 +305,20 @@ def draw(trainer: GRPOTrainer, prompt: Prompt, seed: int) -> Tensor:
     """The image of a prompt, uint8 ``[H, W, 3]``, from noise keyed by the prompt's id.
 
     Raises:
-        UserError: it is not finite.
+        UserError: it is not finite, from its latents to its pixels.
     """
     from fastvideo_grpo.sampling.noise import SampleKey
 
     drawn = trainer.draw(prompt, [SampleKey(seed, 0, 0, prompt.id, 0, "reference")], deterministic=True)
     trainer.forget_conditioning()  # it will not be asked for again
     assert drawn.media is not None  # every process leads: none shares a sample
-    if not bool(drawn.finite.all()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is not finite, so it is not written: try model.precision=fp32, and see that "
-            f"the checkpoint {trainer.checkpoint} is whole"
-        )
-    precision = trainer.config.model.vae_precision
-    if precision != "fp32" and not bool(drawn.media.any()):
-        raise UserError(
-            f"the image of prompt {prompt.id!r} is black all over, as it is when model.vae_precision={precision} overflows, so "
-            "it is not written: set model.vae_precision=fp32"
-        )
+    (fault,) = drawn.faults()
+    if fault is not None:
+        model = trainer.config.model
+        key = "vae_precision" if fault.startswith("decoding") else "precision"
+        precision = getattr(model, key)
+        way = f"set model.{key}=fp32 (it is {precision})" if precision != "fp32" else f"see that {model.path} is whole"
+        raise UserError(f"the image of prompt {prompt.id!r} is not written: {fault}; {way}")
     return drawn.media[0, 0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,30 +31,40 @@ examples:
 The ODE sampler is used, on noise that depends on the prompt and the sample's number only: the same command on two
 checkpoints gives samples that compare. Each is scored by the configured rewards. Of an image model they are .png
 files; of a video model .mp4 files of sample.frames frames, sample.fps a second, each with a contact sheet (.png).
-grid.png shows all of them, index.json has their prompts and rewards."""
+grid.png shows all of them, index.json has their prompts and rewards and says whose they are.
+
+They go to RUN/sampled/ITERATION-WEIGHTS, of a configuration to samples/NAME; where there are samples already, beside them
+(...-2). A folder given by --out has to be empty, so that no two models' samples mix; --overwrite replaces its samples."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="RUN|CONFIG", help="a run folder (trained weights), or a YAML file (the model it starts from)"
+        "source",
+        type=path_argument,
+        metavar="RUN|CONFIG",
+        help="a run folder (trained weights), or a YAML file (the model it starts from)",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="a prompt file (docs/prompts.md; default: the configured eval or training prompts)"
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="a prompt file (docs/prompts.md; default: the configured eval or training prompts)",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
         "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
-    parser.add_argument("--out", default="samples", metavar="DIR", help="folder to write (default: samples)")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="folder to write, empty or new (default: see below)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the samples that are in --out")
     parser.add_argument("--no-rewards", action="store_true", help="do not score the samples (reward models need not be there)")
     parser.epilog = EPILOG
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, score, save."""
+    """Draw, score, save. Exit code 1 where no sample is finite."""
     from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.prompts.files import Prompt, text_id
@@ -91,17 +103,53 @@ def run(arguments: argparse.Namespace) -> int:
     config.prompts.embeddings = "none"
     if arguments.no_rewards:
         config.rewards.models = {}
+    which = "start" if checkpoint is None else arguments.weights or "model"
+    out = _folder(arguments, checkpoint, which)
     plan.check_run(config, families.model_facts(config), ranks=1, training=False)
     plan.warn_of_cut(config, prompts)
-    sheet = draw(config, checkpoint, arguments.weights or "model", prompts, arguments.samples, Path(arguments.out))
+    faults, sheet = draw(config, checkpoint, which, prompts, arguments.samples, out)
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
     what = "pictures" if config.sample.frames == 1 else clips
-    print(f"{len(prompts) * arguments.samples} {what} in {arguments.out}; all of them: {sheet}")
-    return 0
+    found = Counter(fault for fault in faults if fault is not None)
+    print(f"{len(faults) - found.total()} {what} in {out}; all of them: {sheet}")
+    for fault, count in found.items():
+        print(f"{count} of {len(faults)} are invalid and have no file: {fault}")
+    return 0 if found.total() < len(faults) else 1
 
 
-def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path) -> Path:
-    """Load the model, draw and save; returns the grid's path."""
+def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, which: str) -> Path:
+    """Where the samples go: a folder that holds none yet, or whose samples may be replaced.
+
+    Raises:
+        UserError: it cannot be written, or holds something else.
+    """
+    from fastvideo_grpo.disk_room import free_folder, refusal
+    from fastvideo_grpo.tracking.pictures import not_samples
+
+    if arguments.out is None:
+        if arguments.overwrite:
+            raise UserError("--overwrite is about the folder of --out; give it, or leave --overwrite out")
+        source = Path(arguments.source)
+        name = which if checkpoint is None else f"{checkpoint.iteration:06d}-{which}"
+        out = free_folder(source / "sampled" / name if source.is_dir() else Path("samples", source.stem))
+    else:
+        out = Path(arguments.out)
+        found = sorted(out.iterdir()) if out.is_dir() else []
+        if found and not arguments.overwrite:
+            raise UserError(f"--out {out} holds {found[0].name} already; choose another folder, or add --overwrite")
+        others = not_samples(out) if found else []
+        if others:
+            raise UserError(f"--out {out} holds {others[0]}, which is no sample: nothing is overwritten; choose another folder")
+    answer = refusal(out)
+    if answer is not None:
+        raise UserError(f"{out} cannot be written: {answer.reason}; choose another folder with --out")
+    return out
+
+
+def draw(
+    config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: list[Prompt], samples: int, out: Path
+) -> tuple[list[str | None], Path]:
+    """Load the model, draw and save; returns what of each sample is not finite, and the grid's path."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process
@@ -117,5 +165,7 @@ def draw(config: Config, checkpoint: RunCheckpoint | None, which: str, prompts: 
         drawn = sample_fixed(trainer, prompts, samples, "sample")
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
-    save_samples(out, drawn.media, texts, drawn.by_sample(), columns=max(samples, 4), fps=config.sample.fps)
-    return out / "grid.png"
+    model = {"checkpoint": config.model.path if checkpoint is None else str(checkpoint.folder), "weights": which}
+    columns, fps = max(samples, 4), config.sample.fps
+    save_samples(out, drawn.media, texts, drawn.by_sample(), columns, faults=drawn.faults, fps=fps, made_from=model)
+    return drawn.faults, out / "grid.png"

@@ -7,6 +7,7 @@ import os
 import socket
 from typing import Any
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 
@@ -24,7 +25,7 @@ machines that do not trust their network, put it behind a TLS proxy or an SSH tu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help="the reward")
     parser.add_argument("params", metavar="key=value", nargs="*", help="what rewards.models.NAME.params would hold")
-    parser.add_argument("--checkpoint", metavar="PATH", help="its weights, for kinds that have some")
+    parser.add_argument("--checkpoint", type=path_argument, metavar="PATH", help="its weights, for kinds that have some")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     parser.add_argument(
         "--port", type=int, default=8800, help="port to listen on; 0: a free one, which is printed (default: 8800)"
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.rewards import registry
     from fastvideo_grpo.rewards.server import RewardPool, application, is_loopback
 
-    params = parse_params(arguments.params)
+    params = parse_params(arguments.kind, arguments.params)
     for name in ("workers", "max_mib", "timeout"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be above 0")
@@ -90,20 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_params(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` as the configuration reads them: numbers, true, false, null, lists; else text.
+def parse_params(kind: str, pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` as the configuration reads them: numbers, true, false, null, lists; else text, in paths expanded.
 
     Raises:
-        UserError: an entry is not of that form.
+        UserError: an entry is not of that form, or a path cannot be expanded.
     """
-    from omegaconf import OmegaConf
+    from fastvideo_grpo.config import reward_params
 
     for pair in pairs:
         if "=" not in pair:
             raise UserError(f"{pair!r} must be written key=value, for example batch_size=16")
-    params = OmegaConf.to_container(OmegaConf.from_dotlist(pairs))
-    assert isinstance(params, dict)
-    return {str(key): value for key, value in params.items()}
+    return reward_params(kind, pairs)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import os
 import platform
 import shlex
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs
@@ -35,9 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=int, default=BUDGET, metavar="EVALS", help=f"network evaluations of a run (default: {BUDGET})"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes, one run each at a time (default: one a core)")
-    parser.add_argument("--out", default="runs/studies", metavar="DIR", help="runs, results and pages (default: runs/studies)")
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default="runs/studies",
+        metavar="DIR",
+        help="runs, results and pages (default: runs/studies)",
+    )
     parser.add_argument("--list", action="store_true", help="say which studies there are, and run nothing")
-    parser.add_argument("--docs", metavar="FILE", help="write a Markdown page of all results in DIR")
+    parser.add_argument("--docs", type=path_argument, metavar="FILE", help="write a Markdown page of all results in DIR")
     parser.epilog = EPILOG
 
 
@@ -45,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: all runs ended well; 1: some failed, which the pages say, too."""
     if arguments.list:
         for study in STUDIES.values():
-            print(f"{study.name:15} {study.question}  ({', '.join(arm.label for arm in study.arms)})")
+            print(f"{study.name:15} {study.question}\n{'':15} arms: {' | '.join(arm.label for arm in study.arms)}")
         return 0
     studies = chosen(arguments.names)
     for option in ("seeds", "budget", "workers"):
@@ -107,8 +113,7 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
         done += _weight(finished.job)
         left = (time.monotonic() - started) * (total - done) / done
         if finished.error is None:
-            score = finished.result["measures"]["colour_match"]
-            said = f"colour_match {math.nan if score is None else score:.3f}"
+            said = _measured(finished.result)
         else:
             errors[finished.job.folder.name] = f"{finished.error} ({finished.log})"
             said = f"FAILED: {finished.error}; see {finished.log}"
@@ -120,6 +125,15 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
     for study_plan in plans:
         results.save(results.collect(study_plan, errors, made), out / study_plan.study.name / results.RESULTS)
     return len(errors)
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """What a run reached, or why that is not known."""
+    score = result["measures"]["colour_match"]
+    if score is not None:
+        return f"colour_match {score:.3f}"
+    unscored = sum(value is None for value in result["per_prompt"]["colour_match"])
+    return f"colour_match not measured ({result['stopped'] or f'samples of {unscored} prompts could not be scored'})"
 
 
 def _weight(job: Job) -> float:
@@ -172,6 +186,9 @@ def _write_pages(out: Path, docs: str | None) -> None:
     print(f"\n{'':15} verdict")
     for one in found:
         print(f"{one.study.name:15} {one.verdict()}")
+        lacks = [f"{judged.comparison.measure}: {judged.why}" for judged in one.judge() if judged.why]
+        for line in dict.fromkeys([*lacks, *one.not_measured()]):
+            print(f"{'':15} not measured: {line}")
     print(f"\npages  {out / 'index.html'}")
     if docs is not None:
         file = Path(docs)

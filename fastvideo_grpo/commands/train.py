@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-from contextlib import closing
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo import families, launcher, plan
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
 EPILOG = """\
@@ -18,13 +18,16 @@ examples:
   torchrun --nproc-per-node 8 -m fastvideo_grpo.cli train train_scripts/configs/flux_t2i_released.yaml
   fastvideo-grpo train train_scripts/configs/flux_t2i_paper.yaml --dry-run --world-size 32
 
+A text (a prompt, a path, a name) is what stands behind the first =, as it is; rewards.models.NAME=null removes a reward.
 A second start with the same run.dir resumes from its newest whole checkpoint, exactly.
 All keys, their defaults and meaning: docs/configuration.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. run.iterations=10")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="single keys, e.g. run.iterations=10; a text is all behind the ="
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the sizes and what one iteration does"
     )
@@ -38,14 +41,16 @@ def run(arguments: argparse.Namespace) -> int:
     config = configuration.load(arguments.config, arguments.overrides)
     if arguments.world_size is not None and not arguments.dry_run:
         raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
-    ranks = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise configuration.ConfigError(f"--world-size is {arguments.world_size}; it must be at least 1")
+    ranks = arguments.world_size or launcher.world_size()
     facts = families.model_facts(config, published_if_missing=arguments.dry_run)
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
         print(configuration.to_yaml(config))
-        print(plan.describe(config, facts, ranks))
+        print(runnable(plan.describe(config, facts, ranks)))
         return 0
-    plan.warn(config)
+    plan.warn(config, facts)
     plan.warn_of_memory(config, facts, ranks)
     return 0 if train(config, stop) else EXIT_STOPPED
 
@@ -54,13 +59,20 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.tracking.console import Console
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
-    with closing(load_trainer(config, world)) as trainer:
+    done = plan.iterations_done(config, world)
+    if done is not None:
+        Console(quiet=world.rank != 0).say(plan.all_done(config, done))
+        world.leave()
+        return True
+    world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
+    with load_trainer(config, world) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)
     world.leave()

@@ -113,6 +113,10 @@ class Engine(Protocol):
         """
         ...
 
+    def weights_are_finite(self) -> bool:
+        """Whether all trainable weights are, the same answer on every rank. All ranks call it."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Trainable weights, whole, as float32 CPU tensors, on every rank. All ranks call it."""
         ...
@@ -294,6 +298,9 @@ class AdamWEngine(ABC):
         if share is not None and piece is not None:
             whole[share[0] : share[0] + share[1]] = piece.detach().to(whole.device)
         return self.world.all_reduce_sum_in_place(whole).view(shape)
+
+    def weights_are_finite(self) -> bool:
+        return self.world.all_true(all(bool(piece.isfinite().all()) for _, piece in self._local_weights()))
 
     def state_dict(self) -> dict[str, Tensor]:
         self._refuse_inside_ema("state_dict")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class LoRALinear(nn.Module):
     adapted layer equals the original one.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, draw: torch.Generator) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float, draws: np.random.Generator) -> None:
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor)
@@ -32,7 +33,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.enabled = True
         bound = in_features**-0.5
-        initial = (2 * torch.rand(rank, in_features, generator=draw) - 1) * bound
+        initial = (2 * torch.from_numpy(draws.random((rank, in_features), dtype=np.float32)) - 1) * bound
         self.lora_A = nn.Parameter(initial.to(weight))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank).to(weight))
 

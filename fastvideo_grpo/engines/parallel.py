@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastvideo_grpo import launcher
 from fastvideo_grpo.errors import UserError
 
 # torch can make a gloo group only once per run on every rank; World.current() may be called from several places.
@@ -81,23 +82,19 @@ class World:
 
         Raises:
             ValueError: `sequence_parallel` does not divide the number of processes.
-            RuntimeError: torchrun's environment is incomplete, or cuda was asked for and is not there.
+            RuntimeError: cuda was asked for and is not there.
+            UserError: torchrun's environment is incomplete or damaged.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("device is 'cuda', but torch sees no GPU; use device 'cpu' or a machine with a GPU")
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = launcher.number("LOCAL_RANK", 0)
         place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
         if not (dist.is_available() and dist.is_initialized()):
+            launcher.check(complete=True)
             if "WORLD_SIZE" not in os.environ:
                 return cls(device=place, sequence_parallel=sequence_parallel)
-            missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-            if missing:
-                raise RuntimeError(
-                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but {', '.join(missing)} is not: "
-                    "start the command with torchrun, or unset WORLD_SIZE to run one process"
-                )
             if device == "cuda":
                 torch.cuda.set_device(place)
             backend = "nccl" if device == "cuda" else "gloo"

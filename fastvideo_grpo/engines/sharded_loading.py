@@ -1,6 +1,6 @@
-"""Weights from safetensors files straight into ZeRO-3 partitions: no process ever holds a whole model.
+"""Weights from a checkpoint's files straight into ZeRO-3 partitions: no process ever holds a whole model.
 
-    CheckpointReader     the tensors of a folder of safetensors files, one at a time
+    CheckpointReader     the tensors of a component's weight files, one at a time
     FusedWeights         the same under a module's names, where one parameter is several tensors of the files
     load_partitioned     a module on the meta device -> DeepSpeed's partitioned parameters
 
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +26,8 @@ from torch import Tensor, nn
 from fastvideo_grpo.engines.deepspeed import deepspeed_config, import_deepspeed, with_process_group
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.model_files.headers import mapped_tensors, read_entries
+from fastvideo_grpo.model_files.selection import Selection, WeightFilesError, select
 from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -35,27 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FILE_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-# What diffusers and transformers call their files, without `.safetensors` and `.safetensors.index.json`.
-_STEMS = ("diffusion_pytorch_model", "model")
 _STAGING_BYTES = 8 * 2**20
-
-
-class WeightFilesError(UserError):
-    """Weight files are missing, damaged, or not those of the model."""
 
 
 class WeightSource(Protocol):
@@ -75,42 +55,24 @@ class CheckpointReader:
     """The tensors of one component of a checkpoint, read one at a time. Opening reads the files' headers only.
 
     Args:
-        path: a safetensors file, or a folder: with `diffusion_pytorch_model.safetensors.index.json` the files that it
-            names, else `diffusion_pytorch_model.safetensors`, else the same with `model`, else all safetensors files.
+        path: a component's folder, of which :func:`~fastvideo_grpo.model_files.selection.select` says what is read, or a file.
 
     Attributes:
         shapes: name -> shape, in the order of the files.
         dtypes: name -> dtype in the file.
 
     Raises:
-        WeightFilesError: no file, one that cannot be read or is cut short, a tensor that the index promises and the file
-            lacks, or one that is in two files.
+        WeightFilesError: no file, one that cannot be read or is cut short, or a tensor that the index promises and the file
+            lacks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
+        selection = select(self.path) if self.path.is_dir() else Selection(self.path.parent, None, (self.path,), None, ())
+        self._entries = read_entries(selection)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
         self._staging: Tensor | None = None
-        files, promised = _files(self.path)
-        for file in files:
-            for name, (dtype, shape, start) in _header(file).items():
-                if promised is not None and promised.get(name) != file:
-                    continue
-                if name in self._places:
-                    raise WeightFilesError(
-                        f"{name} is in {self._places[name][0]} and in {file}; leave one variant of the weights in the folder, "
-                        "or give the file itself"
-                    )
-                self.shapes[name], self.dtypes[name], self._places[name] = shape, dtype, (file, start)
-        lost = [name for name in promised or () if name not in self._places]
-        if lost:
-            assert promised is not None
-            raise WeightFilesError(
-                f"{self.path}: the index promises {lost[0]} in {promised[lost[0]].name}, which has no such tensor "
-                f"({len(lost)} of this kind); download the checkpoint again"
-            )
 
     def read(self, name: str) -> Tensor:
         """One whole tensor on the CPU, in the file's dtype.
@@ -136,8 +98,10 @@ class CheckpointReader:
             raise ValueError(
                 f"{name} has shape {self.shapes[name]}; `out` must be contiguous and of that shape, not {tuple(out.shape)}"
             )
-        dtype = self.dtypes[name]
-        path, start = self._places[name]
+        dtype, _, path, start = self._entries[name]
+        if start is None:
+            out.copy_(mapped_tensors(path)[name])
+            return
         flat = out.detach().view(-1)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -159,7 +123,7 @@ class CheckpointReader:
             raise WeightFilesError(f"{path} cannot be read ({failure.strerror or failure})") from failure
 
     def _check(self, name: str) -> None:
-        if name not in self._places:
+        if name not in self._entries:
             raise WeightFilesError(f"{self.path} has no tensor {name}; it has, for example, {', '.join(list(self.shapes)[:5])}")
 
 
@@ -390,57 +354,6 @@ def _agree(world: World, failure: Exception | None) -> None:
     )
     if message is not None:
         raise WeightFilesError(message) from failure
-
-
-def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The safetensors files of a checkpoint and, with an index, where it says each tensor is."""
-    if path.is_file():
-        return [path], None
-    for stem in _STEMS:
-        index = path / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            try:
-                promised = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as failure:
-                raise WeightFilesError(f"{index} is not an index of safetensors files ({failure!r})") from failure
-            return sorted(set(promised.values())), promised
-        if (path / f"{stem}.safetensors").is_file():
-            return [path / f"{stem}.safetensors"], None
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise WeightFilesError(f"{path} holds no safetensors file; give a component's folder, such as CHECKPOINT/transformer")
-    return files, None
-
-
-def _header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """name -> (dtype, shape, first byte in the file) of a safetensors file."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 0 < length <= size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        entries = {}
-        end = 8 + length
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            dtype, shape = _FILE_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-            if dtype is None:
-                raise ValueError(f"{name} has dtype {entry['dtype']}; known are {', '.join(_FILE_DTYPES)}")
-            if last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {last - first} bytes, not those of {dtype} {shape}")
-            entries[name] = (dtype, shape, 8 + length + first)
-            end = max(end, 8 + length + last)
-        if end > size:
-            raise ValueError(f"it has {size} bytes of {end}")
-    except OSError as failure:
-        raise WeightFilesError(f"{path} cannot be read ({failure.strerror or failure})") from failure
-    except (ValueError, KeyError, TypeError, AttributeError) as failure:
-        raise WeightFilesError(f"{path} is no whole safetensors file: {failure}; download or copy it again") from failure
-    return entries
 
 
 def _read_exactly(file: io.RawIOBase | Any, out: Tensor) -> None:

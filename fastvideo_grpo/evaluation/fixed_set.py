@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FixedSamples:
     """``scores`` name -> float32 ``[prompts x samples]``, prompt by prompt, NaN if invalid; ``media`` uint8 ``[prompts x
-    samples, F, H, W, 3]``, on rank 0 alone and where they were asked for.
+    samples, F, H, W, 3]``, on rank 0 alone and where they were asked for; ``faults``: of each sample what of it is not finite
+    (it is black, and has no scores), or None.
     """
 
     prompts: list[Prompt]
     samples: int
     media: Tensor | None
     scores: dict[str, Tensor]
+    faults: list[str | None]
 
     def by_sample(self) -> list[dict[str, float | None]]:
         """Of each sample: name -> score, None if invalid (JSON knows no NaN)."""
@@ -39,11 +41,11 @@ class FixedSamples:
         ]
 
     def summary(self) -> dict[str, float]:
-        """``NAME/mean`` and ``NAME/stderr`` of each reward.
+        """``NAME/mean`` and ``NAME/stderr`` of each reward, and ``not_finite``, the samples that are left out of them.
 
         The standard error is that of the mean over prompts (samples of one prompt are not independent).
         """
-        result = {}
+        result: dict[str, float] = {"not_finite": sum(fault is not None for fault in self.faults)}
         for name, scores in self.scores.items():
             per_prompt = scores.view(len(self.prompts), self.samples).double().nanmean(1)
             per_prompt = per_prompt[per_prompt.isfinite()]
@@ -65,7 +67,7 @@ def sample_fixed(
     world, size = trainer.world, trainer.config.engine.micro_batch_size
     jobs = [(p, start) for p in range(len(prompts)) for start in range(0, samples, size)]
     rounds = -(-len(jobs) // world.data_size)
-    scored_parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    parts: dict[tuple[int, int], tuple[dict[str, Tensor], list[str | None]]] = {}
     media: dict[Hashable, Tensor] = {}
     if trainer.config.rewards.models:
         trainer.begin_scoring()
@@ -81,19 +83,23 @@ def sample_fixed(
         drawn = trainer.draw(prompts[p], keys, deterministic=True)
         if drawn.media is None:
             continue  # the leader of this sequence-parallel group has the same samples
-        scores = {}
+        scores, faults = {}, drawn.faults()
         if trainer.config.rewards.models:
             scored = trainer.score(prompts[p], drawn.media)
-            scores = {n: torch.where(scored.valid[n] & drawn.finite, scored.scores[n], torch.nan) for n in scored.scores}
-        scored_parts[p, start] = scores
+            sound = torch.tensor([fault is None for fault in faults])
+            scores = {n: torch.where(scored.valid[n] & sound, scored.scores[n], torch.nan) for n in scored.scores}
+        if (p, start) not in parts:
+            trainer.note_faults(faults)
+        parts[p, start] = scores, faults
         if keep_media:
             media[p, start] = drawn.media
-    gathered: dict[tuple[int, int], dict[str, Tensor]] = {}
-    for part in world.all_gather_object(scored_parts):
+    gathered: dict[tuple[int, int], tuple[dict[str, Tensor], list[str | None]]] = {}
+    for part in world.all_gather_object(parts):
         gathered.update(part)
-    scores = {name: torch.cat([gathered[job][name] for job in jobs]) for name in gathered[jobs[0]]}
+    scores = {name: torch.cat([gathered[job][0][name] for job in jobs]) for name in gathered[jobs[0]][0]}
+    faults = [fault for job in jobs for fault in gathered[job][1]]
     if keep_media:
         leaders: dict[Hashable, int] = {job: turn % world.data_size * world.sequence_parallel for turn, job in enumerate(jobs)}
         media = world.exchange(media, [jobs if rank == 0 else [] for rank in range(world.size)], leaders)
     whole = torch.cat([media[job] for job in jobs]) if keep_media and world.rank == 0 else None
-    return FixedSamples(list(prompts), samples, whole, scores)
+    return FixedSamples(list(prompts), samples, whole, scores, faults)

@@ -81,6 +81,12 @@ class Dealing:
     def _update_per_group(self) -> int:
         return -(-self.slots // self.micro_batch_size)
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether more samples that share a row of their micro-batches may be chosen than an update has micro-batches, so that
+        some are trained on in another row than they were drawn in."""
+        return min(self.slots, self._rollout_per_group) > self._update_per_group
+
     def groups_of(self, update: int) -> range:
         """The groups that make up one update."""
         size = self.prompts // self.updates

@@ -53,15 +53,50 @@ MicroBatch = list[Row]
 
 
 def regroup(members: list[int], slots: int, micro_batch_size: int) -> list[MicroBatch]:
-    """Rows of one group, in the order of ``members``, in micro-batches of the rollout's shape:
-    ``ceil(slots / micro_batch_size)`` of them, always.
+    """Rows of one group in micro-batches of the rollout's shape: ``ceil(slots / micro_batch_size)`` of them, always.
 
     The batch shape must be the rollout's (log-probs differ by 2e-7 between batch shapes), and the count must not depend on
     how many samples were masked (every rank runs the same number of forwards), so missing rows repeat a member with
     weight 0.
+
+    Each member has the row that it had in the rollout (``member % micro_batch_size``), in the micro-batch that it had if that
+    is one of these: kernels may round differently in another row. Only those of which more share a row than there are
+    micro-batches stand elsewhere (:attr:`~fastvideo_grpo.grpo.dealing.Dealing.moves_rows` says whether that can be).
     """
-    count = -(-slots // micro_batch_size)
-    rows = [Row(member, 1.0) for member in members[:slots]]
-    filler = members[0] if members else 0
-    rows += [Row(filler, 0.0)] * (count * micro_batch_size - len(rows))
-    return [rows[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+    batches: list[list[Row | None]] = _empty(slots, micro_batch_size)
+    moved = []
+    for member in sorted(members[:slots]):
+        own, row = divmod(member, micro_batch_size)
+        free = [k for k, batch in enumerate(batches) if batch[row] is None]
+        if free:
+            batches[own if own in free else free[0]][row] = Row(member, 1.0)
+        else:
+            moved.append(member)
+    for member in moved:
+        batch = next(batch for batch in batches if None in batch)
+        batch[batch.index(None)] = Row(member, 1.0)
+    return _filled(batches, members)
+
+
+def regroup_pairs(members: list[int], slots: int, micro_batch_size: int) -> list[MicroBatch]:
+    """Like :func:`regroup`, with the two of each pair beside each other, in the order of ``members``
+    (``[winner, loser, ...]``)."""
+    batches: list[list[Row | None]] = _empty(slots, micro_batch_size)
+    for at, member in enumerate(members[:slots]):
+        batches[at // micro_batch_size][at % micro_batch_size] = Row(member, 1.0)
+    return _filled(batches, members)
+
+
+def _empty(slots: int, micro_batch_size: int) -> list[list[Row | None]]:
+    return [[None] * micro_batch_size for _ in range(-(-slots // micro_batch_size))]
+
+
+def _filled(batches: list[list[Row | None]], members: list[int]) -> list[MicroBatch]:
+    """With a member of the same micro-batch in rows that are missing, or of another one where it has none: its trajectory is
+    there already."""
+    some = members[0] if members else 0
+    filled = []
+    for batch in batches:
+        filler = Row(next((row.member for row in batch if row is not None), some), 0.0)
+        filled.append([filler if row is None else row for row in batch])
+    return filled

@@ -53,6 +53,6 @@ def choose(keys: list[SampleKey], steps: int, strategy: str, fraction: float, pe
     if strategy == "late":
         earliest = trainable - _ceil(fraction * trainable)
         drawn = [key.generator("timesteps", shared=per == "group") for key in keys]
-        return torch.stack([torch.randint(earliest, trainable, (1,), generator=generator) for generator in drawn])
-    rows = [torch.randperm(trainable, generator=key.generator("timesteps", shared=per == "group"))[:n] for key in keys]
+        return torch.stack([torch.from_numpy(draws.integers(earliest, trainable, (1,))) for draws in drawn])
+    rows = [torch.from_numpy(key.generator("timesteps", shared=per == "group").permutation(trainable)[:n]) for key in keys]
     return torch.stack(rows)

@@ -12,17 +12,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.durable_files import write_atomic
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.model_files.selection import unread
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
 
@@ -32,7 +35,9 @@ Conditioning = dict[str, Tensor]
 PROMPTS_PER_SHARD = 64
 _SAMPLED_BLOCKS = 64
 _BLOCK = 4096
-_LOADED_FROM = (".safetensors", ".bin", ".json", ".txt", ".model")
+_WEIGHTS = (".safetensors", ".bin")
+_LOADED_FROM = (*_WEIGHTS, ".json", ".model")
+_VOCABULARIES = ("merges.txt", "vocab.txt")
 
 
 def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict[str, Any]) -> str:
@@ -43,16 +48,20 @@ def encoder_identity(checkpoint: Path, components: Sequence[str], settings: dict
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for component in components:
-        # What is loaded from; a download leaves folders of its own there, people their notes.
-        for path in sorted(p for p in (checkpoint / component).glob("*") if p.suffix in _LOADED_FROM and p.is_file()):
+        folder = checkpoint / component
+        # What is loaded from; a download leaves folders of its own there, people their notes and other variants.
+        left_out = unread(folder) if folder.is_dir() else ()
+        loaded = (p for p in folder.glob("*") if p.suffix in _LOADED_FROM or p.name in _VOCABULARIES)
+        for path in sorted(p for p in loaded if p.name not in left_out and p.is_file()):
             size = path.stat().st_size
             digest.update(f"{component}/{path.name}:{size}".encode())
             with path.open("rb") as file:
-                if path.suffix != ".safetensors":
+                if path.suffix not in _WEIGHTS:
                     digest.update(file.read())
                     continue
-                header = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(header))
+                if path.suffix == ".safetensors":
+                    header = int.from_bytes(file.read(8), "little")
+                    digest.update(file.read(min(header, size)))
                 for block in range(_SAMPLED_BLOCKS):
                     file.seek(size * block // _SAMPLED_BLOCKS)
                     digest.update(file.read(_BLOCK))
@@ -91,7 +100,8 @@ class EmbeddingCache:
     def _scan(self) -> None:
         for left in self.folder.glob(".*.saving-*"):  # of a killed run; younger ones may be another run's work
             if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+                with suppress(OSError):  # others' cache that may be read only
+                    left.unlink()
         index = self.folder / "index.json"
         listed = json.loads(index.read_text())["prompts"] if index.is_file() else {}
         present = {path.name for path in self.folder.glob("*.safetensors")}
@@ -103,6 +113,20 @@ class EmbeddingCache:
     def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that have no embedding yet, each once."""
         return list({_key(p): p for p in prompts if _key(p) not in self._shard_of}.values())
+
+    def check_writable(self) -> None:
+        """Before encoders are loaded to fill it.
+
+        Raises:
+            EmbeddingCacheError: on every rank, if rank 0 cannot write there.
+        """
+        answer = self.world.broadcast_object(refusal(self.folder) if self.world.rank == 0 else None)
+        if answer is not None:
+            raise EmbeddingCacheError(
+                f"prompts.embeddings={self.folder.parent} cannot be written: {answer.reason}; "
+                f"{'free space there' if answer.full else 'repair it'}, choose another folder, or set it to none to encode "
+                "prompts as they come"
+            )
 
     def fill(
         self,
@@ -140,7 +164,7 @@ class EmbeddingCache:
         error = None
         try:
             self._encode_share(mine, encode, progress)
-        except OSError as failure:  # every rank has to hear of it, or the others wait for this one
+        except (OSError, SafetensorError) as failure:  # every rank has to hear of it, or the others wait for this one
             error = f"prompts.embeddings: rank {self.world.rank} cannot write to {self.folder}: {failure}"
         errors = [text for text in self.world.all_gather_object(error) if text is not None]
         if errors:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fastvideo_grpo.sampling.noise import generator
 
 
@@ -15,7 +13,7 @@ class PromptOrder:
         self.seed = seed
 
     def _epoch(self, epoch: int) -> list[int]:
-        return torch.randperm(self.count, generator=generator("prompt order", self.seed, epoch)).tolist()
+        return [int(i) for i in generator("prompt order", self.seed, epoch).permutation(self.count)]
 
     def draw(self, iteration: int, prompts: int) -> list[int]:
         """Indices of the ``prompts`` prompts of an iteration; epochs follow each other without a gap."""

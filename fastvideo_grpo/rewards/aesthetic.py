@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards import frames as frame_choice
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clip_backend import ClipBackend, ClipReward, Precision, check_batch_size, matrix_dtype
@@ -23,10 +24,7 @@ _GET_HEAD = (
     "the head is sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor "
     "(or the older sa_0_4_vit_l_14_linear.pth of github.com/LAION-AI/aesthetic-predictor)"
 )
-_GET_CLIP = (
-    "the CLIP is openai/clip-vit-large-patch14 on Hugging Face: "
-    "hf download openai/clip-vit-large-patch14 --local-dir checkpoints/clip-vit-large-patch14"
-)
+_GET_CLIP = f"the CLIP is openai/clip-vit-large-patch14 on Hugging Face: {downloads.CLIP_VIT_L.advice()}"
 
 
 @register("aesthetic")
@@ -49,6 +47,7 @@ class Aesthetic(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("aesthetic",)
+    paths: tuple[str, ...] = ("clip",)
 
     def __init__(
         self,

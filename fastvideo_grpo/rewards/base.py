@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,6 +14,9 @@ MediaKind = Literal["image", "video", "any"]
 @dataclass
 class RewardRequest:
     """Samples to be scored.
+
+    What a reward is given is its own, a copy for each attempt: it may work in place on the media and change the lists and the
+    metadata, and it may keep them. Neither other rewards, nor a second attempt, nor the saved pictures see what it did to them.
 
     Args:
         prompts: B strings, the prompt each sample was drawn for.
@@ -51,6 +55,11 @@ class RewardRequest:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def copy(self) -> RewardRequest:
+        """The same request, of which nothing is shared; samples of one prompt, whose metadata may be one dict, get one each."""
+        media = self.media.detach().clone(memory_format=torch.contiguous_format)
+        return RewardRequest(list(self.prompts), media, self.fps, [copy.deepcopy(entry) for entry in self.metadata])
+
 
 @dataclass
 class RewardResult:
@@ -70,7 +79,8 @@ class RewardResult:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A reward model. It may raise: ``RewardSet`` then masks its samples and says which reward failed and why.
+    """A reward model. It may raise what it likes, SystemExit too: ``RewardSet`` then masks its samples and says which reward
+    failed and why.
 
     Attributes:
         outputs: names of its scores.
@@ -108,7 +118,7 @@ class DifferentiableReward(Protocol):
 
         Args:
             pixels: float ``[B, F, H, W, 3]``, RGB in 0..1, with gradients; on the device that the reward was moved to.
-            prompts, metadata: B each, as in :class:`RewardRequest`.
+            prompts, metadata: B each, as in :class:`RewardRequest`. All three are the reward's own.
 
         Returns:
             for each of the reward's outputs floating ``[B]``, differentiable in ``pixels``; NaN where a sample cannot be

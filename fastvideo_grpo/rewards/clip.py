@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards import frames as frame_choice
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clip_backend import (
@@ -25,10 +26,7 @@ from fastvideo_grpo.rewards.clip_backend import (
 from fastvideo_grpo.rewards.clip_folders import ClipFolder
 from fastvideo_grpo.rewards.registry import register
 
-_GET_CHECKPOINT = (
-    "the paper's is apple/DFN5B-CLIP-ViT-H-14-378 on Hugging Face: "
-    "hf download apple/DFN5B-CLIP-ViT-H-14-378 --local-dir checkpoints/DFN5B-CLIP-ViT-H-14-378"
-)
+_GET_CHECKPOINT = f"the paper's is apple/DFN5B-CLIP-ViT-H-14-378 on Hugging Face: {downloads.DFN5B.advice()}"
 
 
 @register("clip")
@@ -48,6 +46,7 @@ class Clip(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("clip",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

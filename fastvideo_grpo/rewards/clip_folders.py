@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.rewards.clip_backend import clean_prompt, frozen_clip
 from fastvideo_grpo.rewards.open_clip_weights import Heads, clip_model
 from fastvideo_grpo.rewards.preprocessing import Preprocessing, open_clip_preprocessing, transformers_preprocessing
-from fastvideo_grpo.rewards.weight_files import describe, find_weights, naming, read_json, read_weights, some
+from fastvideo_grpo.rewards.weight_files import (
+    OPEN_CLIP,
+    OPEN_CLIP_STEMS,
+    STEMS,
+    describe,
+    find_weights,
+    naming,
+    read_weights,
+    some,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-_OPEN_CLIP = "open_clip_config.json"
-_OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
-_STEMS = ("model", "pytorch_model")
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second as transformers 5 saves it
 
 # What the tensors or the code below speak for. Any other key describes a model that `CLIPModel` is not, unless it is off.
@@ -62,12 +69,12 @@ class ClipFolder:
         if not folder.is_dir():
             found = "is a file; set it to the folder that the checkpoint's files are in" if folder.is_file() else "is not there"
             raise FileNotFoundError(f"{kind}: the folder {folder} {found}; {advice}")
-        own = find_weights(folder, _OPEN_CLIP_STEMS)
-        if (folder / _OPEN_CLIP).is_file() and own:
-            self.layout, self.weights, config = "open_clip", own, folder / _OPEN_CLIP
+        own = find_weights(folder, OPEN_CLIP_STEMS)
+        if (folder / OPEN_CLIP).is_file() and own:
+            self.layout, self.weights, config = "open_clip", own, folder / OPEN_CLIP
         else:
             self.layout, config = "transformers", folder / "config.json"
-            found_weights = find_weights(folder, _STEMS)
+            found_weights = find_weights(folder, STEMS)
             if not config.is_file() or not found_weights:
                 raise FileNotFoundError(f"{kind}: {self._missing()}; {advice}")
             self.weights = found_weights
@@ -107,7 +114,7 @@ class ClipFolder:
         Raises FileNotFoundError without it.
         """
         if self.layout == "open_clip":
-            with naming(self.kind, self.folder / _OPEN_CLIP, self.advice):
+            with naming(self.kind, self.folder / OPEN_CLIP, self.advice):
                 return open_clip_preprocessing(self.config.get("preprocess_cfg") or {}, self.image_size)
         path = next((self.folder / name for name in _PREPROCESSORS if (self.folder / name).is_file()), None)
         if path:
@@ -124,7 +131,7 @@ class ClipFolder:
         names = sorted(path.name for path in self.folder.iterdir())
         found = f"found {some(names, 5)}" if names else "it is empty"
         return (
-            f"{self.folder} holds no CLIP: expected {_OPEN_CLIP} with {_OPEN_CLIP_STEMS[1]}.bin or {_OPEN_CLIP_STEMS[0]}"
+            f"{self.folder} holds no CLIP: expected {OPEN_CLIP} with {OPEN_CLIP_STEMS[1]}.bin or {OPEN_CLIP_STEMS[0]}"
             f".safetensors (open_clip), or config.json with model.safetensors or pytorch_model.bin (transformers); {found}"
         )
 
@@ -149,7 +156,7 @@ def _open_clip_model(config: Mapping[str, Any], weights: Mapping[str, torch.Tens
     found = model.config.vision_config.image_size
     if found != vision.get("image_size", 224):
         raise ValueError(
-            f"the weights are for pictures of {found}x{found} pixels, {_OPEN_CLIP} says {vision.get('image_size', 224)}"
+            f"the weights are for pictures of {found}x{found} pixels, {OPEN_CLIP} says {vision.get('image_size', 224)}"
         )
     return model
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastvideo_grpo import downloads
+from fastvideo_grpo.model_files.torch_files import read_torch
 from fastvideo_grpo.rewards import frames as frame_choice
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clip_backend import (
@@ -28,12 +30,10 @@ from fastvideo_grpo.rewards.clip_backend import (
 from fastvideo_grpo.rewards.open_clip_weights import clip_model
 from fastvideo_grpo.rewards.preprocessing import HPSPreprocessing
 from fastvideo_grpo.rewards.registry import register
-from fastvideo_grpo.rewards.weight_files import describe, holds_tensors, naming, read_torch
+from fastvideo_grpo.rewards.weight_files import describe, holds_tensors, naming
 
 _FILE = "HPS_v2.1_compressed.pt"
-_GET_CHECKPOINT = (
-    f"the weights are {_FILE} of xswu/HPSv2 on Hugging Face: hf download xswu/HPSv2 {_FILE} --local-dir checkpoints"
-)
+_GET_CHECKPOINT = f"the weights are {_FILE} of xswu/HPSv2 on Hugging Face: {downloads.HPS_V2_1.advice()}"
 
 
 @register("hps")
@@ -52,6 +52,7 @@ class HPS(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("hps",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

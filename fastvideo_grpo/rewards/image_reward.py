@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards import frames as frame_choice
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clip_backend import check_batch_size
@@ -27,14 +28,8 @@ from fastvideo_grpo.rewards.weight_files import checked, naming, read_weights
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
-_GET_CHECKPOINT = (
-    "the weights are ImageReward.pt of THUDM/ImageReward on Hugging Face: "
-    "hf download THUDM/ImageReward ImageReward.pt --local-dir checkpoints"
-)
-_GET_TOKENIZER = (
-    "set it to a folder with the vocab.txt of bert-base-uncased: "
-    "hf download google-bert/bert-base-uncased vocab.txt --local-dir checkpoints/bert-base-uncased"
-)
+_GET_CHECKPOINT = f"the weights are ImageReward.pt of THUDM/ImageReward on Hugging Face: {downloads.IMAGE_REWARD.advice()}"
+_GET_TOKENIZER = f"set it to a folder with the vocab.txt of bert-base-uncased: {downloads.BERT_VOCABULARY.advice()}"
 
 # Of the head's numbers on the paper's validation prompts; published with the code.
 SCORE_MEAN = 0.16717362830052426
@@ -81,6 +76,7 @@ class ImageReward:
     """
 
     outputs: tuple[str, ...] = ("image_reward",)
+    paths: tuple[str, ...] = ("tokenizer",)
     media_kind: MediaKind = "any"
 
     def __init__(self, *, checkpoint: str, tokenizer: str, batch_size: int = 8, frames: str = frame_choice.DEFAULT) -> None:

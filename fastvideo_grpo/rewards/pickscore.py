@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards import frames as frame_choice
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clip import folder_backend
 from fastvideo_grpo.rewards.clip_backend import ClipReward, Precision
 from fastvideo_grpo.rewards.registry import register
 
-_GET_CHECKPOINT = (
-    "the weights are yuvalkirstain/PickScore_v1 on Hugging Face: "
-    "hf download yuvalkirstain/PickScore_v1 --local-dir checkpoints/PickScore_v1"
-)
+_GET_CHECKPOINT = f"the weights are yuvalkirstain/PickScore_v1 on Hugging Face: {downloads.PICKSCORE.advice()}"
 
 
 @register("pickscore")
@@ -39,6 +37,7 @@ class PickScore(ClipReward):
     """
 
     outputs: tuple[str, ...] = ("pickscore",)
+    paths: tuple[str, ...] = ("tokenizer",)
 
     def __init__(
         self,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from fastvideo_grpo.errors import UserError, one_line
 from fastvideo_grpo.rewards import registry
 from fastvideo_grpo.rewards.base import Reward
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
 from fastvideo_grpo.rewards.inline import InlineReward
 from fastvideo_grpo.rewards.process import ProcessReward, find_python
+from fastvideo_grpo.rewards.process_settings import process_settings_kept
+
+logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("inline", "process", "http")
 # Keys of an entry of rewards.models that only some placements have.
@@ -66,16 +71,38 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
     return known if isinstance(known, tuple) else None
 
 
-def check_here(model: str, entry: Any) -> None:
+def check_here(model: str, entry: Any, frames: int) -> None:
     """Raise ValueError, naming the entry, where what a checked entry needs beside its files is not there: the other
-    environment's interpreter, the server."""
+    environment's interpreter, the server, which has to look at media of ``frames`` frames."""
     try:
         if get(entry, "python"):
             find_python(get(entry, "python"))
-        if get(entry, "placement") == "http":
-            _http(entry, timeout_s=60.0).close()
+        if get(entry, "placement") != "http":
+            return
+        served = _http(entry, timeout_s=60.0)
+        served.close()
     except ValueError as error:
         raise ValueError(f"rewards.models.{model}: {error}") from error
+    check_media(model, served.media_kind, frames)
+
+
+def check_kind_of_media(model: str, entry: Any, frames: int) -> None:
+    """Raise ValueError where the class of a checked entry's kind says that it cannot look at media of ``frames`` frames. Of a
+    kind that is known elsewhere only (``python``, a server), nothing is known."""
+    if get(entry, "python") or get(entry, "placement") == "http":
+        return
+    media_kind = getattr(registry.REWARDS[get(entry, "kind")], "media_kind", None)
+    if isinstance(media_kind, str):
+        check_media(model, media_kind, frames)
+
+
+def check_media(model: str, media_kind: str, frames: int) -> None:
+    """Raise ValueError where a reward that looks at ``media_kind`` cannot look at media of ``frames`` frames."""
+    if {"image": frames > 1, "video": frames == 1}.get(media_kind, False):
+        raise ValueError(
+            f"rewards.models.{model} scores {media_kind}s, but the model makes {frames} frame(s) (sample.frames); use a reward "
+            f"for {'images' if frames == 1 else 'videos'}"
+        )
 
 
 def _http(entry: Any, timeout_s: float) -> HttpReward:
@@ -92,18 +119,28 @@ def place(model: str, entry: Any, *, device: torch.device, offload_idle: bool, t
         timeout_s: seconds for a request.
 
     Raises:
-        ValueError: naming the entry, and what the reward itself raises.
+        ValueError: naming the entry, whatever went wrong; what is no error for the user is logged with its traceback.
     """
+    try:
+        return _place(entry, device=device, offload_idle=offload_idle, timeout_s=timeout_s)
+    except (ValueError, UserError, OSError, ImportError) as error:  # what rewards raise for the user
+        raise ValueError(f"rewards.models.{model}: {error}") from error
+    except KeyboardInterrupt:  # this is the main thread: it may be Ctrl-C
+        raise
+    except BaseException as error:  # sys.exit too
+        logger.error("rewards.models.%s could not be made", model, exc_info=error)
+        raise ValueError(f"rewards.models.{model} could not be made: {one_line(error)}") from error
+
+
+def _place(entry: Any, *, device: torch.device, offload_idle: bool, timeout_s: float) -> Reward:
     kind, placement = get(entry, "kind"), get(entry, "placement") or "inline"
     made = {"checkpoint": get(entry, "checkpoint"), "params": get(entry, "params")}
     if placement == "inline":
-        reward = registry.create(kind, **made)
-        return InlineReward(reward, timeout_s=timeout_s, device=device, offload_idle=offload_idle)
-    try:
-        if placement == "process":
-            place_at = get(entry, "device") or device
-            return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
-        # The client's limit is for each sign of the server; one that drips its answer needs a limit on the whole.
-        return InlineReward(_http(entry, timeout_s), timeout_s=1.1 * timeout_s + 1)
-    except ValueError as error:
-        raise ValueError(f"rewards.models.{model}: {error}") from error
+        with process_settings_kept():
+            reward = registry.create(kind, **made)
+            return InlineReward(reward, timeout_s=timeout_s, device=device, offload_idle=offload_idle)
+    if placement == "process":
+        place_at = get(entry, "device") or device
+        return ProcessReward(kind, **made, python=get(entry, "python"), device=place_at, timeout_s=timeout_s)
+    # The client's limit is for each sign of the server; one that drips its answer needs a limit on the whole.
+    return InlineReward(_http(entry, timeout_s), timeout_s=1.1 * timeout_s + 1)

@@ -6,10 +6,10 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastvideo_grpo.extensions import Registry, nearest, not_callable
-from fastvideo_grpo.rewards.base import DifferentiableReward, Reward
+from fastvideo_grpo.rewards.base import DifferentiableReward, MediaKind, Reward
 
 Factory = Callable[..., Reward]
 F = TypeVar("F", bound=Factory)
@@ -92,10 +92,34 @@ def _has_gradient(factory: Factory) -> bool:
     return isinstance(factory, type) and issubclass(factory, DifferentiableReward)
 
 
+def paths(kind: Any) -> frozenset[str]:
+    """The parameters of rewards of `kind` that are files or folders, which its class (or function) names in an attribute
+    `paths`: in these `~` and variables are expanded. None of a kind that is not known here."""
+    try:
+        return frozenset(getattr(REWARDS[kind], "paths", ()))
+    except ValueError:  # told with all other wrong values; or it is known in another environment only
+        return frozenset()
+
+
 def create(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any] | None = None) -> Reward:
-    """Make a reward of `kind`. Raises what `check` raises before anything is loaded, and what the reward raises."""
+    """Make a reward of `kind`.
+
+    Raises what `check` raises before anything is loaded, what the reward raises, and ValueError for what is no reward.
+    """
     factory = check(kind, checkpoint=checkpoint, params=params)
     arguments = dict(params or {})
     if checkpoint is not None:
         arguments["checkpoint"] = checkpoint
-    return factory(**arguments)
+    reward = factory(**arguments)
+    if not isinstance(reward, Reward):
+        lacks = ", ".join(name for name in ("outputs", "media_kind", "score", "to", "close") if not hasattr(reward, name))
+        raise ValueError(f"reward '{kind}' is no reward: what it makes, {type(reward).__name__}, has no {lacks}")
+    outputs = reward.outputs
+    names = list(outputs) if isinstance(outputs, tuple | list) else []
+    if not names or len(set(map(str, names))) < len(names) or not all(isinstance(o, str) and o and "/" not in o for o in names):
+        raise ValueError(
+            f"reward '{kind}' has outputs {outputs!r}; it must be a tuple of names, without '/', for example ('quality',)"
+        )
+    if reward.media_kind not in get_args(MediaKind):
+        raise ValueError(f"reward '{kind}' has media_kind {reward.media_kind!r}; allowed: {', '.join(get_args(MediaKind))}")
+    return reward

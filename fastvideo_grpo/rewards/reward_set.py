@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.errors import Escape, one_line
+from fastvideo_grpo.rewards import answers, registry
 from fastvideo_grpo.rewards.base import DifferentiableReward, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
-from fastvideo_grpo.rewards.placement import check_placement, get, place
+from fastvideo_grpo.rewards.placement import check_media, check_placement, get, place
 from fastvideo_grpo.rewards.process import ProcessReward
 from fastvideo_grpo.rewards.threads import SerialThread
 
@@ -56,6 +59,8 @@ class RewardSet:
         retries, backoff_s: how often a request that failed is asked again, and the seconds before the first time.
         elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
             names, weights and transforms only.
+        watch: called with the inline rewards that are at work, whenever one begins or ends (a reward in this process can end
+            it without a word).
 
     Attributes:
         names: "MODEL/OUTPUT" in the order of the configuration.
@@ -79,6 +84,7 @@ class RewardSet:
         retries: int = 2,
         backoff_s: float = 0.5,
         elsewhere: Mapping[str, tuple[str, ...]] | None = None,
+        watch: Callable[[Collection[str]], None] = lambda models: None,
     ) -> None:
         if not models:
             raise ValueError(f"rewards.models is empty; name at least one reward, of kind {', '.join(registry.kinds())}")
@@ -96,12 +102,14 @@ class RewardSet:
         self._threads: dict[str, SerialThread] = {}
         self._failing: set[str] = set()
         self._closed = False
+        self._watch, self._at_work, self._at_work_lock = watch, set[str](), threading.Lock()
         try:
             for model, entry in models.items():
                 if elsewhere is None:
-                    self.rewards[model] = place(
-                        model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s
-                    )
+                    with self._working(model):
+                        self.rewards[model] = place(
+                            model, entry, device=torch.device(device), offload_idle=offload_idle, timeout_s=timeout_s
+                        )
                 known = self.rewards[model].outputs if elsewhere is None else elsewhere[model]
                 for output, settings in _outputs(model, entry, known).items():
                     weight = get(settings, "weight")
@@ -122,12 +130,7 @@ class RewardSet:
             ValueError: a reward cannot look at media of ``frames`` frames.
         """
         for model, reward in self.rewards.items():
-            unfit = {"image": frames > 1, "video": frames == 1}.get(reward.media_kind, False)
-            if unfit:
-                raise ValueError(
-                    f"rewards.models.{model} scores {reward.media_kind}s, but the model makes {frames} frame(s); "
-                    f"use a reward for {'images' if frames == 1 else 'videos'}"
-                )
+            check_media(model, reward.media_kind, frames)
 
     @property
     def outputs(self) -> dict[str, tuple[str, ...]]:
@@ -149,9 +152,9 @@ class RewardSet:
     def score(self, request: RewardRequest) -> ScoredBatch:
         """Score the samples with every reward.
 
-        A reward that raises, is late, or whose answer has a wrong shape or lacks an output, has all its samples masked; one
-        that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
-        ``failures``, and logged the first time.
+        A reward that raises (anything), is late, or whose answer has a wrong form or lacks an output, has all its samples
+        masked; one that returns NaN or infinity has those samples masked; both after it was asked again. All of it is told in
+        ``failures``, and logged the first time. Each reward, and each attempt, gets a copy of the request.
         """
         return self.submit(request).result()
 
@@ -188,12 +191,14 @@ class RewardSet:
                 that lacks an output, has another shape or carries no gradient.
             RuntimeError: the rewards are with another process.
 
-        What a reward raises passes through, with a note that names it.
+        What a reward raises passes through, with a note that names it; what would end the program as if all were well
+        (SystemExit and the like) as :class:`~fastvideo_grpo.errors.Escape`.
         """
         if not self.rewards:
             raise RuntimeError("the rewards are with another process, where no gradient comes from")
         if not pixels.is_floating_point() or pixels.ndim != 5 or pixels.shape[-1] != 3:
-            raise ValueError(f"pixels are {_describe(pixels)}; they must be floating [batch, frames, height, width, 3] in 0..1")
+            found = answers.describe(pixels)
+            raise ValueError(f"pixels are {found}; they must be floating [batch, frames, height, width, 3] in 0..1")
         metadata = metadata or [{} for _ in prompts]
         if not len(prompts) == len(metadata) == len(pixels):
             raise ValueError(
@@ -211,10 +216,15 @@ class RewardSet:
             reward = self.rewards[model]
             assert isinstance(reward, DifferentiableReward)
             try:
-                answer = reward.score_differentiably(pixels, prompts, metadata)
-            except Exception as error:
+                with self._working(model):
+                    answer = reward.score_differentiably(pixels, prompts, metadata)
+            except (Exception, KeyboardInterrupt) as error:  # this is the main thread: the latter may be Ctrl-C
                 error.add_note(f"raised by the reward {model} in score_differentiably")
                 raise
+            except BaseException as error:
+                escape = Escape(error)
+                escape.add_note(f"raised by the reward {model} in score_differentiably")
+                raise escape from error
             for name in names:
                 raw = _differentiable_column(name, answer, pixels)
                 scores[name] = self.transforms[name](torch.where(raw.isfinite(), raw, torch.nan))
@@ -242,7 +252,8 @@ class RewardSet:
                     break
                 self.retried[model] += 1
                 time.sleep(pause)
-            answer.take(lambda: self.rewards[model].score(request))
+            with self._working(model):
+                answer.take(lambda: self.rewards[model].score(request))
             if not answer.failures:
                 self._failing.discard(model)
                 break
@@ -259,6 +270,22 @@ class RewardSet:
             self._failures_left[model] = left - int((~torch.stack(counted).all(0)).sum())
         return answer
 
+    @contextmanager
+    def _working(self, model: str) -> Iterator[None]:
+        """Within, the reward is at work; ``watch`` is told."""
+        if (get(self._entries[model], "placement") or "inline") != "inline":
+            yield
+            return
+        with self._at_work_lock:
+            self._at_work.add(model)
+            self._watch(self._at_work)
+        try:
+            yield
+        finally:
+            with self._at_work_lock:
+                self._at_work.discard(model)
+                self._watch(self._at_work)
+
     def note(self, message: str, count: int, size: int) -> str:
         """Count a failure that cost ``count`` of ``size`` samples, and log it the first time; returns a line that says so."""
         if message not in self.failure_counts:
@@ -267,12 +294,20 @@ class RewardSet:
         return f"{message} ({count} of {size} samples masked)"
 
     def close(self) -> None:
-        """Let go of the rewards, their processes and connections."""
+        """Let go of the rewards, their processes and connections; one that fails at it is named in the log."""
         self._closed = True
         for thread in self._threads.values():
             thread.close()
-        for reward in self.rewards.values():
-            reward.close()
+        with ExitStack() as closing:  # Ctrl-C meanwhile keeps none from being closed
+            for model, reward in self.rewards.items():
+                closing.callback(self._close, model, reward)
+
+    def _close(self, model: str, reward: Reward) -> None:
+        try:
+            with self._working(model):
+                reward.close()
+        except Exception as error:
+            logger.error("reward %s: close(): %s", model, one_line(error))
 
 
 class PendingScores:
@@ -323,22 +358,22 @@ class _Answer:
         return int((~torch.stack(list(self.valid.values())).all(0)).sum()) if self.valid else 0
 
     def take(self, score: Callable[[], RewardResult]) -> None:
-        """One attempt. What an earlier one gave stays: asked again, a reward answers for the same batch."""
+        """One attempt, whatever it raises or returns. What an earlier one gave stays: asked again, a reward answers for the
+        same batch."""
         self.failures, self.judgements = {}, {}
         try:
             result = score()
-            judged = _judged(result, self.size)
-        except Exception as error:  # not BaseException: Ctrl-C ends the run
-            self.failures[f"reward {self.model}: {type(error).__name__}: {error}"] = self.size
+            judged = answers.judged(result, self.size)
+            if not judged.all():
+                self.judgements[answers.reason(result)] = int((~judged).sum())
+        except BaseException as error:  # this is no main thread: Ctrl-C is raised elsewhere
+            self.failures[f"reward {self.model}: {one_line(error)}"] = self.size
             return
-        if not judged.all():
-            self.judgements[result.invalid_because] = int((~judged).sum())
         for name in self.raw:
-            output = name.rpartition("/")[2]
             try:
-                scores = _column(result, output, self.size)
-            except Exception as error:
-                self.failures[f"reward {name}: {type(error).__name__}: {error}"] = self.size
+                scores = answers.column(result, name.rpartition("/")[2], self.size)
+            except BaseException as error:
+                self.failures[f"reward {name}: {one_line(error)}"] = self.size
                 continue
             fresh = judged & scores.isfinite() & ~self.valid[name]
             self.raw[name] = torch.where(fresh, scores, self.raw[name])
@@ -348,24 +383,6 @@ class _Answer:
                 self.failures[f"reward {name}: returned NaN or infinity"] = missing
 
 
-def _judged(result: RewardResult, size: int) -> torch.Tensor:
-    if not isinstance(result, RewardResult):
-        raise TypeError(f"score() returned {type(result).__name__}; it must return a RewardResult")
-    valid = result.valid
-    if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool or valid.shape != (size,):
-        raise ValueError(f"valid is {_describe(valid)}; it must be bool [{size}]")
-    return valid.detach().cpu()
-
-
-def _column(result: RewardResult, output: str, size: int) -> torch.Tensor:
-    if output not in result.scores:
-        raise ValueError(f"the answer lacks the output; it has {', '.join(result.scores) or 'none'}")
-    scores = result.scores[output]
-    if not isinstance(scores, torch.Tensor) or scores.shape != (size,) or scores.is_complex():
-        raise ValueError(f"the scores are {_describe(scores)}; they must be float32 [{size}]")
-    return scores.detach().to("cpu", torch.float32)
-
-
 def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.Tensor) -> torch.Tensor:
     output = name.rpartition("/")[2]
     if output not in answer:
@@ -373,7 +390,8 @@ def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.T
     scores = answer[output]
     if not isinstance(scores, torch.Tensor) or scores.shape != pixels.shape[:1] or not scores.is_floating_point():
         raise ValueError(
-            f"reward {name}: score_differentiably gave {_describe(scores)}; it must be floating [{len(pixels)}], one a sample"
+            f"reward {name}: score_differentiably gave {answers.describe(scores)}; it must be floating [{len(pixels)}], one a "
+            "sample"
         )
     wanted = torch.is_grad_enabled() and pixels.requires_grad
     if wanted and not scores.requires_grad and scores.isfinite().any():
@@ -382,10 +400,6 @@ def _differentiable_column(name: str, answer: Mapping[str, Any], pixels: torch.T
             "pixels on the way, nor run under no_grad or inference_mode"
         )
     return scores.to(torch.float32)
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def check_entry(model: str, entry: Any) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from fastvideo_grpo.errors import Escape
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,8 @@ class SerialThread:
         self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Its result, or what it raises; `cancel()` works as long as it has not begun."""
+        """Its result, or what it raises, which is an `Exception` always (`Escape` stands for what is none); `cancel()` works
+        as long as it has not begun."""
         if self._closed:
             raise RuntimeError(f"{self._name} was closed")
         if self._thread is None:
@@ -35,21 +38,33 @@ class SerialThread:
         self._calls.put((call, answer))
         return answer
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """No more calls; those before are still worked off."""
         self._closed = True
         self._calls.put(None)
 
     def _work(self) -> None:
-        if self._start is not None:
-            self._start()
         while (entry := self._calls.get()) is not None:
-            call, answer = entry
-            if not answer.set_running_or_notify_cancel():
-                continue
-            try:
-                result = call()
-            except BaseException as error:  # Ctrl-C and the like are for who asked
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)
+            self._answer(*entry)
+            del entry  # the thread waits for the next call, and holds nothing of this one
+
+    def _answer(self, call: Callable[[], Any], answer: Future[Any]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            if self._start is not None:
+                self._start()
+                self._start = None  # where it raises, the next call tries again
+            result = call()
+        except Exception as error:
+            answer.set_exception(error)
+        except BaseException as error:  # Ctrl-C is raised in the main thread alone: this is the call's own doing
+            answer.set_exception(Escape(error))
+        else:
+            answer.set_result(result)
+        finally:
+            del call, answer  # an error leads to this frame: in a circle with it, its tensors would stay until collected

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards import videoalign_weights as weights
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.clips import frame_indices, mp4_round_trip
@@ -30,10 +31,7 @@ OUTPUTS = ("VQ", "MQ", "TA")
 MIN_PIXELS = 128 * 28 * 28
 
 _BASE = "Qwen2-VL-2B-Instruct"
-_GET_BASE = (
-    "set params.base to the folder of the Qwen2-VL that VideoAlign was trained from: "
-    f"hf download Qwen/{_BASE} --local-dir checkpoints/{_BASE}"
-)
+_GET_BASE = f"set params.base to the folder of the Qwen2-VL that VideoAlign was trained from: {downloads.QWEN2_VL_2B.advice()}"
 _BASE_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
@@ -63,6 +61,7 @@ class VideoAlign:
     """
 
     outputs: tuple[str, ...] = OUTPUTS
+    paths: tuple[str, ...] = ("template", "base")
     media_kind: MediaKind = "video"
 
     def __init__(
@@ -221,7 +220,7 @@ def _read_backbone_config(folder: Path) -> Qwen2VLConfig:
     from transformers import Qwen2VLConfig
 
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
         if kind == Qwen2VLConfig.model_type:
             return Qwen2VLConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever transformers raises for a damaged file

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards.videoalign_template import TOKENS
 from fastvideo_grpo.rewards.weight_files import find_weights, read_weights
 
@@ -25,9 +26,7 @@ FULL = "model.pth"
 ADAPTER = "adapter_model.safetensors"
 REST = "non_lora_state_dict.pth"
 
-GET_CHECKPOINT = (
-    "the weights are KwaiVGI/VideoReward on Hugging Face: hf download KwaiVGI/VideoReward --local-dir checkpoints/VideoReward"
-)
+GET_CHECKPOINT = f"the weights are KlingTeam/VideoReward on Hugging Face: {downloads.VIDEO_REWARD.advice()}"
 
 _EMBEDDINGS = "backbone.language_model.embed_tokens.weight"
 _HEAD = "rm_head.weight"
@@ -92,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             found = f"the checkpoint {folder} has no {CONFIG}"
         raise FileNotFoundError(f"videoalign: {found}; {GET_CHECKPOINT}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
         model, inference = config["model_config"], config["inference_config"]
         needed = {
             **{
@@ -166,7 +165,7 @@ def read_checkpoint(folder: Path, peft_lora_config: Mapping[str, Any]) -> dict[s
         return _read(folder / FULL)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        own = json.loads(adapter.read_text(encoding="utf-8"))
+        own = json.loads(adapter.read_bytes())
         scale, own_scale = lora_scale(peft_lora_config), lora_scale({**own, "lora_r": own["r"]})
         if scale != own_scale or own.get("use_dora"):
             raise ValueError(
@@ -321,8 +320,7 @@ def _frozen(base: Path, names: set[str]) -> StateDict:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"videoalign: {error}, and the checkpoint leaves out {len(names)} weights that were not trained: "
-            "set params.base to the complete model, hf download Qwen/Qwen2-VL-2B-Instruct --local-dir "
-            "checkpoints/Qwen2-VL-2B-Instruct"
+            f"set params.base to the complete model: {downloads.QWEN2_VL_2B.advice()}"
         ) from error
     return {module_name(name): tensor for name, tensor in found.items()}
 

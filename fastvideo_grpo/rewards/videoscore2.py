@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
+from fastvideo_grpo import downloads
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.registry import register
 
-_GET_CHECKPOINT = (
-    "the weights are TIGER-Lab/VideoScore2 on Hugging Face: "
-    "hf download TIGER-Lab/VideoScore2 --local-dir checkpoints/VideoScore2"
-)
+_GET_CHECKPOINT = f"the weights are TIGER-Lab/VideoScore2 on Hugging Face: {downloads.VIDEOSCORE2.advice()}"
 
 
 @register("videoscore2")
@@ -95,7 +93,7 @@ def _check_folder(folder: Path) -> None:
             f"videoscore2: {folder}: expected config.json and safetensors files, found {there}; {_GET_CHECKPOINT}"
         )
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_bytes())
         kind, program = content.get("model_type"), content.get("auto_map")
     except (ValueError, AttributeError) as error:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,17 @@ from typing import Any
 
 import torch
 
-# How the format of torch before 1.6 begins, a pickled number.
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+from fastvideo_grpo.model_files.headers import read_header
+from fastvideo_grpo.model_files.json_files import read_json
+from fastvideo_grpo.model_files.pointers import refuse_pointer
+from fastvideo_grpo.model_files.selection import WEIGHTS
+from fastvideo_grpo.model_files.torch_files import read_torch
+
+OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
+STEMS = ("model", "pytorch_model")
+"""What open_clip and transformers call their weights, without the ending."""
+
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 
 
@@ -31,6 +39,57 @@ def find_weights(folder: Path, stems: Sequence[str]) -> Path | None:
     """The first file of `folder` called STEM.safetensors, .bin, .pt or .pth, or the index of its shards; None without one."""
     candidates = (folder / (stem + ending) for stem in stems for ending in _ENDINGS)
     return next((path for path in candidates if path.is_file()), None)
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The weight files that are read of a folder, whether they are there or not: those of one library, where there are two
+    libraries' (a CLIP's, open_clip's first), and of shards those in the index. Of a folder with neither all of one format;
+    folders below do not count.
+
+    Raises ValueError for an index that is none.
+    """
+    layouts = (OPEN_CLIP_STEMS,) if (folder / OPEN_CLIP).is_file() else ()
+    for stems in (*layouts, STEMS):
+        found = find_weights(folder, stems)
+        if found is not None and found.name.endswith(".index.json"):
+            return [folder / file for file in sorted(set(_places(found).values()))]
+        if found is not None:
+            return [found]
+    by_format: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in WEIGHTS:
+            # An adapter and the rest of its weights lie in two files; the same weights lie there in two formats, too.
+            by_format.setdefault(file.suffix, []).append(file)
+    return max(by_format.values(), key=lambda files: sum(file.stat().st_size for file in files), default=[])
+
+
+def check_files(place: Path) -> None:
+    """Look at the beginnings of the weight files that are read of a folder and of those below it (checkpoint-N), or at a file.
+
+    Raises ValueError or FileNotFoundError, naming the file, for one that is not there, is empty, is cut short, or is a Git LFS
+    pointer.
+    """
+    folders = [place, *(path for path in sorted(place.iterdir()) if path.is_dir())] if place.is_dir() else []
+    for file in [name for folder in folders for name in files_read(folder)] or [place]:
+        if file.suffix not in WEIGHTS:
+            continue  # what another package's reward makes of it is its own
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is listed in the index, but not there; fetch all files of the checkpoint"
+            )
+        if file.suffix == ".safetensors":
+            read_header(file)
+            continue
+        with file.open("rb") as content:
+            start = content.read(64)
+        try:
+            refuse_pointer(start, "weights")
+            if not start:
+                raise ValueError("expected weights, found an empty file")
+            if start.startswith(b"PK") and not zipfile.is_zipfile(file):
+                raise ValueError("it is the beginning of a torch file: it is not complete")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
@@ -52,41 +111,6 @@ def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return {name: tensor for name, tensor in weights.items() if wanted(name)}
-
-
-def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, if it is made of tensors and plain containers only. Raises ValueError otherwise.
-
-    Mapped where the format allows it: the processes of a machine then read it once, and only one copy of the weights is
-    ever in memory.
-    """
-    found = f"{path.stat().st_size} bytes"
-    with path.open("rb") as file:
-        start = file.read(64)
-    mapped = zipfile.is_zipfile(path)
-    if not mapped and not start.startswith(_OLD_TORCH):
-        _refuse_pointer(start, "a torch file")
-        if start.startswith(b"PK"):
-            # The list of contents is at the end.
-            raise ValueError(f"expected a torch file, found the beginning of one ({found}): it is not complete")
-        raise ValueError(f"expected a torch file, found {found} beginning with {start[:16]!r}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises RuntimeError, pickle and zip errors; its advice is to trust the file
-        raise ValueError(
-            f"expected a torch file of tensors, found {found} that torch.load refuses ({type(error).__name__})"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a file that holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
-        raise ValueError(f"expected JSON, found {path.stat().st_size} bytes that are not ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
-    return content
 
 
 def holds_tensors(content: Any) -> bool:
@@ -134,7 +158,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, to
     found = f"{path.stat().st_size} bytes"
     with path.open("rb") as raw:
         start = raw.read(64)
-    _refuse_pointer(start, "a safetensors file")
+    refuse_pointer(start, "a safetensors file")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
@@ -146,9 +170,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, to
 
 
 def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError("expected the index of a sharded checkpoint, found no 'weight_map' of names and files")
+    places = _places(index)
     weights: dict[str, torch.Tensor] = {}
     for file in sorted({file for name, file in places.items() if wanted(name)}):
         shard = index.parent / file
@@ -164,6 +186,9 @@ def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, torch.
     return weights
 
 
-def _refuse_pointer(start: bytes, expected: str) -> None:
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"expected {expected}, found a Git LFS pointer, which stands for the file until it is fetched")
+def _places(index: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError("expected the index of a sharded checkpoint, found no 'weight_map' of names and files")
+    return places

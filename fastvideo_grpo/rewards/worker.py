@@ -7,6 +7,7 @@ FD is a connected socket. It needs torch, numpy and Pillow, this package on the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -15,7 +16,8 @@ import time
 import traceback
 from typing import Any
 
-from fastvideo_grpo.rewards import registry, wire
+from fastvideo_grpo.errors import one_line
+from fastvideo_grpo.rewards import answers, registry, wire
 from fastvideo_grpo.rewards.base import Reward
 
 
@@ -35,11 +37,13 @@ def serve(connection: socket.socket) -> None:
             else:
                 assert reward is not None
                 answer, body = _score(reward, header, payload)
-        except Exception as error:
-            traceback.print_exc()
-            answer, body = {"error": f"{type(error).__name__}: {error}"}, b""
+            message = wire.pack(answer, body)
+        except BaseException as error:  # a reward that calls sys.exit answers, too, and need not be loaded again
+            with contextlib.suppress(Exception):  # what it raised may have no text
+                traceback.print_exc()
+            message = wire.pack({"error": one_line(error)})
         try:
-            wire.send(connection, wire.pack(answer, body))
+            wire.send(connection, message)
         except OSError:
             return
 
@@ -58,8 +62,9 @@ def _create(header: dict[str, Any]) -> Reward:
 def _score(reward: Reward, header: dict[str, Any], payload: memoryview) -> tuple[dict[str, Any], bytes]:
     import torch
 
+    request = wire.unpack_request(header, payload)
     with torch.no_grad():
-        return wire.pack_result(reward.score(wire.unpack_request(header, payload)))
+        return wire.pack_result(answers.checked(reward.score(request), len(request.prompts)))
 
 
 def _leave_with(parent: int) -> None:

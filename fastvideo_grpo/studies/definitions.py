@@ -19,7 +19,7 @@ BEFORE = "untrained"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of doing it: overrides of the base configuration."""
+    """One way of doing it: overrides of the base configuration. The label says, by itself, what is done."""
 
     label: str
     overrides: tuple[str, ...] = ()
@@ -107,11 +107,11 @@ STUDIES: dict[str, Study] = {
             "move without being rewarded is looked at instead: the pictures' size as JPEGs, and noise in them. Instability "
             "would show in the last columns, and in the spread over seeds.",
             overrides=(_COLOUR,),
-            arms=(Arm("shared"), Arm("per sample", ("sample.init_noise=per_sample",))),
+            arms=(Arm("shared noise"), Arm("noise per sample", ("sample.init_noise=per_sample",))),
             comparisons=(
-                Comparison("shared", ">", "per sample"),
-                Comparison("per sample", ">", "shared", "size_change"),
-                Comparison("per sample", ">", "shared", "roughness"),
+                Comparison("shared noise", ">", "noise per sample"),
+                Comparison("noise per sample", ">", "shared noise", "size_change"),
+                Comparison("noise per sample", ">", "shared noise", "roughness"),
             ),
             measures=(*_REWARD, "size_change", "roughness", "ratio_dev"),
         ),
@@ -127,17 +127,17 @@ STUDIES: dict[str, Study] = {
             "iterations; the paper plots reward against iterations.",
             overrides=(_COLOUR,),
             arms=(
-                Arm("first 30 %", ("grpo.timesteps.strategy=first", "grpo.timesteps.fraction=0.3")),
-                Arm("random 30 %", ("grpo.timesteps.strategy=random", "grpo.timesteps.fraction=0.3")),
-                Arm("last 40 %", ("grpo.timesteps.strategy=last", "grpo.timesteps.fraction=0.4")),
-                Arm("random 60 %"),
-                Arm("all", ("grpo.timesteps.strategy=all", "grpo.timesteps.fraction=1.0")),
+                Arm("first 30 % of steps", ("grpo.timesteps.strategy=first", "grpo.timesteps.fraction=0.3")),
+                Arm("random 30 % of steps", ("grpo.timesteps.strategy=random", "grpo.timesteps.fraction=0.3")),
+                Arm("last 40 % of steps", ("grpo.timesteps.strategy=last", "grpo.timesteps.fraction=0.4")),
+                Arm("random 60 % of steps"),
+                Arm("all steps", ("grpo.timesteps.strategy=all", "grpo.timesteps.fraction=1.0")),
             ),
             comparisons=(
-                Comparison("first 30 %", ">", "last 40 %"),
-                Comparison("first 30 %", ">", "random 30 %"),
-                Comparison("all", ">", "first 30 %"),
-                Comparison("random 60 %", "=", "all"),
+                Comparison("first 30 % of steps", ">", "last 40 % of steps"),
+                Comparison("first 30 % of steps", ">", "random 30 % of steps"),
+                Comparison("all steps", ">", "first 30 % of steps"),
+                Comparison("random 60 % of steps", "=", "all steps"),
             ),
             measures=_REWARD,
         ),
@@ -177,14 +177,14 @@ STUDIES: dict[str, Study] = {
             "difference could be told.",
             overrides=(_COLOUR,),
             arms=(
-                Arm("constant"),
-                Arm("square root", ("sample.noise_decay=0.5",)),
-                Arm("linear", ("sample.noise_decay=1.0",)),
+                Arm("constant noise"),
+                Arm("noise falls as sqrt(t)", ("sample.noise_decay=0.5",)),
+                Arm("noise falls as t", ("sample.noise_decay=1.0",)),
             ),
             comparisons=(
-                Comparison("square root", "=", "constant"),
-                Comparison("linear", "=", "constant"),
-                Comparison("linear", "=", "constant", "roughness"),
+                Comparison("noise falls as sqrt(t)", "=", "constant noise"),
+                Comparison("noise falls as t", "=", "constant noise"),
+                Comparison("noise falls as t", "=", "constant noise", "roughness"),
             ),
             measures=(*_REWARD, "roughness"),
         ),
@@ -205,15 +205,15 @@ STUDIES: dict[str, Study] = {
                 "engine.micro_batch_size=16",
             ),
             arms=(
-                Arm("16 of 16", ("grpo.group_size=16",)),
-                Arm("16 of 64", ("grpo.group_size=64", "grpo.best_of.top=8", "grpo.best_of.bottom=8")),
-                Arm("16 of 256", ("grpo.group_size=256", "grpo.best_of.top=8", "grpo.best_of.bottom=8")),
+                Arm("16 of 16 samples", ("grpo.group_size=16",)),
+                Arm("16 of 64 samples", ("grpo.group_size=64", "grpo.best_of.top=8", "grpo.best_of.bottom=8")),
+                Arm("16 of 256 samples", ("grpo.group_size=256", "grpo.best_of.top=8", "grpo.best_of.bottom=8")),
             ),
             comparisons=(
-                Comparison("16 of 64", ">", "16 of 16", "at_equal_iterations"),
-                Comparison("16 of 256", ">", "16 of 64", "at_equal_iterations"),
-                Comparison("16 of 16", ">", "16 of 64"),
-                Comparison("16 of 64", ">", "16 of 256"),
+                Comparison("16 of 64 samples", ">", "16 of 16 samples", "at_equal_iterations"),
+                Comparison("16 of 256 samples", ">", "16 of 64 samples", "at_equal_iterations"),
+                Comparison("16 of 16 samples", ">", "16 of 64 samples"),
+                Comparison("16 of 64 samples", ">", "16 of 256 samples"),
             ),
             measures=("at_equal_iterations", *_REWARD),
             budget=2,
@@ -228,8 +228,11 @@ STUDIES: dict[str, Study] = {
             source="section 3.2 and Figure 3(a) (Stable Diffusion)",
             miniature=f"{_TINY} The threshold is 0.8. Both arms are judged by the score before the threshold.",
             overrides=(_COLOUR,),
-            arms=(Arm("continuous"), Arm("binary", ("rewards.models.reward.outputs.colour_match.threshold=0.8",))),
-            comparisons=(Comparison("binary", ">", BEFORE), Comparison("continuous", ">", BEFORE)),
+            arms=(
+                Arm("continuous reward"),
+                Arm("binary reward", ("rewards.models.reward.outputs.colour_match.threshold=0.8",)),
+            ),
+            comparisons=(Comparison("binary reward", ">", BEFORE), Comparison("continuous reward", ">", BEFORE)),
             measures=_REWARD,
         ),
         Study(
@@ -244,17 +247,17 @@ STUDIES: dict[str, Study] = {
             "destroying the picture, where colour_match is lost.",
             overrides=(),
             arms=(
-                Arm("colour", (_COLOUR,)),
-                Arm("size", ("rewards.models.size.kind=jpeg_size",)),
-                Arm("both", (_COLOUR, "rewards.models.size.kind=jpeg_size")),
+                Arm("colour alone", (_COLOUR,)),
+                Arm("size alone", ("rewards.models.size.kind=jpeg_size",)),
+                Arm("colour and size", (_COLOUR, "rewards.models.size.kind=jpeg_size")),
             ),
             comparisons=(
-                Comparison("colour", ">", "both"),
-                Comparison("both", ">", "colour", "jpeg_size"),
-                Comparison("both", ">", "size"),
-                Comparison("size", ">", "both", "jpeg_size"),
-                Comparison("both", ">", BEFORE),
-                Comparison("both", ">", BEFORE, "jpeg_size"),
+                Comparison("colour alone", ">", "colour and size"),
+                Comparison("colour and size", ">", "colour alone", "jpeg_size"),
+                Comparison("colour and size", ">", "size alone"),
+                Comparison("size alone", ">", "colour and size", "jpeg_size"),
+                Comparison("colour and size", ">", BEFORE),
+                Comparison("colour and size", ">", BEFORE, "jpeg_size"),
             ),
             measures=("colour_match", "colour_match_heldout", "jpeg_size", "shape_diversity"),
         ),
@@ -268,10 +271,10 @@ STUDIES: dict[str, Study] = {
             miniature=f"{_TINY} Distances are of pixels. Pictures of the right colour are alike in colour, which the reward "
             "asks for; the coloured areas alone show whether more than that is lost.",
             overrides=(_COLOUR,),
-            arms=(Arm("trained"), Arm("trained, noise per sample", ("sample.init_noise=per_sample",))),
+            arms=(Arm("trained on shared noise"), Arm("trained on noise per sample", ("sample.init_noise=per_sample",))),
             comparisons=(
-                Comparison(BEFORE, ">", "trained", "diversity"),
-                Comparison(BEFORE, ">", "trained", "shape_diversity"),
+                Comparison(BEFORE, ">", "trained on shared noise", "diversity"),
+                Comparison(BEFORE, ">", "trained on shared noise", "shape_diversity"),
             ),
             measures=("colour_match", "diversity", "shape_diversity"),
         ),
@@ -328,10 +331,13 @@ STUDIES: dict[str, Study] = {
             source="Appendix 8",
             miniature=f"{_TINY_SD} Guidance 3. The conditional arm saves a backward, which buys it iterations.",
             overrides=(_DISTANCE,),
-            arms=(Arm("both passes"), Arm("conditional only", ("grpo.cfg_gradients=conditional", "model.cfg_batched=false"))),
+            arms=(
+                Arm("both passes trained"),
+                Arm("conditional pass trained", ("grpo.cfg_gradients=conditional", "model.cfg_batched=false")),
+            ),
             comparisons=(
-                Comparison("both passes", ">", "conditional only", "colour_distance"),
-                Comparison(BEFORE, ">", "conditional only", "colour_distance"),
+                Comparison("both passes trained", ">", "conditional pass trained", "colour_distance"),
+                Comparison(BEFORE, ">", "conditional pass trained", "colour_distance"),
             ),
             measures=("colour_distance", *_REWARD, "roughness", "ratio_dev"),
             budget=2,

@@ -89,10 +89,10 @@ def plan_study(study: Study, seeds: int, evaluations: int, out: Path) -> StudyPl
             config.run.seed = config.prompts.seed = seed
             config.run.iterations = config.run.save_every = count
             config.run.eval_every = every
-            arms[label][seed] = _job(f"{study.name}: {label}, seed {seed}", config, True, out)
+            arms[label][seed] = _job(f"{study.name}, arm '{label}', seed {seed}", config, True, out)
     # The same run for all studies of a model: what is trained for does not matter before it is.
     untrained = _load(study.settings, ["rewards.models.reward.kind=colour_match", "run.iterations=1", "run.eval_every=0"])
-    return StudyPlan(study, arms, _job(f"{study.name}: {BEFORE}", untrained, False, out))
+    return StudyPlan(study, arms, _job(f"{study.name}, {BEFORE} model", untrained, False, out))
 
 
 def arm_config(study: Study, arm: Arm) -> Config:

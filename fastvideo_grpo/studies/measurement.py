@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,7 @@ def measure(job: Job) -> dict[str, Any]:
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
     stopped = None
-    with closing(load_trainer(config, World.current())) as trainer:
+    with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
         counter = EvaluationCounter(trainer)
         if job.trained:
@@ -74,9 +73,10 @@ def measure(job: Job) -> dict[str, Any]:
     measures = {name: _mean(scores) for name, scores in per_prompt.items()}
     measures["colour_match_train"] = _mean(per_prompt["colour_match"][:trained_on])
     measures["colour_match_heldout"] = _mean(per_prompt["colour_match"][trained_on:])
-    measures["diversity"] = pixels.diversity(samples.media, SAMPLES)
-    measures["shape_diversity"] = pixels.shape_diversity(samples.media, SAMPLES)
-    measures["roughness"] = pixels.roughness(samples.media)
+    whole = not any(samples.faults)  # black stands for what is not finite
+    measures["diversity"] = pixels.diversity(samples.media, SAMPLES) if whole else None
+    measures["shape_diversity"] = pixels.shape_diversity(samples.media, SAMPLES) if whole else None
+    measures["roughness"] = pixels.roughness(samples.media) if whole else None
     deviations = [line["train/ratio_first_update_max_dev"] for line in lines if line.get("train/updates")]
     measures["ratio_dev"] = max((d for d in deviations if d is not None), default=None)
     shown = max(1, len(prompts) // PICTURES)  # every so many prompts

@@ -107,6 +107,7 @@ def section(results: Results, level: int = 2) -> list[Block]:
         blocks += [Text(f"**Failed:** {label}, seed {seed}: {why}") for seed, why in results.failed(label).items()]
     if "error" in results.before:
         blocks.append(Text(f"**Failed:** {BEFORE}: {results.before['error']}"))
+    blocks += [Text(f"**Not measured:** {line}.") for line in results.not_measured()]
     if any(run["curve"] for label in results.arms for run in results.finished(label).values()):
         blocks.append(Picture(f"{study.name}_curves.png", curves(results), f"{study.title}: curves"))
     pictures = picture_rows(results)
@@ -162,7 +163,7 @@ def comparisons(results: Results) -> Table:
             f"{j.found.mean:+.3f}" + (f" ± {j.found.error:.3f}" if j.found.error is not None else "")
             if j.found.mean is not None
             else "",
-            j.verdict,
+            j.verdict + (f": {j.why}" if j.why else ""),
         ]
         for j in results.judge()
     ]

@@ -17,22 +17,26 @@ from fastvideo_grpo.studies.statistics import Estimate
 
 RESULTS = "results.json"
 
+_OF_TRAINING = ("area", "at_equal_iterations", "size_change", "ratio_dev")
+"""Measures that the untrained model cannot have."""
+
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison, what was found and what it says of the claim."""
+    """A comparison, what was found and what it says of the claim; ``why``: where nothing was measured, the reason."""
 
     comparison: Comparison
     first: Estimate
     second: Estimate
     found: Estimate
     verdict: str
+    why: str = ""
 
     def sentence(self) -> str:
         """``A minus B in colour_match: +0.021 ± 0.018 (1.2 standard errors): not shown``."""
         names = f"{self.comparison.first} minus {self.comparison.second} in {self.comparison.measure}"
         if self.found.mean is None or self.found.error is None:
-            return f"{names}: {self.verdict}"
+            return f"{names}: {self.verdict} ({self.why})"
         ratio = (
             f"{abs(self.found.mean) / self.found.error:.1f} standard errors" if self.found.error else "the same in every seed"
         )
@@ -75,6 +79,70 @@ class Results:
             return None if before is None or after is None else abs(after - before)
         return run["measures"].get(measure)
 
+    def missing(self, label: str, measure: str) -> dict[int, str]:
+        """Seed -> why an arm has no value of a measure there. The untrained model has one value for all seeds."""
+        if label == BEFORE:
+            if measure in _OF_TRAINING or self.before.get("measures", {}).get(measure) is not None:
+                return {}
+            return dict.fromkeys(range(self.seeds), self.before.get("error") or self._why_none(self.before, measure))
+        reasons = {seed: f"the run failed: {' '.join(why.split())}" for seed, why in self.failed(label).items()}
+        reasons |= {
+            seed: self._why_none(self.finished(label)[seed], measure)
+            for seed, value in self.values(label, measure).items()
+            if value is None
+        }
+        return dict(sorted(reasons.items()))
+
+    def _why_none(self, run: dict[str, Any], measure: str) -> str:
+        """Why a run that ended has no value of a measure."""
+        if run.get("stopped"):
+            return f"the run stopped: {' '.join(run['stopped'].split())}"
+        if measure == "ratio_dev":
+            return "no iteration made an update"
+        if measure == "at_equal_iterations":
+            at = self.equal_iterations()
+            return (
+                "the runs were not evaluated after the same iterations"
+                if at is None
+                else f"the evaluation after {at} has no score"
+            )
+        if measure == "area":
+            gaps = [str(point["iteration"]) for point in run["curve"] if point["colour_match"] is None]
+            return f"the evaluations after {', '.join(gaps)} have no score" if gaps else "the run was evaluated less than twice"
+        if measure == "size_change":
+            measure = "jpeg_size"
+            if self.before.get("measures", {}).get(measure) is None:
+                return f"the untrained model has no {measure}"
+        scores = run.get("per_prompt", {}).get(measure)
+        if scores is None:
+            return "it was not looked at"
+        return f"samples of {sum(score is None for score in scores)} of {len(scores)} prompts could not be scored"
+
+    def why_not_measured(self, comparison: Comparison) -> str:
+        """Why a comparison has no verdict: it takes two seeds in which both arms have a value."""
+        reasons = [
+            f"{label}, seed {seed}: {why}"
+            for label in (comparison.first, comparison.second)
+            for seed, why in self.missing(label, comparison.measure).items()
+        ]
+        if self.seeds < 2:
+            reasons.append("one seed has no standard error; --seeds 2 or more")
+        return "; ".join(reasons) or "too few seeds have both"
+
+    def not_measured(self) -> list[str]:
+        """What the table lacks, in words: arm, measure, seeds and why."""
+        columns = dict.fromkeys([*self.study.measures, *(c.measure for c in self.study.comparisons)])
+        lines = []
+        for label in (BEFORE, *self.arms):
+            reasons: dict[str, list[str]] = {}
+            for measure in columns:
+                for seed, why in self.missing(label, measure).items():
+                    if label == BEFORE or seed in self.finished(label):  # that a run failed is told by itself
+                        which = measure if label == BEFORE else f"{measure} in seed {seed}"
+                        reasons.setdefault(why, []).append(which)
+            lines += [f"{label}: {', '.join(dict.fromkeys(which))}: {why}" for why, which in reasons.items()]
+        return lines
+
     def equal_iterations(self) -> int | None:
         """The last iteration after which every run was evaluated."""
         evaluated = [
@@ -94,7 +162,9 @@ class Results:
             first, second, measure = comparison.first, comparison.second, comparison.measure
             found = statistics.difference(self.values(first, measure), self.values(second, measure))
             verdict = statistics.verdict(comparison.relation, found)
-            judged.append(Judged(comparison, self.estimate(first, measure), self.estimate(second, measure), found, verdict))
+            why = self.why_not_measured(comparison) if verdict == statistics.NOT_MEASURED else ""
+            estimates = self.estimate(first, measure), self.estimate(second, measure)
+            judged.append(Judged(comparison, *estimates, found, verdict, why))
         return judged
 
     def verdict(self) -> str:
@@ -181,7 +251,9 @@ def read_all(out: Path) -> list[Results]:
             content = json.loads(file.read_text(encoding="utf-8"))
             arms = {label: {int(s): run for s, run in by_seed.items()} for label, by_seed in content["arms"].items()}
             if set(arms) != {arm.label for arm in study.arms}:
-                raise UserError(f"{file} has other arms than the study {study.name} has now: run it again")
+                raise UserError(
+                    f"{file} has other arms than the study {study.name} has now: run it again (runs that are made stay)"
+                )
             found.append(Results(study, content["made"], content["before"], arms))
     if not found:
         raise UserError(f"{out} has no results of studies yet: fastvideo-grpo study all --out {out}")

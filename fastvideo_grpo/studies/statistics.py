@@ -11,6 +11,9 @@ ERRORS = 2.0
 """Standard errors that a difference must have to count."""
 
 
+NOT_MEASURED = "not measured"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over ``n`` seeds and its standard error (None for one seed; ``mean`` None for none)."""
@@ -59,7 +62,7 @@ def verdict(relation: str, found: Estimate) -> str:
     if relation not in (">", "="):
         raise ValueError(f"a comparison's relation is {relation!r}; it must be > or =")
     if found.mean is None or found.error is None:
-        return "not measured"
+        return NOT_MEASURED
     far = found.mean != 0 and abs(found.mean) >= ERRORS * found.error
     if relation == "=":
         return "contradicted" if far else "not told apart"
@@ -75,8 +78,8 @@ def agrees(found: str) -> bool:
 
 def overall(verdicts: Sequence[str]) -> str:
     """The verdict on a study of several comparisons."""
-    if not verdicts or all(v == "not measured" for v in verdicts):
-        return "not measured"
+    if not verdicts or all(v == NOT_MEASURED for v in verdicts):
+        return NOT_MEASURED
     if all(agrees(v) for v in verdicts):
         return "agrees"
     if "contradicted" in verdicts:

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastvideo_grpo.config_paths import path_argument
+
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", choices=list(_MODELS), help="which model's checkpoint")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan, runs/tiny-sd (with -shapes behind it with "
         "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-wan, runs/tiny-clip or runs/tiny-videoalign",
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         settings[model.layout_argument] = args.layout or model.layouts[0]
     if args.pretrain:
         settings["progress"] = partial(print, flush=True)
-    folder: Path = args.out or Path("runs", name)
+    folder = Path(args.out or Path("runs", name))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are slower with more, and the same seed has to give the same bytes
     try:

@@ -1,4 +1,4 @@
-"""A tiny random VideoAlign in the form of KwaiVGI/VideoReward, with the Qwen2-VL it was made from beside it."""
+"""A tiny random VideoAlign in the form of KlingTeam/VideoReward, with the Qwen2-VL it was made from beside it."""
 
 from __future__ import annotations
 

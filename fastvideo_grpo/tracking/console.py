@@ -59,6 +59,11 @@ class Console:
             f"iteration {finished:{len(str(total))}}/{total}",
             *rewards,
             *([f"{invalid} invalid"] if invalid else []),
+            *(
+                f"{count} not finite in {key.partition('/')[0]}"
+                for key, count in metrics.items()
+                if key in ("sampling/not_finite", "decoding/not_finite") and count
+            ),
             f"clipped {metrics.get('train/clip_fraction', float('nan')):.0%}",
             f"grad {metrics['train/grad_norm']:.3g}",
             f"{seconds:.1f} s",
@@ -69,10 +74,12 @@ class Console:
     def evaluation(self, when: str, metrics: dict[str, Any]) -> None:
         """``evaluation after 50: train colour 0.71 +- 0.02, heldout ...``"""
         shown = []
-        for key, mean in metrics.items():
+        for key, value in metrics.items():
             if key.endswith("/mean"):
                 error = metrics[key.removesuffix("mean") + "stderr"]
                 _, name, reward = key.removesuffix("/mean").split("/", 2)
-                shown.append(f"{name} {reward} {mean:.3f} ± {error:.3f}")
+                shown.append(f"{name} {reward} {value:.3f} ± {error:.3f}")
+            elif key.endswith("/not_finite") and value:
+                shown.append(f"{key.split('/')[1]} {value} not finite")
         if shown:
             self.say(f"evaluation {when}: " + ", ".join(shown))

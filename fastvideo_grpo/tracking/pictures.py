@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,23 @@ _CLIP_SIDE = 256  # pixels of the longer side; smaller clips are enlarged: playe
 _TEXT_WIDTH = 240  # pixels beside a clip
 _LINE = 14  # pixels from one line of a caption to the next
 _CRF = 12  # x264's constant rate factor: 0 is lossless, 17 can hardly be told from the original, 23 is its default
+_SAMPLE = re.compile(r"\d{4,}\.(png|mp4)")
+_GRID, _INDEX = "grid.png", "index.json"
 _BT709 = 1  # in H.264's tables of colour spaces, primaries and transfer curves
 
 
 def to_image(media: Tensor) -> Image.Image:
     """uint8 ``[F, H, W, 3]`` -> the first frame."""
     return Image.fromarray(np.asarray(media[0].cpu()))
+
+
+def placeholder(height: int, width: int) -> Image.Image:
+    """Grey and crossed out: what stands where a sample is not finite, so that nobody takes it for a black picture."""
+    image = Image.new("RGB", (width, height), (160, 160, 160))
+    draw = ImageDraw.Draw(image)
+    draw.line((0, 0, width, height), fill=(90, 90, 90), width=1 + min(height, width) // 64)
+    draw.line((0, height, width, 0), fill=(90, 90, 90), width=1 + min(height, width) // 64)
+    return image
 
 
 def grid(
@@ -173,51 +185,85 @@ def save_samples(
     rewards: Sequence[dict[str, Any]],
     columns: int = 4,
     *,
+    faults: Sequence[str | None] | None = None,
     fps: float | None = None,
+    made_from: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write the samples, ``grid.png`` with all of them and ``index.json``; returns the samples' files.
+
+    Samples that are in the folder already give way, all of them, whatever their number.
 
     Images are ``0000.png`` ..., ``columns`` to a row of the grid. Clips are ``0000.mp4`` ... (``encode_mp4``: small ones
     are enlarged), each with a contact sheet of some of its frames, ``0000.png`` ...; the grid has a row for each clip.
     The index says file, prompt and rewards; of clips also contact_sheet, fps, frames (of the file, as of the clip) and
-    enlarged (the factor).
+    enlarged (the factor). A sample with a fault has no file: the index has null and says why (``invalid``), the grid a crossed
+    out :func:`placeholder`.
 
     Args:
         media: uint8 ``[B, F, H, W, 3]``; F = 1: images.
         rewards: for each sample, reward name -> score (None where invalid).
+        faults: for each sample, what of it is not finite, or None; left out where all are sound.
         fps: frames per second of clips; images need none.
+        made_from: what else the index says of each sample, such as the model that drew it.
 
     Raises:
         ValueError: clips without ``fps``.
         OSError: the disk refused.
     """
     frames, height, width = media.shape[1:4]
+    if frames > 1 and fps is None:
+        raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
     folder.mkdir(parents=True, exist_ok=True)
-    captions = [caption(p, r) for p, r in zip(prompts, rewards, strict=True)]
-    index: list[dict[str, Any]] = [{"file": "", "prompt": p, "rewards": r} for p, r in zip(prompts, rewards, strict=True)]
+    (folder / _INDEX).unlink(missing_ok=True)  # until all is there
+    faults = [None] * len(media) if faults is None else faults
+    captions = [caption(p, r, f) for p, r, f in zip(prompts, rewards, faults, strict=True)]
+    index: list[dict[str, Any]] = [
+        {"file": "", "prompt": p, "rewards": r, **(made_from or {})} for p, r in zip(prompts, rewards, strict=True)
+    ]
     images = []
-    for i, (sample, entry) in enumerate(zip(media, index, strict=True)):
+    for i, (sample, entry, fault) in enumerate(zip(media, index, faults, strict=True)):
         picture = f"{i:04d}.png"
+        if fault is not None:
+            images.append(placeholder(height, width))
+            entry.update(file=None, invalid=fault)
+            continue
         if frames == 1:
             images.append(to_image(sample))
             entry["file"] = picture
         else:
-            if fps is None:
-                raise ValueError(f"the samples have {frames} frames, but fps is not given; give the frames per second")
+            assert fps is not None
             images.append(contact_sheet(sample))
             entry["file"] = f"{i:04d}.mp4"
             write_atomic(folder / entry["file"], encode_mp4(sample, fps))
             entry.update(contact_sheet=picture, fps=fps, frames=frames, enlarged=enlargement(height, width))
-        images[-1].save(folder / picture)
+        _write_png(folder / picture, images[-1])
     sheet = grid(images, captions, min(columns, len(images))) if frames == 1 else rows(images, captions)
-    sheet.save(folder / "grid.png")
-    write_atomic(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
-    return [folder / entry["file"] for entry in index]
+    _write_png(folder / _GRID, sheet)
+    written = {entry[key] for entry in index for key in ("file", "contact_sheet") if key in entry}
+    for path in folder.iterdir():
+        if _SAMPLE.fullmatch(path.name) and path.name not in written:  # of a larger set, or of clips
+            path.unlink()
+    write_atomic(folder / _INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    return [folder / entry["file"] for entry in index if entry["file"] is not None]
 
 
-def caption(prompt: str, rewards: dict[str, Any]) -> str:
-    """The prompt, and a line per reward."""
+def not_samples(folder: Path) -> list[str]:
+    """Names in a folder of what :func:`save_samples` did not write."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name not in (_GRID, _INDEX) and not _SAMPLE.fullmatch(name))
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, format="png")
+    write_atomic(path, content.getvalue())
+
+
+def caption(prompt: str, rewards: dict[str, Any], fault: str | None = None) -> str:
+    """The prompt, and a line per reward; of a sample with a fault that instead."""
     lines = [
         f"{name.rpartition('/')[2]} {score:.3f}" if score is not None else f"{name} invalid" for name, score in rewards.items()
     ]
+    if fault is not None:
+        lines = [f"invalid: {fault}"]
     return "\n".join([prompt if len(prompt) <= 80 else prompt[:77] + "...", *lines])

@@ -10,7 +10,7 @@ def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
     from importlib.metadata import version
 
-    names = ("fastvideo_grpo", "torch", "fastvideo", "diffusers", "transformers", "deepspeed")
+    names = ("fastvideo_grpo", "torch", "fastvideo", "diffusers", "transformers", "deepspeed", "numpy")
     return {name: version(name) for name in names}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,13 +15,19 @@ from fastvideo_grpo.engines.parallel import World
 
 
 class Clock:
-    """Seconds per phase of an iteration."""
+    """Seconds per phase of an iteration.
 
-    def __init__(self) -> None:
+    Args:
+        watch: called with the name of each phase when it begins.
+    """
+
+    def __init__(self, watch: Callable[[str], None] = lambda phase: None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._watch = watch
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._watch(name)
         start = time.perf_counter()
         try:
             yield

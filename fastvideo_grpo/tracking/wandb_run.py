@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import json
+import netrc
+import os
 import secrets
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.errors import UserError
+
+
+def missing_key(mode: str) -> str | None:
+    """What is wrong where ``mode`` is ``online`` and nobody is logged in; None: nothing is. Looks into the environment and the
+    files where ``wandb login`` leaves a key, imports nothing and asks no server."""
+    if mode != "online" or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return None
+    settings = _settings()
+    url = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
+    if settings.get("api_key") or _in_netrc(urlsplit(url).netloc):
+        return None
+    return (
+        f"run.wandb is online, but there is no key for {url} (WANDB_API_KEY, or an entry in {_netrc_file()}): call `wandb "
+        "login`, or set run.wandb=offline and call `wandb sync` later"
+    )
+
+
+def _settings() -> dict[str, str]:
+    """wandb's own settings, of the user and of the working directory."""
+    parser = configparser.ConfigParser(interpolation=None)
+    user = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # wandb does without them, too
+        parser.read([user / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"], encoding="utf-8")
+    return dict(parser["default"]) if "default" in parser else {}
+
+
+def _netrc_file() -> Path:
+    places = [Path(os.path.expanduser(place)) for place in (os.environ.get("NETRC") or "~/.netrc", "~/_netrc")]
+    return places[1] if places[1].exists() and not places[0].exists() and not os.environ.get("NETRC") else places[0]
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        found = netrc.netrc(_netrc_file()).authenticators(host)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return False
+    return bool(found and found[2])
 
 
 class WandbRun:
@@ -16,6 +59,9 @@ class WandbRun:
     Args:
         mode: ``disabled``, ``offline`` (written under the run folder, uploaded with ``wandb sync``) or ``online``.
         folder: the run's folder; the wandb id is kept in ``wandb.json`` there.
+
+    Raises:
+        UserError: wandb does not begin: a key of another form, no server.
     """
 
     def __init__(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
@@ -27,15 +73,18 @@ class WandbRun:
         self._wandb = wandb
         known = folder / "wandb.json"
         identity = json.loads(known.read_text())["id"] if known.is_file() else secrets.token_hex(4)
-        self._run = wandb.init(
-            project="fastvideo_grpo",
-            name=folder.name,
-            id=identity,
-            resume="allow",
-            mode=cast(Literal["offline", "online"], mode),
-            dir=folder,
-            config=config,
-        )
+        try:
+            self._run = wandb.init(
+                project="fastvideo_grpo",
+                name=folder.name,
+                id=identity,
+                resume="allow",
+                mode=cast(Literal["offline", "online"], mode),
+                dir=folder,
+                config=config,
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"run.wandb={mode}: {error}; repair it, or set run.wandb=offline or disabled") from error
         write_atomic(known, json.dumps({"id": identity}).encode())
 
     def log(self, metrics: dict[str, Any]) -> None:

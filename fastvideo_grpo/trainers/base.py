@@ -15,7 +15,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
+from fastvideo_grpo.checkpoints.run_status import RunStatus
 from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.durable_files import keep_going, write_atomic
@@ -33,13 +35,14 @@ from fastvideo_grpo.families import FAMILIES, prompts_of
 from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
-from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup
-from fastvideo_grpo.plan import dealing
+from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
+from fastvideo_grpo.plan import all_done, dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
+from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
@@ -47,8 +50,17 @@ from fastvideo_grpo.tracking.pictures import caption, save_samples
 from fastvideo_grpo.tracking.provenance import git_commit, versions
 from fastvideo_grpo.tracking.statistics import Clock, UpdateStatistics, memory_metrics
 from fastvideo_grpo.tracking.wandb_run import WandbRun
+from fastvideo_grpo.trainers.not_finite import (
+    DECODING,
+    SAMPLING,
+    Blame,
+    fault_metrics,
+    newest_sound,
+    since,
+)
 from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.replay import fetch_trajectories, replay_batch
+from fastvideo_grpo.trainers.row_rounding import row_matters
 from fastvideo_grpo.trainers.scoring import (
     MAX_PENDING,
     ScoreTable,
@@ -56,7 +68,6 @@ from fastvideo_grpo.trainers.scoring import (
     begin_scoring,
     make_rewards,
     reward_metrics,
-    sound_samples,
 )
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
@@ -70,6 +81,7 @@ class Rollout:
     ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
     the leader of its sequence-parallel group has them.
     ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``raw``: the scores before the outputs' transforms.
+    ``faults``: of each of ``FAULTS``, the samples that have it, bool ``[P, G]``.
     ``prompts``: of each group. ``retried``: requests to rewards that were made again.
     """
 
@@ -79,6 +91,7 @@ class Rollout:
     scores: dict[str, Tensor]
     raw: dict[str, Tensor]
     valid: dict[str, Tensor]
+    faults: dict[str, Tensor]
     retried: int
 
 
@@ -94,6 +107,10 @@ class GRPOTrainer(Policy):
         config, world = self.config, self.world
         self.folder = Path(config.run.dir)
         self.console = Console(quiet=world.rank != 0)
+        world.on_rank_0(lambda: self._held.enter_context(lock_folder(self.folder)))
+        self.status = self._held.enter_context(RunStatus(self.folder if world.rank == 0 else None))
+        if self.status.before is not None:
+            logger.warning("%s", self.status.before)
         self.setup_rewards()
         self.prompts = prompts_of(config, config.prompts.path)
         self.eval_prompts = prompts_of(config, config.prompts.eval_path) if config.prompts.eval_path else []
@@ -109,13 +126,13 @@ class GRPOTrainer(Policy):
         self.cache_embeddings([*self.prompts, *self.eval_prompts], self.console)
         if self.objective.needs_reference and config.model.lora is None:
             self._reference = self.make_reference()
-        world.on_rank_0(lambda: self._held.enter_context(lock_folder(self.folder)))
         every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, world)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self._denoiser_identity = encoder_identity(self.checkpoint, [FAMILIES[config.model.kind].denoiser], {})
         self.first_iteration = self._resume()
+        self._keep_rows_apart()
         self._saved = self.first_iteration
         if world.rank == 0:
             header = json.dumps({"versions": versions(), "git_commit": git_commit()})
@@ -127,10 +144,38 @@ class GRPOTrainer(Policy):
         """Let go of the rewards and of the run's folder; may be called twice, and however far setting up came."""
         self._held.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Say in the run's folder how the run ended, and :meth:`close`."""
+        if error is not None:
+            self.status.failed(error)
+        self.close()
+
+    @cached_property
+    def status(self) -> RunStatus:
+        """What the run is doing, for who starts it again; without :meth:`setup_training` it is not kept."""
+        return RunStatus()
+
     @cached_property
     def _held(self) -> ExitStack:
         """What :meth:`close` lets go of."""
         return ExitStack()
+
+    def _keep_rows_apart(self) -> None:
+        """Decide on ``rows_apart``: only where samples may be trained on in other rows of a micro-batch than they were drawn in
+        (best-of-N, pairs), and where the network's roundings depend on the row."""
+        size = self.config.engine.micro_batch_size
+        moves = self.objective.pairs or self.dealing.moves_rows
+        # A resumed run goes on as it began: with other weights the trial may end otherwise.
+        self.rows_apart = self.rows_apart or (moves and size > 1 and row_matters(self, self.prompts[0], size))
+        if self.rows_apart:
+            self.console.say(
+                f"the network rounds differently in different rows of a micro-batch of {size} (engine.micro_batch_size) here, "
+                f"and {'pairs' if self.objective.pairs else 'best-of-N'} put samples into other rows than they were drawn in: "
+                "each sample passes through the network by itself, so that ratios stay exactly 1"
+            )
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint of this run, if there is one; returns the iteration to go on with."""
@@ -149,7 +194,13 @@ class GRPOTrainer(Policy):
         check_resumable(state, self.config, self.prompts, self._denoiser_identity)
         assert self.engine is not None
         self.engine.load(newest / "state")
-        self.normalisation.restore(state.get("normalisation", {}))  # runs from before there was another one have none
+        if not self.engine.weights_are_finite():
+            raise UserError(
+                f"the weights in {newest} are not finite, so that sampling gives NaN: move it out of {self.store.folder} to go "
+                "on from the checkpoint before it, or start anew in another run.dir"
+            )
+        self.normalisation.restore(state["normalisation"])
+        self.rows_apart = state["rows_apart"]
         iteration = int(state["iteration"])
         if self.world.rank == 0:
             self.log.cut_back(iteration)
@@ -160,7 +211,7 @@ class GRPOTrainer(Policy):
 
     def setup_rewards(self) -> None:
         """Make the configured rewards on the ranks that score; the others learn their names. An error is every rank's."""
-        self.rewards = self._held.enter_context(closing(make_rewards(self.config, self.world)))
+        self.rewards = self._held.enter_context(closing(make_rewards(self.config, self.world, self.status.rewards)))
 
     def begin_scoring(self, failures: float = math.inf) -> None:
         """Begin an iteration's or an evaluation's requests; see :func:`~fastvideo_grpo.trainers.scoring.begin_scoring`."""
@@ -186,11 +237,12 @@ class GRPOTrainer(Policy):
             True when all of them are done; False when ``stop`` asked to leave before, and what was trained is saved.
 
         Raises:
-            TooManyInvalidRewards: after saving what was trained so far.
+            TooManyInvalidRewards: after saving what was trained so far, unless its weights draw what is not finite.
         """
         config = self.config.run
         if self.first_iteration >= config.iterations:
-            self.console.say(f"{self.folder} has its {config.iterations} iterations; raise run.iterations to go on")
+            self.console.say(all_done(self.config, self.first_iteration))
+            self.status.end("finished")
             return True
         if self.first_iteration == 0:
             self._before_training()
@@ -198,10 +250,11 @@ class GRPOTrainer(Policy):
             if stop is not None and stop.agreed(self.world):
                 self._stop(iteration)
                 return False
-            clock = Clock()
+            self.status.iteration(iteration + 1)
+            clock = Clock(self.status.doing)
             prompts = [self.prompts[i] for i in self.order.draw(iteration, self.config.grpo.prompts_per_iteration)]
             rollout = self.rollout(iteration, prompts, clock)
-            metrics = {"iteration": iteration, **reward_metrics(rollout, self.rewards)}
+            metrics = {"iteration": iteration, **fault_metrics(rollout.faults), **reward_metrics(rollout, self.rewards)}
             self._check_invalid(iteration, rollout)
             advantages = self.normalisation.advantages(
                 rollout.scores, rollout.valid, self.rewards.weights, [prompt.id for prompt in prompts]
@@ -213,6 +266,7 @@ class GRPOTrainer(Policy):
         self.wandb.finish()
         if self._saved != config.iterations:
             raise UserError(f"the last iteration could not be saved in {self.store.folder}; see the error above")
+        self.status.end("finished")
         return True
 
     def _stop(self, finished: int) -> None:
@@ -222,6 +276,7 @@ class GRPOTrainer(Policy):
         self.wandb.finish()
         if self._saved != finished:
             raise UserError(f"asked to stop, but iteration {finished} was not saved in {self.store.folder}: see above")
+        self.status.end("stopped")
         self.console.say(
             f"stopped by SIGUSR1 after iteration {finished} of {self.config.run.iterations}, saved in {self.folder}: start the "
             f"same command again to go on (exit code {EXIT_STOPPED})"
@@ -265,12 +320,12 @@ class GRPOTrainer(Policy):
         show = self.console.progress(f"iteration {iteration + 1}: sampling")
         self.begin_scoring(self.config.rewards.max_invalid_fraction * math.prod(shape))
         retried = self.rewards.retried.total()
-        pending: deque[tuple[int, Sequence[int], Tensor, PendingScores]] = deque()
+        pending: deque[tuple[int, Sequence[int], list[str | None], PendingScores]] = deque()
 
         def collect() -> None:
-            group, members, sound, scores = pending.popleft()
+            group, members, faults, scores = pending.popleft()
             with clock.phase("reward"):
-                table.add(group, members, scores.result(), sound)
+                table.add(group, members, scores.result(), faults)
 
         for done, (group, members) in enumerate(jobs, start=1):
             prompt = prompts[group]
@@ -281,50 +336,76 @@ class GRPOTrainer(Policy):
             if not self.world.leads:
                 continue  # the leader of the group decoded, scores and keeps the same samples
             assert drawn.trajectory is not None and drawn.media is not None
-            sound = sound_samples(drawn.finite, drawn.trajectory, self.rewards)
+            faults = drawn.faults()
+            self.note_faults(faults)
             for row, member in enumerate(members):
                 states, densities = drawn.trajectory.latents[row], drawn.trajectory.log_probs[row]
                 # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
-                latents[group, member] = states if sound[row] else torch.zeros_like(states)
-                log_probs[group, member] = densities if sound[row] else torch.zeros_like(densities)
-            pending.append((group, members, sound, self.submit_for_scores(prompt, drawn.media)))
+                latents[group, member] = states if faults[row] is None else torch.zeros_like(states)
+                log_probs[group, member] = densities if faults[row] is None else torch.zeros_like(densities)
+            pending.append((group, members, faults, self.submit_for_scores(prompt, drawn.media)))
             if not self.config.rewards.async_ or len(pending) > MAX_PENDING:
                 collect()
         while pending:
             collect()
-        scores, raw, valid = table.gather(self.world)
+        scores, raw, valid, lost = table.gather(self.world)
         retried = int(
             self.world.all_reduce_sum(torch.tensor([float(self.rewards.retried.total() - retried)], dtype=torch.float64))[0]
         )
-        return Rollout(prompts, latents, log_probs, scores, raw, valid, retried)
+        return Rollout(prompts, latents, log_probs, scores, raw, valid, lost, retried)
 
     def _check_invalid(self, iteration: int, rollout: Rollout) -> None:
-        """Save what was trained and raise when too many samples of an iteration have no score that counts."""
+        """Raise when too many samples of an iteration have no score that counts, with what was trained saved, unless it is
+        the weights that draw what is not finite: they must not take the place of a sound checkpoint."""
         counted = torch.stack([rollout.valid[name] for name, weight in self.rewards.weights.items() if weight != 0]).all(0)
         total, failed = counted.numel(), int((~counted).sum())
-        if failed <= self.config.rewards.max_invalid_fraction * total:
+        allowed = self.config.rewards.max_invalid_fraction
+        if failed <= allowed * total:
             return
-        reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
-        if self._saved != iteration:
+        diverged = int(rollout.faults[SAMPLING].sum()) > allowed * total
+        if self._saved != iteration and not diverged:
             self._save(iteration)
+        blame = self._blame(iteration, rollout)
         raise TooManyInvalidRewards(
-            f"{failed} of {total} samples of this iteration could not be scored, more than rewards.max_invalid_fraction="
-            f"{self.config.rewards.max_invalid_fraction} allows: {'; '.join(sorted(set(reasons))) or 'no reason given'}. "
-            "What was trained before it is saved; repair the reward and start the same command again"
+            f"{failed} of {total} samples of iteration {iteration + 1} do not count, more than rewards.max_invalid_fraction="
+            f"{allowed} allows: {blame.counts()}. {blame.advice(self.config)}"
+        )
+
+    def _blame(self, iteration: int, rollout: Rollout) -> Blame:
+        """What spoiled an iteration's samples, the same on every rank."""
+        faults = torch.stack(list(rollout.faults.values())).any(0)
+        unscored = {
+            name: int((~rollout.valid[name] & ~faults).sum()) for name, weight in self.rewards.weights.items() if weight != 0
+        }
+        reasons = [reason for rank in self.world.all_gather_object(dict(self.rewards.failure_counts)) for reason in rank]
+        lines = self.world.broadcast_object(self.log.read() if self.world.rank == 0 else None)
+        begun, sampling = iteration, int(rollout.faults[SAMPLING].sum())
+        sound = None
+        if sampling:
+            begun = since(lines, iteration)
+            sound = newest_sound(self.store, lines, begun)
+        return Blame(
+            iteration=iteration,
+            sampling=sampling,
+            decoding=int(rollout.faults[DECODING].sum()),
+            rewards={name: count for name, count in unscored.items() if count},
+            reasons=sorted(set(reasons)),
+            since=begun,
+            sound=sound,
+            saved=self._saved == iteration,
         )
 
     def select(self, advantages: Advantages) -> list[list[MicroBatch]]:
         """Which members of each group are trained on, in update micro-batches ``[group][k]``."""
-        size, best = self.config.engine.micro_batch_size, self.config.grpo.best_of
+        slots, size, best = self.dealing.slots, self.config.engine.micro_batch_size, self.config.grpo.best_of
         chosen = []
         for values, valid in zip(advantages.values, advantages.valid, strict=True):
             if best is None:
-                members = [i for i, ok in enumerate(valid.tolist()) if ok]
+                chosen.append(regroup([i for i, ok in enumerate(valid.tolist()) if ok], slots, size))
             elif self.objective.pairs:
-                members = pairs(values, valid, best.top)
+                chosen.append(regroup_pairs(pairs(values, valid, best.top), slots, size))
             else:
-                members = best_of(values, valid, best.top, best.bottom)
-            chosen.append(regroup(members, self.dealing.slots, size))
+                chosen.append(regroup(best_of(values, valid, best.top, best.bottom), slots, size))
         return chosen
 
     def update(
@@ -351,7 +432,7 @@ class GRPOTrainer(Policy):
             for done, (group, k) in enumerate(batches, start=1):
                 replay, samples = replay_batch(self, iteration, rollout, trajectories, advantages, group, chosen[group][k])
                 for i in range(per_sample):
-                    with clock.phase("update"), self.forward_context(replay.conditioning):
+                    with clock.phase("update"), self.pass_context(replay.conditioning):
                         loss, statistics = self.objective.loss(replay, samples, i)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
                         loss = (loss * samples.weights).sum() / counted / self.world.sequence_parallel
@@ -361,6 +442,13 @@ class GRPOTrainer(Policy):
             with clock.phase("update"):
                 norms.append(engine.step())
         finite = [norm for norm in norms if math.isfinite(norm)]
+        if len(finite) < len(norms):
+            logger.warning(
+                "iteration %d: the gradient of %d of %d updates was not finite: they changed nothing",
+                iteration + 1,
+                len(norms) - len(finite),
+                len(norms),
+            )
         if not norms:
             logger.warning("iteration %d made no update: no sample counts (all masked, or no pair differs)", iteration + 1)
         return {
@@ -387,7 +475,7 @@ class GRPOTrainer(Policy):
         return sets
 
     def evaluate(self) -> dict[str, float]:
-        """``eval/SET/MODEL/OUTPUT/{mean,stderr}`` on fixed prompts and noise, with the ODE sampler."""
+        """``eval/SET/MODEL/OUTPUT/{mean,stderr}``, ``eval/SET/not_finite``: of fixed prompts and noise, by the ODE sampler."""
         metrics = {}
         for name, prompts in self.evaluation_sets().items():
             summary = sample_fixed(self, prompts, self.config.run.eval_samples, "evaluation", keep_media=False).summary()
@@ -396,20 +484,24 @@ class GRPOTrainer(Policy):
 
     def save_pictures(self, finished: int) -> FixedSamples:
         """Save pictures or clips of fixed prompts and noise in ``samples/FINISHED/``, the number of finished iterations."""
+        self.status.doing("saving pictures")
         prompts = (self.eval_prompts or self.prompts)[: self.config.run.sample_prompts]
         drawn = sample_fixed(self, prompts, 1, "pictures")
         if drawn.media is not None:
             rewards = drawn.by_sample()
             folder = self.folder / "samples" / f"{finished:06d}"
-            captions = [caption(p.text, r) for p, r in zip(prompts, rewards, strict=True)]
+            shown = zip(prompts, rewards, drawn.faults, strict=True)
+            captions = [caption(p.text, r) for p, r, fault in shown if fault is None]
+            texts = [p.text for p in prompts]
             with keep_going(folder):
-                files = save_samples(folder, drawn.media, [p.text for p in prompts], rewards, fps=self.fps)
+                files = save_samples(folder, drawn.media, texts, rewards, faults=drawn.faults, fps=self.fps)
                 self.wandb.log_pictures(max(finished - 1, 0), files, captions)
         return drawn
 
     def _before_training(self) -> None:
         """Evaluate and save pictures of the starting weights, where the run does so later."""
         if self.config.run.eval_every:
+            self.status.doing("evaluation")
             metrics = self.evaluate()
             if self.world.rank == 0:
                 with keep_going(self.folder / "evaluation_before.json"):
@@ -420,9 +512,15 @@ class GRPOTrainer(Policy):
             self.save_pictures(0)
 
     def _save(self, finished: int) -> None:
-        """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run."""
+        """Save a checkpoint of ``finished`` iterations; a disk that refuses ends no run. Weights that are not finite are not
+        saved: they would push out a sound checkpoint."""
+        self.status.doing("saving a checkpoint")
         engine = self.engine
         assert engine is not None
+        if not engine.weights_are_finite():
+            if self.world.rank == 0:
+                logger.error("iteration %d was not saved: its weights are not finite", finished)
+            return
 
         def write(folder: Path) -> dict[str, Any]:
             (folder / "state").mkdir(exist_ok=True)
@@ -433,6 +531,8 @@ class GRPOTrainer(Policy):
                 **prompts_state(self.prompts, self.config),
                 "images": image_digests(self.prompts),
                 "denoiser": self._denoiser_identity,
+                "noise": noise.VERSION,
+                "rows_apart": self.rows_apart,
                 "git_commit": git_commit(),
             }
 

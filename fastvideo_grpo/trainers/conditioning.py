@@ -12,6 +12,7 @@ from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id
+from fastvideo_grpo.sampling import noise
 
 if TYPE_CHECKING:
     from fastvideo_grpo.trainers.policy import Policy
@@ -55,6 +56,7 @@ def embedding_cache(config: Config, checkpoint: Path, model: type[Policy], world
         settings |= {
             "size": [config.sample.height, config.sample.width],
             "vae_precision": config.model.vae_precision,
+            "noise": noise.VERSION,  # an image's latents are drawn
         }
     identity = encoder_identity(checkpoint, components, settings)
     return EmbeddingCache(config.prompts.embeddings, identity, DTYPES[config.prompts.embedding_dtype], world)

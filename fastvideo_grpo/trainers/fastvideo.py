@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from abc import abstractmethod
@@ -28,14 +27,18 @@ from fastvideo.forward_context import set_forward_context  # noqa: E402
 from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
-from fastvideo.training.activation_checkpoint import CheckpointType, apply_activation_checkpointing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
 from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
 from fastvideo_grpo.engines.make import uses_zero3  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
+from fastvideo_grpo.families import FAMILIES  # noqa: E402
 from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
+from fastvideo_grpo.model_files.clean_folder import clean_folder  # noqa: E402
+from fastvideo_grpo.model_files.headers import read_entries  # noqa: E402
+from fastvideo_grpo.model_files.json_files import read_json  # noqa: E402
+from fastvideo_grpo.model_files.selection import WeightFilesError, select  # noqa: E402
 from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
@@ -95,13 +98,15 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
             disable_autocast=True,  # the VAE computes in the dtype it was loaded in
         )
         loaded: dict[str, Any] = {"transformer": self._load_partitioned(config, world)} if uses_zero3(config) else {}
-        if with_text_encoders:
-            loaded |= self.read_tokenizers(Path(config.model.path))
         components = list(type(self)._required_config_modules)  # a copy: loading edits the list
         if not with_text_encoders:
             components = [name for name in components if name not in (*self.text_encoders, *self.tokenizers)]
-        ComposedPipelineBase.__init__(self, config.model.path, args, components, loaded or None)
-        self.post_init()
+        with clean_folder(self.checkpoint, FAMILIES[config.model.kind].folders) as folder:
+            if with_text_encoders:
+                loaded |= self.read_tokenizers(folder)
+            ComposedPipelineBase.__init__(self, str(folder), args, components, loaded or None)
+            self.post_init()
+        _check_vae(self.get_module("vae"), self.checkpoint / "vae")
         self.prepare_transformer(self.get_module("transformer"))
         # The transformer is loaded in its own precision; from here on the stages hand over float32, so that initial noise is
         # not rounded on its way, and network_output() casts to what the network computes in.
@@ -122,7 +127,7 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightSource, load_partitioned
 
         folder = Path(config.model.path) / "transformer"
-        facts = json.loads((folder / "config.json").read_text())
+        facts = read_json(folder / "config.json")
         # What FastVideo's loader enters: in it the layers take the backend asked for, outside the fastest that they find.
         with _component_attention_backend_scope(ATTENTION_BACKENDS[config.model.attention], component="transformer"):
             module = fastvideo_transformer(config.model.kind, facts, DTYPES[config.model.precision])
@@ -206,11 +211,10 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         )
 
     def create_pipeline_stages(self, fastvideo_args: FastVideoArgs) -> None:
-        """FastVideo's stages, with the denoising stage replaced and the decoding stage left to who needs media."""
+        """FastVideo's stages, with those that denoise and decode replaced."""
         super().create_pipeline_stages(fastvideo_args)
         self._replace_stage("denoising_stage", RolloutStage(self))
-        decoding = self._stage_name_mapping["decoding_stage"]
-        self._replace_stage("decoding_stage", LeaderDecodingStage(decoding, self.vae_on_device))
+        self._replace_stage("decoding_stage", LeaderDecodingStage(self))
 
     def _replace_stage(self, name: str, stage: PipelineStage) -> None:
         position = self._stages.index(self._stage_name_mapping[name])
@@ -231,9 +235,6 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def checkpoint_activations(self, every: int) -> nn.Module:
-        return apply_activation_checkpointing(self.denoiser, CheckpointType.BLOCK_SKIP, n_layer=every)
-
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         # FastVideo's attention reads it, and activation checkpointing runs attention once more inside backward.
         return set_forward_context(current_timestep=0, attn_metadata=None)
@@ -243,7 +244,18 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         batch = self.forward_batch(conditioning, initial)
         request = RolloutRequest(walk, conditioning, decode=self.world.leads)
         batch.extra["rollout"] = request
-        with self.forward_context(conditioning):
-            batch = ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
+        with self.pass_context(conditioning):
+            ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
         assert request.finite is not None
-        return Drawn(self.to_media(batch.output) if request.decode else None, request.finite, request.trajectory)
+        return Drawn(request.media, request.finite, request.decoded, request.trajectory)
+
+
+def _check_vae(vae: nn.Module, folder: Path) -> None:
+    """FastVideo loads the VAEs of video models without strictness.
+
+    Raises:
+        WeightFilesError: a tensor of the VAE is in no file, and has random numbers or none.
+    """
+    missing = sorted(vae.state_dict().keys() - read_entries(select(folder)).keys())
+    if missing:
+        raise WeightFilesError(f"{folder}: {len(missing)} tensors of FastVideo's VAE are in no file, {missing[0]} is the first")

@@ -80,13 +80,10 @@ class FluxGRPOTrainer(FastVideoGRPOTrainer, FluxPipeline):
             return_dict=False,
         )[0]
 
-    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
-        """Packed latents -> uint8 ``[B, 1, H, W, 3]``, or with gradients float ``[B, 1, H, W, 3]`` in [0, 1]."""
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Of packed latents, ``[B, 3, 1, H, W]``."""
         channels, height, width = self.latent_shape()
         vae = self.get_module("vae")
-        with torch.set_grad_enabled(differentiable), self.vae_on_device():
-            unpacked = _unpack_latents(latents.float(), len(latents), channels, height, width)
-            scaled = FluxDecodingStage._denormalize_latents(unpacked, vae)
-            decoded = vae.decode(scaled.to(next(vae.parameters()).dtype))
-            pixels = (getattr(decoded, "sample", decoded).float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
-        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+        unpacked = _unpack_latents(latents.float(), len(latents), channels, height, width)
+        decoded = vae.decode(FluxDecodingStage._denormalize_latents(unpacked, vae).to(next(vae.parameters()).dtype))
+        return (getattr(decoded, "sample", decoded).float() / 2 + 0.5).unsqueeze(2)

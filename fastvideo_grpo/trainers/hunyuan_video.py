@@ -49,7 +49,7 @@ class HunyuanVideoGRPOTrainer(VideoGRPOTrainer, HunyuanVideoPipeline):
             found = len(self.get_module("tokenizer")(prefix)["input_ids"])
             if found != crop:
                 raise ConfigError(
-                    f"{self.model_path}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
+                    f"{self.checkpoint}/tokenizer makes {found} tokens of the prompt template, but {crop} are cut off "
                     "the embeddings: prompts would be read wrongly. The tokenizer.json of HunyuanVideo's own repository is "
                     "needed"
                 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
 
+from fastvideo_grpo.checkpoint_checks import unread_files
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.families import FAMILIES, configured_prompts
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.conditioning import embedding_cache, to_encode
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_class(kind: str) -> type[GRPOTrainer]:
@@ -37,8 +41,13 @@ def trainer_class(kind: str) -> type[GRPOTrainer]:
 def load_trainer(config: Config, world: World) -> GRPOTrainer:
     """Load the checkpoint. Text encoders stay on disk when every prompt's embedding is cached already."""
     cls = trainer_class(config.model.kind)
+    left_out = unread_files(config) if world.rank == 0 else None
+    if left_out:
+        logger.warning("%s", left_out)
     with_text_encoders = True
     if config.prompts.embeddings != "none":
         cache = embedding_cache(config, Path(config.model.path), cls, world)
         with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
+        if with_text_encoders:
+            cache.check_writable()
     return cls(config, world, with_text_encoders=with_text_encoders)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.make import uses_zero3
@@ -24,27 +27,44 @@ from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.residency import resident
-from fastvideo_grpo.sampling import noise, schedules, transitions
+from fastvideo_grpo.sampling import noise, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples
 from fastvideo_grpo.sampling.schedules import Level, Schedule
 from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.trainers.conditioning import NEGATIVE, embedding_cache, negative_of, split_guidance, to_encode
+from fastvideo_grpo.trainers.decoding import as_rows, decode_checked
+from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING, check_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Drawn:
     """A micro-batch of samples.
 
-    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader of a sequence-parallel group only; ``finite`` bool ``[B]``:
-    whether the final latents are (NaN pixels would become a black picture, which a reward would score); ``trajectory``, if
-    it was recorded.
+    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader of a sequence-parallel group only; a sample that is not
+    ``decoded`` is black there, which a reward would score. ``finite``, ``decoded`` bool ``[B]`` on the CPU: whether the final
+    latents are finite, and whether all is from latents to pixels (None without media). ``trajectory``, if it was recorded.
     """
 
     media: Tensor | None
     finite: Tensor
+    decoded: Tensor | None
     trajectory: Trajectory | None
+
+    def faults(self) -> list[str | None]:
+        """What is not finite in each sample, ``SAMPLING`` or ``DECODING``; None for one that is sound."""
+        sampled = self.finite
+        if self.trajectory is not None:
+            last = self.trajectory.log_probs.shape[1] - 1  # its log-prob is no density, and not trained on
+            sampled = sampled & self.trajectory.log_probs[:, :last].isfinite().all(1)
+        decoded = torch.ones_like(sampled) if self.decoded is None else self.decoded
+        return [
+            SAMPLING if not drawn else DECODING if not shown else None
+            for drawn, shown in zip(sampled.tolist(), decoded.tolist(), strict=True)
+        ]
 
 
 class Policy(ABC):
@@ -58,8 +78,12 @@ class Policy(ABC):
         dtype: what the network computes in.
         schedule, transition: how it is sampled.
         engine: around the network once it is trained.
+        decodes_one_at_a_time: the VAE is given one sample at a time, as much as memory or the VAE itself allows.
+        fault_counts: samples that were masked since they were not finite, by what was not.
+        rows_apart: each row of a micro-batch passes through the network by itself.
     """
 
+    decodes_one_at_a_time: ClassVar[bool] = False
     text_encoders: ClassVar[tuple[str, ...]] = ()
     tokenizers: ClassVar[tuple[str, ...]] = ()
     encoding: ClassVar[dict[str, Any]] = {}
@@ -71,6 +95,8 @@ class Policy(ABC):
     schedule: Schedule
     transition: Transition
     engine: Engine | None = None
+    fault_counts: Counter[str]
+    rows_apart = False
 
     _conditioning: dict[str, Conditioning]
     _cache: EmbeddingCache | None = None
@@ -97,14 +123,16 @@ class Policy(ABC):
         ``prediction`` says, same shape, any float dtype; with gradients when they are enabled."""
 
     @abstractmethod
-    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
-        """Final latents -> uint8 ``[B, F, H, W, 3]`` on the CPU, or float in [0, 1] with gradients."""
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of final latents: float ``[B, 3, F, H, W]``, 0 black and 1 white, as it comes, neither clamped
+        (infinity would be white) nor rounded; with gradients when they are enabled. :meth:`media_of` and :meth:`decode` ask
+        for it, with the VAE on the device."""
 
     @abstractmethod
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
         """From noise to media, through the model's own pipeline; media on the leader of a sequence-parallel group only.
 
-        Enters :meth:`forward_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
+        Enters :meth:`pass_context` around the network's passes, walks with :meth:`predict` and never scales by guidance
         itself.
 
         Args:
@@ -112,7 +140,7 @@ class Policy(ABC):
             initial: float32 ``[B, *latent_shape()]`` on the CPU.
 
         Returns:
-            Media, which samples are finite, and the trajectory if ``walk.record``.
+            :meth:`drawn` of the final latents, or the same from the stages of a pipeline.
         """
 
     @abstractmethod
@@ -150,9 +178,10 @@ class Policy(ABC):
         """The network with every ``every``-th block recomputed in the backward pass (``engine.activation_checkpointing``).
 
         Raises:
-            UserError: the model's trainer does not say how.
+            UserError: the network's blocks are not those that the model's family names.
         """
-        raise UserError(f"model.kind={self.config.model.kind} recomputes no blocks: set engine.activation_checkpointing=none")
+        family = FAMILIES[self.config.model.kind]
+        return checkpoint_blocks(self.denoiser, find_blocks(self.denoiser, family.blocks, family.not_recomputed), every)
 
     def forward_context(self, conditioning: Conditioning | None = None) -> AbstractContextManager[Any]:
         """Entered around every forward and backward of the network with this conditioning, and around text encoders."""
@@ -162,10 +191,6 @@ class Policy(ABC):
         """Two micro-batches' conditioning as one of both, ``[2 B, ...]`` (``model.cfg_batched``); a model whose texts differ in
         length overrides it."""
         return {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
-
-    def make_schedule(self) -> Schedule:
-        """The sampling schedule; a model of another paradigm overrides it."""
-        return schedules.flow(self.config.sample.steps, self.config.sample.shift)
 
     # --- the loaded components --------------------------------------------------------------------------------------------
 
@@ -194,23 +219,75 @@ class Policy(ABC):
                 stack.enter_context(resident(self.get_module(name), self.world.device))
             yield
 
-    @staticmethod
-    def to_media(pixels: Tensor) -> Tensor:
-        """Float ``[B, 3, F, H, W]`` in [0, 1] -> uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers."""
-        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+    # --- pixels -------------------------------------------------------------------------------------------------------------
+
+    def drawn(self, latents: Tensor, trajectory: Trajectory | None) -> Drawn:
+        """What a rollout ended in, decoded where this process is the one to do it."""
+        media, decoded = self.media_of(latents) if self.world.leads else (None, None)
+        return Drawn(media, finite_samples(latents), decoded, trajectory)
+
+    def media_of(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode final latents ``[B, ...]``, without gradients.
+
+        Returns:
+            uint8 ``[B, F, H, W, 3]`` on the CPU, rounded as diffusers, black where it is not finite; and which samples are
+            finite from latents to pixels, bool ``[B]`` on the CPU.
+        """
+        media, decoded = [], []
+        with torch.no_grad(), self.vae_on_device():
+            for part in self._vae_batches(latents):
+                pixels, finite = decode_checked(self.pixels, self.get_module("vae"), part)
+                # Bytes of NaN are whatever the processor makes of it.
+                shown = torch.where(as_rows(finite, pixels), pixels * 255, 0.0)
+                media.append(shown.round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu())
+                decoded.append(finite.cpu())
+        return torch.cat(media), torch.cat(decoded)
+
+    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
+        """Final latents ``[B, ...]`` -> the media, or float ``[B, F, H, W, 3]`` in [0, 1] with gradients.
+
+        With gradients a sample that is not finite somewhere from latents to pixels is NaN throughout, and no gradient comes
+        back to its latents: 0 times NaN would be NaN for the whole update.
+        """
+        if not differentiable:
+            return self.media_of(latents)[0]
+        with torch.enable_grad(), self.vae_on_device():
+            latents = latents.view_as(latents)  # so that the hook sees what comes through the VAE, and nothing else
+            parts = [decode_checked(self.pixels, self.get_module("vae"), part) for part in self._vae_batches(latents)]
+        pixels, finite = (torch.cat(each) for each in zip(*parts, strict=True))
+        if latents.requires_grad:
+            latents.register_hook(lambda gradient: torch.where(as_rows(finite, gradient), gradient, 0.0))
+        return torch.where(as_rows(finite, pixels), pixels, torch.nan).permute(0, 2, 3, 4, 1)
+
+    def _vae_batches(self, latents: Tensor) -> tuple[Tensor, ...]:
+        return latents.split(1 if self.decodes_one_at_a_time else len(latents))
+
+    def note_faults(self, faults: Sequence[str | None]) -> None:
+        """Count samples that are not sound (:meth:`Drawn.faults`), and log each kind the first time."""
+        for fault, count in Counter(fault for fault in faults if fault is not None).items():
+            if fault not in self.fault_counts:
+                logger.warning("%s (%d of %d samples masked; told once, counted always)", fault, count, len(faults))
+            self.fault_counts[fault] += count
 
     # --- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, config: Config, world: World) -> None:
-        """Everything a loaded model needs to sample; called when its components are there."""
+        """Everything a loaded model needs to sample; called when its components are there.
+
+        Raises:
+            UserError: weights of network or VAE are not finite.
+        """
         self.config, self.world = config, world
+        parts = {name: self.get_module(name) for name in (FAMILIES[config.model.kind].denoiser, "vae")}
+        check_weights({name: part for name, part in parts.items() if part is not None}, self.checkpoint, world)
         self.facts = model_facts(config)
         self.dtype = DTYPES[config.model.precision]
-        self.schedule = self.make_schedule()
+        self.schedule = FAMILIES[config.model.kind].schedule(config.sample, self.facts)
         self.transition = transitions.get(
             config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
         )
         self._conditioning = {}
+        self.fault_counts = Counter()
         if config.model.lora is not None:
             add_lora(self.denoiser, lora_settings(config), config.run.seed)
         else:
@@ -259,6 +336,11 @@ class Policy(ABC):
             self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
         )
 
+    def pass_context(self, conditioning: Conditioning) -> AbstractContextManager[Any]:
+        """Entered around :meth:`predict` of a micro-batch with this conditioning and its backward: the :meth:`forward_context`
+        of what passes through the network at once."""
+        return self.forward_context(_row(conditioning, 0) if self.rows_apart else conditioning)
+
     def predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
         float32 with guidance, else in the dtype that :meth:`network_output` gives.
@@ -267,6 +349,15 @@ class Policy(ABC):
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
         2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
+        if not self.rows_apart:
+            return self._predict(sample, level, conditioning)
+        outputs = []
+        for i in range(len(sample)):
+            at = Level(*(part[i : i + 1] for part in (level.alpha, level.sigma, level.timestep)))
+            outputs.append(self._predict(sample[i : i + 1], at, _row(conditioning, i)))
+        return torch.cat(outputs)
+
+    def _predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         positive, negative = split_guidance(conditioning)
         if negative is None:
             return self.network_output(sample, level, positive)
@@ -344,3 +435,8 @@ class Policy(ABC):
     def fps(self) -> float | None:
         """Frames a second of a video; None for images."""
         return float(self.config.sample.fps) if self.config.sample.frames > 1 else None
+
+
+def _row(conditioning: Conditioning, i: int) -> Conditioning:
+    """One row of a micro-batch's conditioning: tensors ``[1, ...]``."""
+    return {name: tensor[i : i + 1] for name, tensor in conditioning.items()}

@@ -16,6 +16,8 @@ from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.transitions import Step
+from fastvideo_grpo.trainers.decoding import as_rows, finite_rows
+from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING
 
 if TYPE_CHECKING:
     from fastvideo_grpo.trainers.base import GRPOTrainer, Rollout
@@ -60,24 +62,32 @@ class TrajectoryReplay:
             return self.step(i)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pixels in [0, 1], with gradients."""
-        return self.trainer.decode(latents, differentiable=True)
+        """Latents to pixels in [0, 1], with gradients; samples that are not finite are NaN, and counted."""
+        pixels = self.trainer.decode(latents, differentiable=True)
+        sampled, decoded = finite_rows(latents.detach()).tolist(), finite_rows(pixels.detach()).tolist()
+        self.trainer.note_faults(
+            [SAMPLING if not drawn else DECODING if not shown else None for drawn, shown in zip(sampled, decoded, strict=True)]
+        )
+        return pixels
 
     def reward(self, pixels: Tensor) -> Tensor:
-        """The weighted sum of the rewards of ``pixels`` ``[B, F, H, W, 3]``, ``[B]`` with gradients; not finite where one of
-        them could not judge a row, which is counted and named as a failure of the rollout's scoring is."""
+        """The weighted sum of the rewards of ``pixels`` ``[B, F, H, W, 3]``, ``[B]`` with gradients; not finite where the
+        pixels are not, which no reward is shown, or where one of them could not judge a row, which is counted and named as a
+        failure of the rollout's scoring is."""
         rewards, count = self.trainer.rewards, len(pixels)
-        scores = rewards.differentiable(pixels, [self.prompt.text] * count, [self.prompt.metadata] * count)
+        finite = finite_rows(pixels.detach())
+        shown = torch.where(as_rows(finite, pixels), pixels, 0.0)
+        scores = rewards.differentiable(shown, [self.prompt.text] * count, [self.prompt.metadata] * count)
         total = torch.zeros(count, device=pixels.device)
         for name, weight in rewards.weights.items():
             if weight == 0:
                 continue
             score = scores[name].to(total)
-            unjudged = int((~score.isfinite()).sum())
+            unjudged = int((~score.isfinite() & finite).sum())
             if unjudged:
                 rewards.note(f"reward {name}: no gradient: it could not judge a sample of an update", unjudged, count)
             total = total + weight * score
-        return total
+        return torch.where(finite, total, torch.nan)
 
 
 def fetch_trajectories(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from fastvideo_grpo.config import Config, ConfigError
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.reward_set import RewardSet, ScoredBatch
-from fastvideo_grpo.sampling.rollout import Trajectory
+from fastvideo_grpo.trainers.not_finite import FAULTS
 
 if TYPE_CHECKING:
     from fastvideo_grpo.trainers.base import Rollout
@@ -26,11 +26,14 @@ _MARGIN_S = 60.0
 
 
 class TooManyInvalidRewards(UserError):
-    """More samples of an iteration could not be scored than ``rewards.max_invalid_fraction`` allows."""
+    """More samples of an iteration have no score that counts than ``rewards.max_invalid_fraction`` allows."""
 
 
-def make_rewards(config: Config, world: World) -> RewardSet:
+def make_rewards(config: Config, world: World, watch: Callable[[Collection[str]], None]) -> RewardSet:
     """The configured rewards: made on the ranks that score, on the others their names, weights and transforms.
+
+    Args:
+        watch: see :class:`RewardSet`.
 
     Raises:
         ConfigError: on every rank: a reward that cannot be made or looks at other media, or one whose process starts so
@@ -46,6 +49,7 @@ def make_rewards(config: Config, world: World) -> RewardSet:
             retries=config.rewards.retries,
             backoff_s=config.rewards.backoff_s,
             elsewhere=elsewhere,
+            watch=watch,
         )
 
     rewards: RewardSet | None = None
@@ -99,32 +103,29 @@ class ScoreTable:
     def __init__(self, names: Sequence[str], prompts: int, group_size: int) -> None:
         self.names = list(names)
         self._table = torch.zeros(3, len(self.names), prompts, group_size, dtype=torch.float32)  # score, raw score, valid
+        self._faults = torch.zeros(len(FAULTS), prompts, group_size, dtype=torch.float32)
 
-    def add(self, group: int, members: Sequence[int], scored: ScoredBatch, sound: Tensor) -> None:
-        """Fill in a micro-batch of a group; a sample that is not ``sound`` (bool ``[B]``) has no valid score."""
+    def add(self, group: int, members: Sequence[int], scored: ScoredBatch, faults: Sequence[str | None]) -> None:
+        """Fill in a micro-batch of a group; a sample that has one of ``faults`` has no valid score."""
+        sound = torch.tensor([fault is None for fault in faults])
+        for member, fault in zip(members, faults, strict=True):
+            if fault is not None:
+                self._faults[FAULTS.index(fault), group, member] = 1.0
         for k, name in enumerate(self.names):
             valid = scored.valid[name] & sound
             self._table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
             self._table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
             self._table[2, k, group, members] = valid.float()
 
-    def gather(self, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    def gather(self, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """All ranks' samples, on every rank: name -> score, raw score (float32 ``[P, G]``, 0 where invalid) and whether they
-        are valid (bool ``[P, G]``)."""
+        are valid (bool ``[P, G]``); and of each of ``FAULTS``, which samples have it (bool ``[P, G]``)."""
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
-        table = world.all_gather_rows(self._table[None]).sum(0)
-        scores, raw, valid = ({name: part[k] for k, name in enumerate(self.names)} for part in table)
-        return scores, raw, {name: part.bool() for name, part in valid.items()}
-
-
-def sound_samples(finite: Tensor, trajectory: Trajectory, rewards: RewardSet) -> Tensor:
-    """Samples whose latents (``finite``, bool ``[B]``) and trainable log-probs are finite, ``[B]``; the others are masked,
-    counted and named as failures of rewards are."""
-    last = trajectory.log_probs.shape[1] - 1
-    sound = finite & trajectory.log_probs[:, :last].isfinite().all(1)
-    if not bool(sound.all()):
-        rewards.note("sampling: latents or log-probs are not finite", int((~sound).sum()), len(sound))
-    return sound
+        table = world.all_gather_rows(torch.cat([self._table.flatten(0, 1), self._faults])[None]).sum(0)
+        names = len(self.names)
+        scores, raw, valid = (dict(zip(self.names, part, strict=True)) for part in table[: 3 * names].split(names))
+        faults = dict(zip(FAULTS, table[3 * names :].bool(), strict=True))
+        return scores, raw, {name: part.bool() for name, part in valid.items()}, faults
 
 
 def reward_metrics(rollout: Rollout, rewards: RewardSet) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import load_image
-from fastvideo_grpo.sampling.noise import generator
+from fastvideo_grpo.sampling.noise import generator, normal
 from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.hunyuan_video import HunyuanVideoGRPOTrainer
 
@@ -38,7 +39,11 @@ class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
         return encoded
 
     def encode_image(self, prompt: Prompt) -> Tensor:
-        """A draw from the VAE's posterior of the prompt's image, scaled; the same draw whenever the prompt is encoded."""
+        """A draw from the VAE's posterior of the prompt's image, scaled; the same draw whenever the prompt is encoded.
+
+        Raises:
+            UserError: the VAE gives no finite latents of it.
+        """
         assert prompt.image is not None
         vae = self.get_module("vae")
         pixels = load_image(prompt.image, self.config.sample.height, self.config.sample.width)
@@ -47,10 +52,21 @@ class SkyReelsI2VGRPOTrainer(HunyuanVideoGRPOTrainer):
             frame = (pixels.float() / 255 * 2 - 1).permute(2, 0, 1)[None, :, None].to(weights.device, weights.dtype)
             tiling, vae.use_tiling = vae.use_tiling, False  # one frame needs none, and diffusers takes none
             try:
-                latents = vae.encode(frame).sample(generator("image", prompt.id))
+                posterior = vae.encode(frame)
+                drawn = normal(generator("image", prompt.id), tuple(posterior.mean.shape)).to(posterior.mean)
+                latents = posterior.mean + posterior.std * drawn
             finally:
                 vae.use_tiling = tiling
-        return latents.float() * vae.scaling_factor
+        latents = latents.float() * vae.scaling_factor
+        if not bool(latents.isfinite().all()):
+            model = self.config.model
+            way = f"set model.vae_precision=fp32 (it is {model.vae_precision})"
+            if model.vae_precision == "fp32":
+                way = f"see that the image and {model.path}/vae are whole"
+            raise UserError(
+                f"the VAE gives latents that are not finite of the image {prompt.image} of prompt {prompt.id!r}: {way}"
+            )
+        return latents
 
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The velocity of the noise channels at ``sample`` ``[B, 16, F, H, W]``."""

@@ -17,15 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.engines.unet_checkpointing import checkpoint_unet
 from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.model_files.clean_folder import clean_folder
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.tokenizers import load_tokenizer
-from fastvideo_grpo.sampling import schedules
-from fastvideo_grpo.sampling.rollout import Walk, finite_samples, rollout
-from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.rollout import Walk, rollout
+from fastvideo_grpo.sampling.schedules import Level
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.policy import Drawn
 
@@ -50,29 +49,32 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         """
         self.config, self.world = config, world  # what loading reads; setup() does the rest
         waits = torch.device("cpu") if config.engine.offload_idle else world.device
-        self.components: dict[str, Any] = {
-            "unet": self.load_denoiser(),
-            "vae": _load(AutoencoderKL, self.checkpoint / "vae", DTYPES[config.model.vae_precision]).to(waits),
-        }
-        if with_text_encoders:
-            encoder = _load(CLIPTextModel, self.checkpoint / "text_encoder", torch.float32)
-            self.components["text_encoder"] = encoder.to(waits)
-            self.components["tokenizer"] = load_tokenizer(self.checkpoint / "tokenizer")
+        self.components: dict[str, Any] = {"unet": self.load_denoiser()}
+        with clean_folder(self.checkpoint, ("vae", "text_encoder", "tokenizer")) as folder:
+            self.components["vae"] = _load(AutoencoderKL, folder / "vae", DTYPES[config.model.vae_precision]).to(waits)
+            if with_text_encoders:
+                encoder = _load(CLIPTextModel, folder / "text_encoder", torch.float32)
+                self.components["text_encoder"] = encoder.to(waits)
+                self.components["tokenizer"] = load_tokenizer(folder / "tokenizer")
         self.setup(config, world)
 
     def load_denoiser(self) -> nn.Module:
         """The UNet; with ZeRO-3 in partitions, read tensor by tensor, so that no process holds all of it."""
         config, world = self.config, self.world
         if not uses_zero3(config):
-            unet = _load(UNet2DConditionModel, self.checkpoint / "unet", DTYPES[config.model.precision])
-            return unet.to(world.device)
+            with clean_folder(self.checkpoint, ("unet",)) as folder:
+                return _load(UNet2DConditionModel, folder / "unet", DTYPES[config.model.precision]).to(world.device)
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, load_partitioned
         from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 
         module = diffusers_denoiser(model_facts(config).denoiser).requires_grad_(False)
-        folder = self.checkpoint / "unet"
         return load_partitioned(
-            module, lambda: CheckpointReader(folder), config.optim, config.engine, precision=config.model.precision, world=world
+            module,
+            lambda: CheckpointReader(self.checkpoint / "unet"),
+            config.optim,
+            config.engine,
+            precision=config.model.precision,
+            world=world,
         )
 
     def get_module(self, name: str) -> Any:
@@ -83,13 +85,6 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
             self.components.pop(name, None)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def checkpoint_activations(self, every: int) -> nn.Module:
-        return checkpoint_unet(self.denoiser, every)
-
-    def make_schedule(self) -> Schedule:
-        """The levels of the checkpoint's ``DDIMScheduler``, whichever scheduler it names itself."""
-        return schedules.ddim_of(self.config.sample.steps, self.facts.components["scheduler"])
 
     def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
         """CLIP's sequence ``[1, text_length, width]`` of each prompt, its padding included."""
@@ -122,19 +117,17 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
         return alpha * output + sigma * sample.float()
 
     def generate(self, conditioning: Conditioning, initial: Tensor, walk: Walk) -> Drawn:
-        with self.forward_context(conditioning):
+        with self.pass_context(conditioning):
             latents, trajectory = rollout(
                 lambda sample, level: self.predict(sample, level, conditioning), initial.to(self.world.device), walk
             )
-        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
+        return self.drawn(latents, trajectory)
 
-    def decode(self, latents: Tensor, differentiable: bool = False) -> Tensor:
-        """Latents ``[B, C, H, W]`` -> uint8 ``[B, 1, H, W, 3]``, or with gradients float in [0, 1]."""
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Of latents ``[B, C, H, W]``, ``[B, 3, 1, H, W]``."""
         vae = self.get_module("vae")
-        with torch.set_grad_enabled(differentiable), self.vae_on_device():
-            scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
-            pixels = (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).unsqueeze(2)
-        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+        scaled = (latents.float() / vae.config.scaling_factor).to(vae.dtype)
+        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).unsqueeze(2)
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch
@@ -21,14 +18,15 @@ from fastvideo_grpo.trainers.policy import Policy
 class RolloutRequest:
     """What travels through the pipeline in ``batch.extra["rollout"]``: how to sample, and afterwards what was done.
 
-    ``conditioning``: the network's, ``[B, ...]``. ``decode``: make media. The stages set ``finite`` (``[B]``, whether the final
-    latents are) and, when the walk records, ``trajectory``.
+    ``conditioning``: the network's, ``[B, ...]``. ``decode``: make media. The stages fill in what :class:`Drawn` holds.
     """
 
     walk: Walk
     conditioning: Conditioning
     decode: bool
     finite: Tensor | None = None
+    media: Tensor | None = None
+    decoded: Tensor | None = None
     trajectory: Trajectory | None = None
 
 
@@ -55,23 +53,21 @@ class RolloutStage(PipelineStage):
 
 
 class LeaderDecodingStage(PipelineStage):
-    """FastVideo's decoding stage where media are asked for: one process of a sequence-parallel group is enough.
+    """Decodes by :meth:`Policy.media_of` where media are asked for: one process of a sequence-parallel group is enough.
 
-    Args:
-        stage: FastVideo's.
-        on_device: the context in which the VAE is on the device.
+    FastVideo's own stage clamps before anybody could see what was not finite.
     """
 
     performance_component_metric = "vae_decode_time_s"
 
-    def __init__(self, stage: PipelineStage, on_device: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.stage = stage
-        self.on_device = on_device
+        self.policy = policy
 
     def forward(self, batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
-        """Set ``batch.output`` to float ``[B, 3, F, H, W]`` in [0, 1], or leave it."""
-        if batch.extra["rollout"].decode:
-            with self.on_device():
-                batch = self.stage.forward(batch, fastvideo_args)
+        """Fill in the request's media, or leave it."""
+        request: RolloutRequest = batch.extra["rollout"]
+        if request.decode:
+            assert batch.latents is not None
+            request.media, request.decoded = self.policy.media_of(batch.latents)
         return batch

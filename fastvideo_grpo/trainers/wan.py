@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastvideo_grpo.config import Config
@@ -15,6 +17,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # isort: skip
 from fastvideo.configs.models.encoders import BaseEncoderOutput  # isort: skip
 from fastvideo.configs.pipelines.base import PipelineConfig  # isort: skip
 from fastvideo.configs.pipelines.wan import WanT2V480PConfig  # isort: skip
+from fastvideo.models.vaes.wanvae import WanRMS_norm  # isort: skip
 from fastvideo.pipelines.basic.wan.wan_pipeline import WanPipeline  # isort: skip
 
 
@@ -40,6 +43,25 @@ class WanGRPOTrainer(VideoGRPOTrainer, WanPipeline):
     def text_settings(self) -> dict[str, dict[str, Any]]:
         """UMT5's sequence ``[1, text_length, 4096]``, zeros behind the text: the network reads them, it has no mask."""
         return {"encoder_hidden_states": {"max_length": self.config.prompts.text_length, "padding": "max_length"}}
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Of latents ``[1, C, F, H, W]``, ``[1, 3, frames, H, W]``; NaN where the VAE's norms overflow.
+
+        Its layers divide by the length of their input, which in fp16 is infinite from 65,520 on: what they give is 0, and in
+        the end a grey clip of finite numbers.
+        """
+        decoder, finite = self.get_module("vae").decoder, []
+
+        def look(layer: WanRMS_norm, inputs: tuple[Tensor, ...]) -> None:
+            length = torch.linalg.vector_norm(inputs[0].detach(), dim=1 if layer.channel_first else -1)
+            finite.append(length.isfinite().all())
+
+        with ExitStack() as looking:
+            for layer in decoder.modules():
+                if isinstance(layer, WanRMS_norm):
+                    looking.callback(layer.register_forward_pre_hook(look).remove)
+            pixels = super().pixels(latents)
+        return torch.where(torch.stack(finite).all(), pixels, torch.nan)
 
     def network_output(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         """The velocity at ``sample`` ``[B, C, F, H, W]``; the network counts time in thousandths."""

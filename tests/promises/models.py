@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,9 +35,11 @@ class Model:
 
     Attributes:
         pipeline: diffusers' class.
-        settings: of a short run (:func:`tests.trainer.runs.settings`), at sizes whose tokens two processes cannot share evenly.
+        settings: of a short run (:func:`tests.trainer.runs.settings`), at sizes whose tokens two processes cannot share evenly
+            and whose elements are no multiple of 32 somewhere in the network, if they can be.
         geometries: sizes and lengths of text at which samples are compared with diffusers'; the first one is exported, too.
         lora_layers: linear layers that get an adapter, where ``model.lora.targets`` is left out.
+        blocks: of each kind of block that activation checkpointing recomputes the names of all, as a regular expression.
         shares_tokens: processes can share a sample's tokens (``engine.sequence_parallel``).
         unpadded: the network reads a text's own tokens only, so that both texts of guidance differ in length.
         maps_names: FastVideo calls its weights otherwise than diffusers does, and its mapping is read to export them.
@@ -47,6 +51,7 @@ class Model:
     settings: ClassVar[Settings]
     geometries: ClassVar[dict[str, Settings]]
     lora_layers: ClassVar[int]
+    blocks: ClassVar[tuple[str, ...]]
     shares_tokens: ClassVar[bool] = True
     unpadded: ClassVar[bool] = False
     maps_names: ClassVar[bool] = False
@@ -121,6 +126,7 @@ class Flux(Model):
     pipeline = "FluxPipeline"
     settings: ClassVar = {"sample__height": 48, "sample__width": 48}  # 9 tokens
     lora_layers = 2 * 8 + 2 * 3  # of two double and two single blocks
+    blocks = (r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+")
 
     geometries: ClassVar = {
         "square": {"sample__height": 64, "sample__width": 64},
@@ -168,6 +174,7 @@ class HunyuanVideo(VideoModel):
         "a prompt longer than the text": {"sample__shift": 7.0, "sample__frames": 5, "prompts__text_length": 6},
     }
     lora_layers = 2 * 4 + 2 * 2  # of two double and two single blocks
+    blocks = (r"double_blocks\.\d+", r"single_blocks\.\d+", r"txt_in\.refiner_blocks\.\d+")
     unpadded = True
     maps_names = True
     flavours: ClassVar = {"image": {"sample__frames": 1}}
@@ -183,6 +190,11 @@ class HunyuanVideo(VideoModel):
         return {"encoder_hidden_states": sequence[:, : int(mask.sum())], "pooled_projections": pooled}
 
 
+def _image_noise(prompt: Prompt, shape: tuple[int, ...], **_: Any) -> Tensor:
+    """Stands for diffusers' ``randn_tensor`` where it draws the latents of a prompt's image."""
+    return noise.normal(noise.generator("image", prompt.id), shape)
+
+
 class SkyReelsI2V(HunyuanVideo):
     kind = "skyreels_i2v"
     pipeline = "HunyuanSkyreelsImageToVideoPipeline"
@@ -194,8 +206,10 @@ class SkyReelsI2V(HunyuanVideo):
         guidance = {"true_cfg_scale": trainer.config.sample.cfg_scale, "guidance_scale": 1.0}
         clips = []
         for latents in initial.split(1):  # it draws the image's latents anew for each clip of a batch
-            image = {"image": Image.open(prompt.image), "generator": noise.generator("image", prompt.id)}
-            clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, **image))
+            given = partial(_image_noise, prompt)
+            with mock.patch("diffusers.models.autoencoders.vae.randn_tensor", given):
+                image = Image.open(prompt.image)
+                clips.append(self.clips(pipeline, trainer, prompt, latents, output, **guidance, image=image))
         return torch.cat(clips)
 
 
@@ -209,6 +223,7 @@ class Wan(VideoModel):
         "a prompt longer than the text": {"sample__frames": 5, "prompts__text_length": 6},
     }
     lora_layers = 2 * 8  # of both attentions of two blocks
+    blocks = (r"blocks\.\d+",)
     maps_names = True
     flavours: ClassVar = {"image": {"sample__frames": 1}}
 
@@ -232,9 +247,13 @@ class Wan(VideoModel):
 class StableDiffusion(Model):
     kind = "stable_diffusion"
     pipeline = "StableDiffusionPipeline"
-    settings: ClassVar = runs.STABLE_DIFFUSION
-    geometries: ClassVar = {"square": {"sample__steps": 6}, "wide": {"sample__height": 32, "sample__width": 96}}
+    settings: ClassVar = {**runs.STABLE_DIFFUSION, "sample__height": 48, "sample__width": 48}  # 3 x 3 at the lowest level
+    geometries: ClassVar = {
+        "square": {"sample__steps": 6, "sample__height": 64, "sample__width": 64},
+        "wide": {"sample__height": 32, "sample__width": 96},
+    }
     lora_layers = 4 * 8  # of both attentions of four transformers
+    blocks = (r".+\.resnets\.\d+", r".+\.attentions\.\d+")
     shares_tokens = False
     flavours: ClassVar = {
         "reverse SDE, decaying noise": {"sample__transition": "diffusion_sde", "sample__noise_decay": 1.0},

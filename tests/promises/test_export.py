@@ -1,12 +1,16 @@
 """Promise 7: what `export` writes is what diffusers loads, equal tensor by tensor, and draws the same samples."""
 
+import json
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fastvideo_grpo import cli
-from fastvideo_grpo.checkpoints.export import model_names
+from fastvideo_grpo.checkpoints.export import MergedLoRA, model_names
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.families import FAMILIES, model_facts
 from tests.promises.models import cases
 
@@ -42,6 +46,38 @@ def printed_load(text):
     return found
 
 
+def with_adapters(pipeline, network, source):
+    """The network's weights after diffusers added the adapters of a folder, a file or a state dict to them."""
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    pipeline.load_lora_weights(source)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    merged = {name: weight.clone() for name, weight in network.state_dict().items()}
+    network.load_state_dict(before)
+    return merged
+
+
+def check_adapters_in_every_way(pipeline, network, trainer, folder, kohya):
+    """The same for readers that look at the metadata and for those that take alpha as the rank (12 is three times it)."""
+    pipeline.unload_lora_weights()
+    names = model_names(model_facts(trainer.config).denoiser)
+    adapters = names.lora_to_diffusers(trainer.engine.state_dict())
+    start = CheckpointReader(trainer.checkpoint / FAMILIES[trainer.config.model.kind].denoiser)
+    expected = dict(MergedLoRA(start, adapters, trainer.config.model.lora))
+    (file,) = folder.iterdir()
+    ways = {"folder": folder, "file": file, "state dict": load_file(file)}
+    if trainer.config.model.kind == "stable_diffusion":  # diffusers reads that of FLUX at FLUX.1's sizes alone
+        ways |= {"kohya": kohya, "kohya's state dict": load_file(kohya)}
+    with safe_open(file, "pt") as opened:
+        kinds = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert {value for key, value in kinds.items() if key.endswith((".r", ".lora_alpha"))} == {4}
+    for way, source in ways.items():
+        merged = with_adapters(pipeline, network, source)
+        assert merged.keys() == expected.keys()
+        for name, weight in merged.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=f"{way}: {name}")
+
+
 @pytest.mark.parametrize("model,case", cases(lambda model: WAYS, quick))
 def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_trainer, tmp_path, capsys, model, case):
     """Checkpointed blocks, which write themselves into the parameters' names, leave no trace."""
@@ -71,6 +107,12 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
         theirs = model.draw(pipeline, trainer, prompt, model.initial(trainer, prompt, 1), "pt")
     assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-4
     assert (ours - before).abs().max() > 2 / 255  # training did something
+    if case == "adapters":
+        written = export(model, trainer.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
+        assert written == (model.kind not in ("flux", "stable_diffusion")), capsys.readouterr().err
+        kohya = tmp_path / "kohya" / "kohya_lora.safetensors"
+        assert kohya.is_file() == (written == 0)
+        check_adapters_in_every_way(pipeline, network, trainer, tmp_path / "exported", kohya)
     if case == "model":
         assert list((tmp_path / "exported").glob("*/diffusion_pytorch_model.safetensors.index.json"))
 

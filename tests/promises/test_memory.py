@@ -1,11 +1,16 @@
 """What a run takes: activations as estimated before it starts, and idle components off the device."""
 
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from fastvideo_grpo import families, memory
+from fastvideo_grpo.engines.activation_checkpointing import find_blocks
+from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.fastvideo_models import fastvideo_transformer
 from tests.promises.models import GUIDANCE, MODELS, cases
 from tests.trainer.memory import kept_for_backward
 
@@ -13,11 +18,9 @@ from tests.trainer.memory import kept_for_backward
 LARGE = {"sample__height": 96, "sample__width": 96}
 
 
-@pytest.mark.parametrize("model,case", cases(lambda model: GUIDANCE, lambda model, case: True))
-def test_activations_are_those_that_the_estimate_counts(make_trainer, tmp_path, model, case):
-    """Counted in a forward, tensor by tensor."""
-    trainer = make_trainer(train=False, **model.run(**LARGE, **GUIDANCE[case]))
-    prompt, config, batch = model.prompt(tmp_path), trainer.config, trainer.config.engine.micro_batch_size
+def counted_and_estimated(trainer, prompt):
+    """Bytes that a forward of a micro-batch keeps for its backward pass, tensor by tensor, and what the estimate says."""
+    config, batch = trainer.config, trainer.config.engine.micro_batch_size
     initial = trainer.pack(torch.randn(batch, *trainer.latent_shape()))
     conditioning = trainer.conditioning(prompt, batch)
     # The estimate counts all of prompts.text_length; an unpadded text is the prompt's own tokens.
@@ -25,7 +28,45 @@ def test_activations_are_those_that_the_estimate_counts(make_trainer, tmp_path, 
     config.prompts.text_length = max(tensor.shape[1] for tensor in texts)
     level = trainer.schedule.at(torch.zeros(batch, dtype=torch.long))
     counted = kept_for_backward(trainer, conditioning, initial, level)
-    assert memory._kept_bytes(config, families.model_facts(config)) == pytest.approx(counted, rel=0.1)
+    return counted, memory._kept_bytes(config, families.model_facts(config))
+
+
+@pytest.mark.parametrize("model,case", cases(lambda model: GUIDANCE, lambda model, case: True))
+def test_activations_are_those_that_the_estimate_counts(make_trainer, tmp_path, model, case):
+    trainer = make_trainer(train=False, **model.run(**LARGE, **GUIDANCE[case]))
+    counted, estimated = counted_and_estimated(trainer, model.prompt(tmp_path))
+    assert estimated == pytest.approx(counted, rel=0.1)
+
+
+RECOMPUTED = {"full": 1, "every:2": 2}
+
+
+@pytest.mark.parametrize("model,asked", cases(lambda model: RECOMPUTED, lambda model, asked: True))
+def test_blocks_are_recomputed_as_asked_and_save_what_the_estimate_counts(make_trainer, tmp_path, model, asked):
+    """The estimate of what recomputation saves: with all blocks of a tiny network recomputed, what is left is outside of them."""
+    settings = {**LARGE, **GUIDANCE["no guidance"]}
+    plain = make_trainer(train=False, **model.run(**settings))
+    trainer = make_trainer(**model.run(**settings, engine__activation_checkpointing=asked))
+    names = [name for name, _ in plain.denoiser.named_modules()]
+    blocks = [[name for name in names if re.fullmatch(pattern, name)] for pattern in model.blocks]
+    assert all(len(of_one_kind) >= 2 for of_one_kind in blocks)
+    expected = {name for of_one_kind in blocks for name in of_one_kind[:: RECOMPUTED[asked]]}
+    wrapped = {name for name, module in trainer.denoiser.named_modules() if isinstance(module, CheckpointWrapper)}
+    assert wrapped == expected
+    prompt = model.prompt(tmp_path)
+    without, kept = counted_and_estimated(plain, prompt), counted_and_estimated(trainer, prompt)
+    saved, estimated = (a - b for a, b in zip(without, kept, strict=True))
+    assert estimated == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, model in MODELS.items() if FAMILIES[kind].fastvideo_config])
+def test_all_blocks_of_the_published_network_are_found(kind):
+    """As many as the estimate counts, in FastVideo's network at its real size, which is what is loaded."""
+    family = FAMILIES[kind]
+    published = family.configs[family.denoiser]
+    found = find_blocks(fastvideo_transformer(kind, published), family.blocks, family.not_recomputed)
+    counts = [published.get(key, 0) for key in ("num_layers", "num_single_layers", "num_refiner_layers")]
+    assert [len(names) for names in found.values()] == [count for count in counts if count]
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

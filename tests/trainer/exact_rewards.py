@@ -1,5 +1,5 @@
-"""Rewards for comparisons "to rounding" (DESIGN, promise 3), one continuous up to the rounding of pixels, one exact; and one
-that hangs."""
+"""Rewards for comparisons "to rounding" (DESIGN, promise 3), one continuous up to the rounding of pixels, one exact; one
+that hangs, and one that ends its process."""
 
 import os
 import time
@@ -45,6 +45,16 @@ class Position:
         pass
 
 
+@register("test_first_masked")
+class FirstMasked(Brightness):
+    """Like ``test_brightness``; the first sample of each micro-batch cannot be scored."""
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        result = super().score(request)
+        result.valid[0] = False
+        return result
+
+
 @register("test_hangs")
 class Hangs(Brightness):
     """Answers a number of requests, then hangs; ``folder`` gets a file named after the rank it was made on."""
@@ -57,6 +67,20 @@ class Hangs(Brightness):
         self.answers -= 1
         if self.answers < 0:
             time.sleep(3600)
+        return super().score(request)
+
+
+@register("test_ends_process")
+class EndsProcess(Brightness):
+    """Answers a number of requests, then ends the process of rank 0 with code 0, unless ``folder`` has a file ``mended``."""
+
+    def __init__(self, answers: int, folder: str) -> None:
+        self.answers, self.mended = answers, Path(folder) / "mended"
+
+    def score(self, request: RewardRequest) -> RewardResult:
+        self.answers -= 1
+        if self.answers < 0 and os.environ.get("RANK", "0") == "0" and not self.mended.exists():
+            os._exit(0)
         return super().score(request)
 
 

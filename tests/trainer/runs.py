@@ -233,13 +233,13 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     world = World.current(sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
     plan.check_folder(config)
-    trainer = load_trainer(config, world)
-    trainer.setup_training()
-    if record:
-        _record(trainer)
-    if kill is not None:
-        _arm(trainer, kill)
-    trainer.train()
+    with load_trainer(config, world) as trainer:
+        trainer.setup_training()
+        if record:
+            _record(trainer)
+        if kill is not None:
+            _arm(trainer, kill)
+        trainer.train()
     return trainer
 
 

@@ -1,11 +1,14 @@
 """`export` and `sample` beside promise 7 (tests/promises): what they refuse, and adapters on fused layers."""
 
+import json
+
 import torch
 
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.export import model_names
 from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.sampling.noise import SampleKey, initial_noise
+from fastvideo_grpo.tracking.pictures import save_samples
 from tests.trainer import runs
 
 
@@ -28,8 +31,58 @@ def test_sample_draws_from_run_and_configuration(make_trainer, tmp_path, capsys)
         assert len(list(out.glob("0*.png"))) == 2 and (out / "index.json").is_file()
         grids[which] = (out / "grid.png").read_bytes()
     assert len(set(grids.values())) == 3
+    assert cli.main(["sample", str(trainer.folder), "--prompt", "a red circle", "--out", str(tmp_path / "ema")]) == 1
+    assert "holds 0000.png already; choose another folder, or add --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "ema" / "grid.png").read_bytes() == grids["ema"]
     assert cli.main(["sample", str(trainer.folder / "config.yaml"), "--prompt", "a red circle", "--weights", "ema"]) == 1
     assert "need a run folder" in capsys.readouterr().err
+
+
+def test_samples_of_two_models_never_share_a_folder(make_trainer, tmp_path, capsys, monkeypatch):
+    """By default they lie in the run's folder, by checkpoint, and beside those that are there."""
+    from fastvideo_grpo.commands import sample
+
+    def draw(config, checkpoint, which, prompts, samples, out):
+        made = {"checkpoint": None if checkpoint is None else checkpoint.iteration, "weights": which}
+        save_samples(
+            out, torch.zeros(samples, 1, 32, 32, 3, dtype=torch.uint8), ["a"] * samples, [{}] * samples, made_from=made
+        )
+        return out / "grid.png"
+
+    trainer = make_trainer(optim__ema_decay=0.8, run__iterations=2)
+    trainer.train()
+    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.chdir(tmp_path)
+    run = str(trainer.folder)
+    ways = {
+        "000002-model": [run],
+        "000002-ema": [run, "--weights", "ema"],
+        "000001-model": [run, "--iteration", "1"],
+        "start": [run, "--weights", "start"],
+        "000002-model-2": [run, "--samples", "3"],
+    }
+    for name, arguments in ways.items():
+        assert cli.main(["sample", *arguments, "--prompt", "a red circle"]) == 0
+        out = trainer.folder / "sampled" / name
+        assert str(out) in capsys.readouterr().out and json.loads((out / "index.json").read_text())[0]["weights"] in name
+    (tmp_path / "mine.yaml").write_text((trainer.folder / "config.yaml").read_text())
+    for name in ("mine", "mine-2"):
+        assert cli.main(["sample", "mine.yaml", "--prompt", "a red circle", "--samples", "2"]) == 0
+        assert len(list((tmp_path / "samples" / name).glob("0*.png"))) == 2
+    out = tmp_path / "samples" / "mine"
+    command = ["sample", run, "--prompt", "a red circle", "--out", str(out)]
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert [entry["checkpoint"] for entry in json.loads((out / "index.json").read_text())] == [2]
+    assert sorted(path.name for path in out.iterdir()) == ["0000.png", "grid.png", "index.json"]
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for arguments, message in [
+        ([*command, "--overwrite"], "holds notes.txt, which is no sample: nothing is overwritten"),
+        ([*command[:-1], str(tmp_path / "file")], "a file, not a folder"),
+        ([*command[:-2], "--overwrite"], "--overwrite is about the folder of --out"),
+    ]:
+        assert cli.main(arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_export_says_what_is_wrong(make_trainer, tmp_path, capsys):
@@ -43,7 +96,9 @@ def test_export_says_what_is_wrong(make_trainer, tmp_path, capsys):
         ([str(trainer.folder), "--out", str(tmp_path / "x"), "--iteration", "7"], "there are: 1"),
         ([str(trainer.folder), "--out", str(tmp_path / "y"), "--weights", "ema"], "no EMA weights"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--merge-lora"], "model.lora is null"),
+        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--lora-format", "kohya"], "these are full weights; leave"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--link"], "add --pipeline"),
+        ([str(trainer.folder), "--out", str(tmp_path / "full" / "file" / "z")], "a file, not a folder"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--max-shard-size", "big"], "--max-shard-size big is no size"),
     ]:
         assert cli.main(["export", *arguments]) == 1

@@ -4,6 +4,8 @@ import errno
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,50 @@ def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_tr
         plan.check_folder(trainer.config)
 
 
+@pytest.mark.parametrize("what", ["read-only run.dir", "a file for run.dir", "no room for checkpoints", "read-only embeddings"])
+def test_a_disk_that_will_not_do_is_told_before_the_model_is_loaded(tiny_flux, tmp_path, monkeypatch, capsys, what):
+    """In a line, by the dry run as a note; nothing is made."""
+    from fastvideo_grpo import cli, disk_room
+    from fastvideo_grpo.checkpoints import folder
+    from fastvideo_grpo.trainers import flux
+
+    file, place = tmp_path / "run.yaml", tmp_path / "there"
+    file.write_text("{}")
+    values, expected = {"run__dir": place / "run"}, f"run.dir={place / 'run'} cannot be written: Read-only file system"
+    place.mkdir()
+    if what == "a file for run.dir":
+        place.rmdir()
+        place.write_text("mine")
+        expected = f"run.dir={place / 'run'} cannot be written: a file, not a folder ({place}); repair it, or choose another"
+    elif what == "no room for checkpoints":
+        monkeypatch.setattr(folder, "free_bytes", lambda path: 7 << 20)
+        expected = "MiB, and its disk has 7.0 MiB free, where 2 must fit"
+    elif what == "read-only embeddings":
+        values = {"prompts__embeddings": place / "embeddings"}
+        expected = f"prompts.embeddings={place / 'embeddings'} "
+    if what.startswith("read-only"):
+        tried = tempfile.TemporaryFile
+
+        def refused(dir):
+            if Path(dir).is_relative_to(place):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return tried(dir=dir)
+
+        monkeypatch.setattr(disk_room.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(flux.FluxGRPOTrainer, "__init__", lambda *arguments, **named: pytest.fail("the model is loaded"))
+    command = ["train", str(file), *runs.settings(tmp_path / "prompts", tiny_flux, **values)]
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert cli.main([*command, "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert sum(expected in line for line in notes) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert cli.main(command) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert expected in told[-1] and "Traceback" not in "".join(told)
+    if what != "read-only embeddings":
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
 class _Watched:
     """An output that always works and one that never does."""
 
@@ -128,7 +174,8 @@ def test_sample_needs_neither_training_prompts_nor_rewards(make_trainer, tmp_pat
     (tmp_path / "prompts.txt").unlink()
     out = tmp_path / "pictures"
     assert cli.main(["sample", str(trainer.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
-    assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}}]
+    made = {"checkpoint": str(trainer.store.path(1)), "weights": "model"}
+    assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}, **made}]
 
 
 def test_a_wrong_lora_target_is_told_before_anything_is_loaded(tiny_flux, tmp_path, capsys):

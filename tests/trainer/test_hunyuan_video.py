@@ -107,11 +107,3 @@ def test_tiles_are_those_of_diffusers(make_trainer, diffusers_pipeline):
     assert (whole - expected).abs().max() <= 0.5 + 1e-2
     vae.use_tiling = False
     assert (trainer.decode(latents).float() - whole).abs().max() > 1  # or nothing was tiled
-
-
-def test_every_kth_block_is_checkpointed(make_trainer):
-    trainer = make_trainer(**runs.HUNYUAN_T2V, engine__activation_checkpointing="every:2")
-    wrapped = {
-        name.split("._checkpoint")[0] for name, _ in trainer.denoiser.named_parameters() if "_checkpoint_wrapped" in name
-    }
-    assert wrapped == {"double_blocks.0", "single_blocks.0"}  # of two each

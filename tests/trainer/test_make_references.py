@@ -21,6 +21,7 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.prompts.files import Prompt, read_prompts
 from fastvideo_grpo.prompts.images import check_images, load_image
+from fastvideo_grpo.trainers.policy import Drawn
 from tests.trainer import runs
 
 ENTRIES = [
@@ -162,15 +163,16 @@ class _Trainer:
 
     checkpoint = "model"
 
-    def __init__(self, value=5, finite=True, vae_precision="fp32"):
-        self.config = SimpleNamespace(model=SimpleNamespace(vae_precision=vae_precision))
-        self.media, self.finite = torch.full((1, 1, 2, 3, 3), value, dtype=torch.uint8), torch.tensor([finite])
+    def __init__(self, value=5, finite=True, decoded=True, vae_precision="fp32"):
+        self.config = SimpleNamespace(model=SimpleNamespace(path="model", precision="bf16", vae_precision=vae_precision))
+        media = torch.full((1, 1, 2, 3, 3), value, dtype=torch.uint8)
+        self.drawn = Drawn(media, torch.tensor([finite]), torch.tensor([decoded]), None)
         self.keys, self.forgot = [], 0
 
     def draw(self, prompt, keys, *, deterministic):
         assert deterministic
         self.keys += keys
-        return SimpleNamespace(media=self.media, finite=self.finite)
+        return self.drawn
 
     def forget_conditioning(self):
         self.forgot += 1
@@ -178,11 +180,13 @@ class _Trainer:
 
 def test_a_picture_that_is_not_finite_is_an_error():
     prompt = Prompt("cat", "a cat")
-    with pytest.raises(UserError, match=r"'cat' is not finite.*model\.precision=fp32"):
-        make_references.draw(_Trainer(finite=False), prompt, 0)
-    with pytest.raises(UserError, match=r"'cat' is black all over.*set model\.vae_precision=fp32"):
-        make_references.draw(_Trainer(0, vae_precision="bf16"), prompt, 0)
-    assert make_references.draw(_Trainer(0), prompt, 0).shape == (2, 3, 3)  # nothing overflowed: it is black
+    with pytest.raises(UserError, match=r"'cat' is not written: sampling.*set model\.precision=fp32 \(it is bf16\)"):
+        make_references.draw(_Trainer(finite=False, decoded=False), prompt, 0)
+    with pytest.raises(UserError, match=r"'cat' is not written: decoding.*set model\.vae_precision=fp32 \(it is fp16\)"):
+        make_references.draw(_Trainer(decoded=False, vae_precision="fp16"), prompt, 0)
+    with pytest.raises(UserError, match=r"'cat' is not written: decoding.*see that model is whole"):
+        make_references.draw(_Trainer(decoded=False), prompt, 0)
+    assert make_references.draw(_Trainer(0, vae_precision="fp16"), prompt, 0).shape == (2, 3, 3)  # a black one
 
 
 def test_noise_depends_on_seed_and_prompt_and_embeddings_do_not_pile_up():

@@ -1,8 +1,20 @@
-"""The loop in real processes: samples that change hands, damaged checkpoints (promise 6), rewards that hang (promise 5).
+"""The loop in real processes: samples that change hands, damaged checkpoints (promise 6), rewards that hang or end a process
+(promise 5), Ctrl-C.
 
 That processes equal one, and kill and resume: tests/promises.
 """
 
+import json
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from fastvideo_grpo.checkpoints import run_status
 from tests.trainer import runs
 
 
@@ -69,3 +81,47 @@ def test_a_reward_that_hangs_on_one_rank_stops_all_with_what_was_trained_saved(t
     text = runs.output(tmp_path)
     assert "12 of 16 samples of this iteration could not be scored" in text and "no answer within 1 s" in text
     assert runs.checkpoints(tmp_path) == ["000001"]
+
+
+def test_a_reward_that_ends_its_process_fakes_no_success_and_the_next_start_says_so(tiny_flux, tmp_path):
+    """Of two processes the one that is left has an exit code other than 0, which torchrun passes on."""
+    overrides = runs.settings(
+        tmp_path,
+        tiny_flux,
+        engine__kind="deepspeed",
+        rewards__models__pixels__kind="test_ends_process",
+        rewards__models__pixels__params=f"{{answers: 6, folder: {tmp_path}}}",
+        run__iterations=2,
+    )
+    assert runs.run(overrides, processes=2) == [0, 1]
+    assert "ended without a word" not in runs.output(tmp_path)
+    (tmp_path / "mended").touch()
+    assert runs.run(overrides, processes=2) == [0, 0]
+    text = runs.output(tmp_path)
+    assert text.count("ended without a word in iteration 2, while scoring with reward pixels: killed, out of memory, or") == 1
+    assert "rewards.models.pixels.placement=process" in text and "after iteration 1" in text
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["ended"] == "finished"
+
+
+def interrupted(overrides, folder):
+    """`fastvideo-grpo train`, which gets Ctrl-C when its first iteration has begun."""
+    from fastvideo_grpo import cli
+
+    def interrupt():
+        while "1/100 " not in (folder / "output.txt").read_text():
+            time.sleep(0.05)
+        (folder / "children").write_text(" ".join(str(child.pid) for child in psutil.Process().children()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    return cli.main(["train", str(folder / "empty.yaml"), *overrides])
+
+
+def test_ctrl_c_ends_a_run_and_the_processes_of_its_rewards(tiny_flux, tmp_path):
+    (tmp_path / "empty.yaml").write_text("{}")
+    size = {"rewards__models__pixels__kind": "jpeg_size", "rewards__models__pixels__placement": "process"}
+    overrides = runs.settings(tmp_path, tiny_flux, run__iterations=100, run__save_every=100, **size)
+    assert runs.in_processes(partial(interrupted, overrides, tmp_path), tmp_path / "output.txt") == [130]
+    (worker,) = (tmp_path / "children").read_text().split()
+    assert not Path(f"/proc/{worker}").exists()
+    assert "was interrupted in iteration " in run_status.how_it_ended(tmp_path / "run")

@@ -32,7 +32,7 @@ def test_one_process_makes_a_studys_runs_one_after_the_other(tmp_path):
     """The untrained model and a run of two iterations, measured on the same noise; nothing large stays behind."""
     threads = torch.get_num_threads()
     plan = plan_study(STUDIES["initial_noise"], 1, 1792, tmp_path)
-    before, after = measure(plan.before), measure(plan.arms["shared"][0])
+    before, after = measure(plan.before), measure(plan.arms["shared noise"][0])
     torch.set_num_threads(threads)
     assert json.loads(plan.before.result_file.read_text()) == before
     assert before["iterations"] == 0 and before["counted"] is None and before["curve"] == []
@@ -47,7 +47,8 @@ def test_one_process_makes_a_studys_runs_one_after_the_other(tmp_path):
     assert before["measures"]["colour_match"] != after["measures"]["colour_match"]
     # The curve's first point is the untrained model, on two of its eight samples.
     assert after["curve"][0]["colour_match"] == pytest.approx(before["measures"]["colour_match"], abs=0.15)
-    assert (plan.before.folder / "pictures.png").is_file() and not (plan.arms["shared"][0].folder / "checkpoints").exists()
+    assert (plan.before.folder / "pictures.png").is_file()
+    assert not (plan.arms["shared noise"][0].folder / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -58,7 +59,7 @@ def test_a_study_from_the_command_to_its_page(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5/5" in printed and "FAILED" not in printed
     page = docs.read_text()
-    assert "| shared | 2 | 896 |" in page and "curves](images/studies/initial_noise_curves.png)" in page
+    assert "| shared noise | 2 | 896 |" in page and "curves](images/studies/initial_noise_curves.png)" in page
     assert "pictures of the first seed" in page and "Not as planned" not in page
     assert cli.main(argv) == 0
     assert "5 runs (5 made already)" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A reward that fails on demand, for processes and servers: `entry_point(folder)` makes it known there."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import torch
 from fastvideo_grpo.rewards.base import RewardResult
 
 KINDS = ("raise", "nan", "shape", "hang", "die")
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise SystemExit(0)
 
 
 class Faulty:
@@ -31,7 +37,9 @@ class Faulty:
                 came = file.tell()
             if came <= asked["times"]:
                 scores = self._fail(asked["fault"], scores)
-        return RewardResult({"brightness": scores}, torch.ones(len(request), dtype=torch.bool))
+            if asked["fault"] == "spoil":
+                request.media.zero_()
+        return scores if scores is None else RewardResult({"brightness": scores}, torch.ones(len(request), dtype=torch.bool))
 
     def _fail(self, fault, scores):
         if fault == "raise":
@@ -40,6 +48,18 @@ class Faulty:
             time.sleep(3600)
         if fault == "die":
             os._exit(7)
+        if fault == "exit":
+            sys.exit(0)
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+        if fault == "unspeakable":
+            raise Unspeakable
+        if fault == "none":
+            return None
+        if fault == "sparse":
+            return scores.to_sparse()
+        if fault == "complex":
+            return scores.to(torch.complex64)
         if fault == "nan":
             scores[0] = torch.nan
             return scores

@@ -35,8 +35,6 @@ class _Dots(Family):
         yield from super().problems(config, facts)
         if config.sample.frames != 1:
             yield f"sample.frames is {config.sample.frames}, but {self.kind} makes images; use 1"
-        if config.engine.activation_checkpointing != "none":
-            yield f"engine.activation_checkpointing: {self.kind} has no blocks to recompute; use none"
 
 
 DOTS = _Dots(

@@ -1,12 +1,9 @@
 """What the loop asks of the model; no FastVideo pipeline stands behind it."""
 
-import torch
-
 from dots.network import load
 from fastvideo_grpo.precision import DTYPES
-from fastvideo_grpo.sampling.rollout import finite_samples, rollout
+from fastvideo_grpo.sampling.rollout import rollout
 from fastvideo_grpo.trainers.base import GRPOTrainer
-from fastvideo_grpo.trainers.policy import Drawn
 
 
 class DotsGRPOTrainer(GRPOTrainer):
@@ -37,9 +34,7 @@ class DotsGRPOTrainer(GRPOTrainer):
             latents, trajectory = rollout(
                 lambda z, level: self.predict(z, level, conditioning), initial.to(self.world.device), walk
             )
-        return Drawn(self.decode(latents), finite_samples(latents), trajectory)
+        return self.drawn(latents, trajectory)
 
-    def decode(self, latents, differentiable=False):
-        with torch.set_grad_enabled(differentiable), self.vae_on_device():
-            pixels = self.get_module("vae")(latents.float()).unsqueeze(2)
-        return pixels.permute(0, 2, 3, 4, 1) if differentiable else self.to_media(pixels)
+    def pixels(self, latents):
+        return self.get_module("vae")(latents.float()).unsqueeze(2)

@@ -1,0 +1,64 @@
+"""What lies beside the weights in a component's folder is not read: training starts from what diffusers loads."""
+
+import shutil
+
+import pytest
+import torch
+
+from fastvideo_grpo.checkpoint_checks import unread_files
+from fastvideo_grpo.engines.sharded_loading import CheckpointReader
+from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.model_files.json_files import read_json
+from tests.decoys import add_decoys
+from tests.promises.models import MODELS, cases
+from tests.tiny_checkpoints import current_name
+
+
+@pytest.mark.parametrize("model,case", cases(lambda model: ("decoys",), lambda model, case: model.kind == "flux"))
+def test_other_variants_beside_the_weights_change_nothing(make_trainer, tiny_checkpoint, tmp_path, caplog, model, case):
+    """Every tensor of every component, as FastVideo (or diffusers' own class) loads it and as ZeRO-3 reads it; and diffusers'
+    pipeline, which is given the same folder, has the numbers of the right files."""
+    clean = tiny_checkpoint(model.kind)
+    folder = shutil.copytree(clean, tmp_path / "checkpoint")
+    components = sorted({path.parent.name for path in folder.glob("*/*.safetensors")} & set(FAMILIES[model.kind].folders))
+    added = {f"{name}/{file}" for name in components for file in add_decoys(folder / name)}
+    assert len(added) >= 6 * len(components)
+    expected = make_trainer(**model.run(model__path=clean, run__dir=tmp_path / "clean"))
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(**model.run(model__path=folder, run__dir=tmp_path / "decoys"))
+    assert any("not read" in record.getMessage() and str(folder) in record.getMessage() for record in caplog.records)
+    assert unread_files(trainer.config).count("safetensors") > 1
+    for name in components:
+        ours, right = (some.get_module(name).state_dict() for some in (trainer, expected))
+        assert ours.keys() == right.keys() and all(torch.equal(ours[key], right[key]) for key in ours), name
+        read, of_clean = CheckpointReader(folder / name), CheckpointReader(clean / name)
+        assert read.shapes == of_clean.shapes
+        assert all(torch.equal(read.read(key), of_clean.read(key)) for key in read.shapes), name
+    assert trainer._denoiser_identity == expected._denoiser_identity
+
+    pipeline = model.load(folder)
+    for name in components:
+        loaded = {key.removeprefix("text_model."): value for key, value in getattr(pipeline, name).state_dict().items()}
+        read = CheckpointReader(folder / name)
+        for key in read.shapes:
+            assert torch.equal(loaded[current_name(key)], read.read(key).float()), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("model", [MODELS[name] for name in MODELS if "video" in name or name == "wan"], ids=lambda m: m.kind)
+def test_fastvideos_vae_has_the_names_of_the_published_one(tiny_checkpoint, model):
+    """Its loader takes what fits and leaves the rest: names that diffusers' class has are those that FastVideo's looks for."""
+    import importlib
+
+    from fastvideo.models.registry import ModelRegistry
+
+    from fastvideo_grpo.fastvideo_models import diffusers_denoiser
+
+    config = read_json(tiny_checkpoint(model.kind) / "vae" / "config.json")
+    module, name = FAMILIES[model.kind].fastvideo_config.split(":")
+    vae_config = getattr(importlib.import_module(module), name)().vae_config
+    vae_config.load_encoder = vae_config.load_decoder = True
+    vae_config.update_model_arch({key: value for key, value in config.items() if not key.startswith("_")})
+    with torch.device("meta"):
+        vae = ModelRegistry.resolve_model_cls(config["_class_name"])[0](vae_config)
+    shapes = [{key: tuple(t.shape) for key, t in some.state_dict().items()} for some in (vae, diffusers_denoiser(config))]
+    assert shapes[0] == shapes[1]
