@@ -297,7 +297,7 @@ def test_a_start_says_what_is_left_out_of_the_prompts_and_what_encoders_cut(tmp_
     assert said[2].startswith("1 of 2 prompts are longer than the 77 tokens that CLIP (text_encoder) reads, and cut there")
     config.prompts.eval_path = str(_write(tmp_path / "b.txt", "a cat\na dog\n"))
     caplog.clear()
-    plan.warn(config)
+    plan.warn(config, model_facts(config))
     assert "1 of the 2 prompts of prompts.eval_path are trained on, too" in caplog.text
     config.prompts.duplicates = "keep"
     assert len(prompts_of(config, path)) == 3
