@@ -17,7 +17,7 @@ from typing import Any
 from fastvideo_grpo import config_files, config_values, launcher
 from fastvideo_grpo.config_files import Given
 from fastvideo_grpo.config_paths import as_typed, expanded
-from fastvideo_grpo.config_values import known_keys
+from fastvideo_grpo.config_values import LARGEST_SEED, known_keys
 from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.extensions import Registry
 from fastvideo_grpo.grpo import objectives, timesteps
@@ -114,7 +114,7 @@ class PromptsConfig:
         "HunyuanVideo's Llama only cuts",
         minimum=1,
     )
-    seed: int = _key(0, "seed of the order in which prompts are drawn", minimum=0, maximum=2**63 - 1)
+    seed: int = _key(0, "seed of the order in which prompts are drawn", minimum=0, maximum=LARGEST_SEED)
 
 
 @dataclass
@@ -300,7 +300,7 @@ class RunConfig:
 
     dir: str = _key(REQUIRED, "folder of the run: metrics, samples, checkpoints; a second start resumes from it", path=True)
     iterations: int = _key(300, "iterations of Algorithm 1", minimum=1)
-    seed: int = _key(0, "seed of all sampling noise and timestep choices", minimum=0, maximum=2**63 - 1)
+    seed: int = _key(0, "seed of all sampling noise and timestep choices", minimum=0, maximum=LARGEST_SEED)
     save_every: int = _key(50, "iterations between checkpoints (the last iteration is always saved)", minimum=1)
     keep: int = _key(3, "newest checkpoints kept", minimum=1)
     eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 
@@ -44,11 +43,3 @@ def as_typed(path: str | os.PathLike[str]) -> str:
     """What :func:`expanded` makes ``path`` of."""
     text = os.fspath(path)
     return ("./" if text.startswith("~") else "") + text.replace("$", "$$")
-
-
-def path_argument(text: str) -> str:
-    """The type of a command's arguments that are paths: :func:`expanded`, for argparse."""
-    try:
-        return expanded(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

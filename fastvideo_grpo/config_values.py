@@ -20,6 +20,8 @@ from fastvideo_grpo.config_paths import as_typed, expanded
 from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.extensions import nearest
 
+LARGEST_SEED = 2**63 - 1
+"""torch's generators take no larger one."""
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

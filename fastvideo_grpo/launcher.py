@@ -21,7 +21,7 @@ def number(variable: str, otherwise: int) -> int:
         return otherwise
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
         raise UserError(
-            f"the environment has {variable}={text!r}, which torchrun sets to a whole number of at least {least}: start the "
+            f"the environment has {variable}={text!r}, which a launcher sets to a whole number of at least {least}: start the "
             f"command with torchrun, or unset {variable} to run one process"
         )
     return int(text)

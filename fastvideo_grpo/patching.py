@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import patches_dir

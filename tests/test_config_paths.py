@@ -8,8 +8,9 @@ import pytest
 
 from fastvideo_grpo import cli, config_files
 from fastvideo_grpo import config as configuration
+from fastvideo_grpo.command_arguments import path_argument, seed_argument
 from fastvideo_grpo.config import Config, ConfigError, reward_params
-from fastvideo_grpo.config_paths import as_typed, expanded, path_argument
+from fastvideo_grpo.config_paths import as_typed, expanded
 from fastvideo_grpo.config_values import keys
 from fastvideo_grpo.rewards import registry
 
@@ -160,6 +161,17 @@ def test_every_argument_that_is_a_path_is_expanded(command):
     for action in parser._actions:
         if action.metavar in ("DIR", "FILE", "PATH", "CONFIG", "RUN", "RUN|CONFIG"):
             assert action.type is path_argument, f"{command} {action.option_strings or action.dest}"
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "x", "", "²", str(2**63), "9" * 5000])
+def test_seeds_of_commands_are_those_of_configurations(text, capsys):
+    for command in (["tiny", "flux"], ["make-references", "--model", "m", "--prompts", "p", "--out", "o"], ["demo"]):
+        with pytest.raises(SystemExit):
+            cli.parse([*command, f"--seed={text}"])
+        assert f"is no whole number from 0 to {2**63 - 1}" in capsys.readouterr().err
+    with pytest.raises(argparse.ArgumentTypeError):
+        seed_argument(text)
+    assert seed_argument("7") == 7
 
 
 def test_a_command_says_which_argument_has_no_home(capsys):

@@ -157,3 +157,22 @@ def test_nor_does_it_at_the_models_size():
     facts = families.model_facts(build(), published_if_missing=True)
     for dotted, value in extremes():
         told(dotted, value, lambda config: plan.check_run(config, facts, 1, here=False))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kind=jpeg_size", "params.quality=high"], "'quality' is 'high'; it must be a whole number"),
+        (["kind=jpeg_size", "params.quality=1.5"], "'quality' is 1.5; it must be a whole number"),
+        (["kind=jpeg_size", "params.quality=true"], "'quality' is True; it must be a whole number"),
+        (["kind=jpeg_size", "params.frames=4"], "'frames' is 4; it must be a text .in quotes"),
+        (["kind=hps", "checkpoint=x", "params.tokenizer=20241127"], "'tokenizer' is 20241127; it must be a text"),
+        (["kind=clip", "checkpoint=x", "params.tokenizer=5"], "'tokenizer' is 5; it must be a text .*or null"),
+        (["kind=pickscore", "checkpoint=x", "params.logit_scale=maybe"], "'logit_scale' is 'maybe'; it must be true or false"),
+        (["kind=colour_match", "params.saturation=[1]"], r"'saturation' is \[1\]; it must be a number"),
+    ],
+)
+def test_parameters_of_rewards_are_what_the_reward_says(words, message):
+    with pytest.raises(ConfigError, match=f"rewards.models.size: reward '.*': the parameter {message}"):
+        check(*(f"rewards.models.size.{word}" for word in words))
+    check("rewards.models.size.kind=colour_match", "rewards.models.size.params.saturation=70")

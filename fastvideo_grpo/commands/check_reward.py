@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:

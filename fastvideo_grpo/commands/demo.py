@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
-from fastvideo_grpo.config_paths import as_typed, path_argument
+from fastvideo_grpo.command_arguments import path_argument, seed_argument
+from fastvideo_grpo.config_paths import as_typed
 from fastvideo_grpo.disk_room import free_folder
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = "; ".join(f"{name}: {', '.join(demo.rewards)}" for name, demo in DEMOS.items())
     parser.add_argument("--reward", metavar="NAME", help=f"what is rewarded ({known}; default: the first)")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of GRPO (default: 40; 30 with --video)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and prompt order (default: 0)")
+    parser.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="seed of noise and prompts (default: 0)")
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="run folder (default: the first free of runs/demo, runs/demo-2, ...)"
     )

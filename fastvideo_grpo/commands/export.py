@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError
 
 EPILOG = """\

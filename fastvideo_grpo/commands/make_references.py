@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, launcher, plan
+from fastvideo_grpo.command_arguments import path_argument, seed_argument
 from fastvideo_grpo.config import Config
-from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.model_files.json_files import read_json
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a prompt file; images it names are replaced",
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to write, or to go on with")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. sample.height=544 sample.steps=30")
     parser.epilog = EPILOG.format(keys=f"{', '.join(KEYS_OF_IMAGES)},\n  {', '.join(KEYS_OF_PROCESSES)}")
 

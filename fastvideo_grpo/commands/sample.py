@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.config import Config
-from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:

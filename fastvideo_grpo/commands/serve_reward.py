@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any
 
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
 
@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     try:
         registry.check(arguments.kind, checkpoint=arguments.checkpoint, params=params)
+        registry.check_types(arguments.kind, params)
     except ValueError as error:
         raise UserError(str(error)) from error
     listener = _listen(arguments.host, arguments.port)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs

@@ -6,8 +6,8 @@ import argparse
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, launcher, plan
+from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.config import Config
-from fastvideo_grpo.config_paths import path_argument
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 

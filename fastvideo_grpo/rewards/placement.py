@@ -65,6 +65,7 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
         return None  # the kind may be known in that environment only
     try:
         factory = registry.check(kind, checkpoint=get(entry, "checkpoint"), params=get(entry, "params"))
+        registry.check_types(kind, get(entry, "params") or {})
     except ValueError as error:
         raise ValueError(f"rewards.models.{model}: {error}") from error
     known = getattr(factory, "outputs", None)

@@ -77,6 +77,32 @@ def check(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any]
     return factory
 
 
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text (in quotes where YAML reads something else)"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "None": ((type(None),), "null"),
+}
+
+
+def check_types(kind: str, params: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the parameter, for one whose value is not what the reward annotates it with, as far as that is
+    a text, a number, a truth value or one of these."""
+    parameters = inspect.signature(REWARDS[kind]).parameters
+    for name in params.keys() & parameters.keys():
+        annotation = parameters[name].annotation
+        text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        sorts = [part.strip() for part in text.split("|")]
+        if not all(sort in _TYPES for sort in sorts):
+            continue
+        value = params[name]
+        fitting = any(isinstance(value, _TYPES[sort][0]) and isinstance(value, bool) <= (sort == "bool") for sort in sorts)
+        if not fitting:
+            wanted = " or ".join(_TYPES[sort][1] for sort in sorts)
+            raise ValueError(f"reward '{kind}': the parameter '{name}' is {value!r}; it must be {wanted}")
+
+
 def differentiable(kind: str) -> bool:
     """Whether rewards of `kind` are `DifferentiableReward`s, without making one: what is registered must be the class
     itself, not a function that returns a reward. Raises ValueError for an unknown kind."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvideo_grpo.config_paths import path_argument
+from fastvideo_grpo.command_arguments import path_argument, seed_argument
 
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write; default runs/tiny-flux, runs/tiny-hunyuan, runs/tiny-sd (with -shapes behind it with "
         "--pretrain), runs/tiny-skyreels-i2v, runs/tiny-wan, runs/tiny-clip or runs/tiny-videoalign",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default 0; the same seed writes the same weights")
+    parser.add_argument("--seed", type=seed_argument, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
         "--pretrain",
         action="store_true",
