@@ -45,7 +45,8 @@ def find_blocks(network: nn.Module, blocks: Sequence[str], not_recomputed: Colle
     if unknown:
         raise UserError(
             f"engine.activation_checkpointing: a {type(network).__name__} has lists of modules that its family does not name: "
-            f"{', '.join(dict.fromkeys(unknown))}. Name their class in `blocks`, or in `not_recomputed` (docs/extending.md), or use none"
+            f"{', '.join(dict.fromkeys(unknown))}. Name their class in `blocks`, or in `not_recomputed` (docs/extending.md), "
+            "or use none"
         )
     return found
 

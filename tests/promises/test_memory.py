@@ -43,7 +43,7 @@ RECOMPUTED = {"full": 1, "every:2": 2}
 
 @pytest.mark.parametrize("model,asked", cases(lambda model: RECOMPUTED, lambda model, asked: True))
 def test_blocks_are_recomputed_as_asked_and_save_what_the_estimate_counts(make_trainer, tmp_path, model, asked):
-    """The estimate of what recomputation saves: with all blocks of a tiny network recomputed, what is left is outside of them."""
+    """What it saves is estimated, not what is left: with all blocks of a tiny network recomputed, that is outside of them."""
     settings = {**LARGE, **GUIDANCE["no guidance"]}
     plain = make_trainer(train=False, **model.run(**settings))
     trainer = make_trainer(**model.run(**settings, engine__activation_checkpointing=asked))
