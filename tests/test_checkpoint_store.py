@@ -186,6 +186,19 @@ def test_the_only_whole_checkpoint_stays_until_the_next_is_whole(tmp_path, monke
     assert "that of 1 stays until the next one is whole" in caplog.text and "run.keep" not in caplog.text
 
 
+@pytest.mark.parametrize("quota", [False, True], ids=["free space", "quota"])
+def test_nothing_goes_for_a_save_that_would_not_fit_then_either(tmp_path, monkeypatch, quota):
+    """The oldest is small (it lost its weights), and something else fills the disk."""
+    disk = SmallDisk(tmp_path, 3.4, monkeypatch, quota)
+    store = CheckpointStore(tmp_path, keep=3)
+    for iteration in (1, 2, 3):
+        assert store.save(iteration, disk.write)
+    (tmp_path / "000001" / "weights").unlink()
+    disk.capacity = disk_room.folder_bytes(tmp_path) + disk.size // 2
+    assert not store.save(4, disk.write)
+    assert names(tmp_path) == ["000001", "000002", "000003"]
+
+
 def test_nothing_goes_before_a_save_but_for_a_whole_one(tmp_path, monkeypatch):
     """The newest that count as there are damaged: what is beyond `keep` without them stays."""
     disk = SmallDisk(tmp_path, 4.5, monkeypatch)

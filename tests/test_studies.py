@@ -377,10 +377,12 @@ def test_counts_that_are_not_as_planned_are_told(tmp_path):
         (["study", "noise_level", "--budget", "895"], "--budget is 895, but one iteration takes 896"),
         (["study", "noise_level", "--docs", "page.html"], "must be a Markdown file"),
         (["study", "--docs", "page.md", "--out", "nowhere"], "nowhere has no results of studies yet"),
+        (["study", "noise_level", "--out", "page.md/studies"], "a file, not a folder"),
     ],
 )
 def test_bad_commands_are_told(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").touch()
     assert cli.main(argv) == 1
     assert said in capsys.readouterr().err
 

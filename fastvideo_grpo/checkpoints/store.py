@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class CheckpointStore:
         self.keep = keep
         self.world = world or World()
         self._damaged: set[int] = set()
+        self._written = 0  # bytes on the disk when the last save was refused; rank 0 knows
 
     def path(self, iteration: int) -> Path:
         """Where the checkpoint of an iteration lies, or would lie."""
@@ -87,10 +89,12 @@ class CheckpointStore:
             folder is removed, earlier checkpoints stay, the error is logged, and the run can go on and save again
             later.
         """
-        if self.world.broadcast_object(self._short_of_room() if self.world.rank == 0 else None):
-            self.make_room(iteration)
+        free = self._free_bytes()
+        if self.world.broadcast_object(free < 1.02 * self.next_bytes() + SPARE):
+            self.make_room(iteration, free)
         failure = self._attempt(iteration, write)
-        if failure is not None and failure.full and self.make_room(iteration):  # quotas are not seen in the free space
+        # Quotas are not seen in the free space, but in how far writing came.
+        if failure is not None and failure.full and self.make_room(iteration, self._written):
             failure = self._attempt(iteration, write)
         if failure is not None:
             if self.world.rank == 0:
@@ -103,21 +107,24 @@ class CheckpointStore:
         self.world.barrier()
         return True
 
-    def make_room(self, saving: int | None = None) -> list[int]:
+    def make_room(self, saving: int | None = None, free: int = 0) -> list[int]:
         """Remove what is beyond `keep`, the checkpoint of iteration `saving` that will come (None: the next) counted among
-        the kept; nothing unless a newer one's checksums hold, which stays, so with `keep=1` two are there in the end.
+        the kept. Nothing goes unless a newer one's checksums hold, which stays, so with `keep=1` two are there in the end; or
+        if what goes and the `free` bytes would not do for the next.
 
         Returns:
             Iterations of those that are gone.
         """
         kept = max(1, self.keep - 1)
-        if not self.world.broadcast_object(self._older(saving, kept) if self.world.rank == 0 else None):
+        enough = self.world.rank == 0 and self._would_do(self._older(saving, kept), free)
+        if not self.world.broadcast_object(enough):
             return []
         if self.newest() is None:  # from here on damaged ones are known
             return []
         gone: list[int] = []
         if self.world.rank == 0:
-            gone = self._remove(self._older(saving, kept))
+            surplus = self._older(saving, kept)
+            gone = self._remove(surplus) if self._would_do(surplus, free) else []
             if gone:
                 logger.warning(
                     "checkpoints %s, beyond run.keep=%d, were removed before the next is saved: the disk of %s has no room",
@@ -126,6 +133,11 @@ class CheckpointStore:
                     self.folder,
                 )
         return self.world.broadcast_object(gone)
+
+    def _would_do(self, surplus: list[int], free: int) -> bool:
+        """Whether the next checkpoint is likely to fit when these are gone: one in the place of one is."""
+        freed = sum(folder_bytes(self.path(number)) for number in surplus)
+        return bool(surplus) and free + freed >= 0.98 * self.next_bytes()
 
     def next_bytes(self) -> int:
         """What the next checkpoint will take, by those that are there; 0 if none are."""
@@ -136,11 +148,13 @@ class CheckpointStore:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sum(folder_bytes(entry) for entry in found if entry.name.startswith(_LEFT))
 
-    def _short_of_room(self) -> bool:
-        try:
-            return free_bytes(self.folder) < 1.02 * self.next_bytes() + SPARE
-        except OSError:
-            return False  # saving will meet it, and say so
+    def _free_bytes(self) -> int:
+        """Free bytes of the disk, the same answer on every rank; an ample number where it cannot be asked."""
+        free = 1 << 60
+        if self.world.rank == 0:
+            with suppress(OSError):  # saving will meet it, and say so
+                free = free_bytes(self.folder)
+        return self.world.broadcast_object(free)
 
     def _attempt(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> Refusal | None:
         """Write, hash and publish a checkpoint; after a refusal nothing of it is left."""
@@ -162,6 +176,7 @@ class CheckpointStore:
             refused = self._on_rank_0(lambda: self._publish(partial, target, iteration, content or {}, checksums))
         if refused is not None:
             if self.world.rank == 0:
+                self._written = folder_bytes(partial)
                 shutil.rmtree(partial, ignore_errors=True)
             self.world.barrier()
         return refused
@@ -173,7 +188,7 @@ class CheckpointStore:
             way_out = f"repair what is wrong with {self.folder}"
         else:
             way_out = f"free space on the disk of {self.folder}" + (f" ({gib(size)} are needed)" if size else "")
-            if len(there) > 1 and self.keep > 1:
+            if self.keep > 1 and self._would_do(there[:-1], self._written):
                 way_out += f", or start it again with run.keep=1, for which {_listed(there[:-1])} would go,"
             elif there:
                 way_out += f" (that of {there[-1]} stays until the next one is whole)"

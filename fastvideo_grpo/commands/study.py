@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.disk_room import refusal
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs
@@ -63,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.docs is not None and Path(arguments.docs).suffix != ".md":
         raise UserError(f"--docs is {arguments.docs}; it must be a Markdown file, for example docs/studies.md")
     out = Path(arguments.out)
+    answer = refusal(out)
+    if answer is not None:
+        raise UserError(f"--out {out} cannot be written: {answer.reason}; repair it, or choose another folder")
     failures = run_studies(studies, arguments, out) if studies else 0
     _write_pages(out, arguments.docs)
     return 1 if failures else 0

@@ -577,7 +577,7 @@ def check_exchange(world):
 
 
 def check_store(world, folder):
-    store = CheckpointStore(folder, 2, world)
+    store, calls = CheckpointStore(folder, 3, world), []
 
     def write(target):
         (target / f"rank-{world.rank}.bin").write_bytes(bytes([world.rank]) * 1000)
@@ -585,12 +585,14 @@ def check_store(world, folder):
 
     def full_on_one_rank(target):
         write(target)
+        calls.append(target)
         if world.rank == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return {}
 
     found = {"saved": [store.save(iteration, write) for iteration in (1, 2, 3)]}
-    found["full"] = store.save(4, full_on_one_rank)
+    found["full"] = store.save(4, full_on_one_rank)  # again without the first one, which the fourth would have replaced
+    found["tried"] = len(calls)
     found["there"] = sorted(entry.name for entry in folder.iterdir())
     found["newest"] = store.newest().name
     found["files"] = sorted(store.load_trainer_json(store.newest())["checksums"])
