@@ -3,7 +3,7 @@ names and shapes are those of the networks that its configuration describes. Of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,15 @@ def checkpoint_problems(config: Config, facts: ModelFacts, components: Collectio
     """
     path, family = Path(config.model.path), FAMILIES[config.model.kind]
     problems = []
+    if components is None and family.fastvideo_config is not None and path.is_dir():
+        problems += _index_problems(family, path / "model_index.json")
     for component in family.folders if components is None else components:
         if not (path / component).is_dir():
             continue  # a recipe without its checkpoint; else :meth:`Family.facts` says so
         try:
             _check_small_files(path / component)
+            if component.startswith("scheduler") and family.fastvideo_config is not None:
+                _check_scheduler(path / component / "scheduler_config.json")
             if component.startswith("tokenizer"):
                 _check_vocabulary(path / component)
             if not component.startswith(_WITHOUT_WEIGHTS):
@@ -89,6 +93,23 @@ def _check_small_files(folder: Path) -> None:
             raise WeightFilesError(f"{file}: {error}; download it again") from error
 
 
+def _index_problems(family: Family, file: Path) -> Iterator[str]:
+    """What FastVideo would stumble over in model_index.json: it reads from it which library a component is of."""
+    index = read_json(file)
+    for component in family.folders:
+        library = "transformers" if component.startswith(("text_encoder", "tokenizer")) else "diffusers"
+        found = index.get(component)
+        if not isinstance(found, list) or len(found) != 2 or found[0] != library or not isinstance(found[1], str):
+            yield f'{file}: {component} is {found!r}; expected ["{library}", "CLASS"], as in the published one'
+    if "_diffusers_version" not in index:
+        yield f"{file} has no '_diffusers_version'; add that of the published one"
+
+
+def _check_scheduler(file: Path) -> None:
+    if not file.is_file() or not isinstance(read_json(file).get("_class_name"), str):
+        raise WeightFilesError(f"{file} {'names no _class_name' if file.is_file() else 'is not there'}; download it again")
+
+
 def _check_vocabulary(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
         known = ", ".join(" with ".join(names) for names in _VOCABULARIES)
@@ -97,10 +118,13 @@ def _check_vocabulary(folder: Path) -> None:
 
 def _check_weights(family: Family, facts: ModelFacts, folder: Path) -> None:
     """Raise :class:`WeightFilesError` where the weights are not whole, or not those of the component's network."""
+    if not (folder / "config.json").is_file():
+        raise WeightFilesError(f"{folder / 'config.json'} is not there; download it again")
+    config = read_json(folder / "config.json")
     selection = select(folder)
     needs_safetensors = family.fastvideo_config is not None and not folder.name.startswith("text_encoder")
     if needs_safetensors and selection.files[0].suffix != ".safetensors":
-        cls = read_json(folder / "config.json")["_class_name"]
+        cls = config.get("_class_name")
         write = f"from diffusers import {cls}; {cls}.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise WeightFilesError(
             f"{folder} holds its weights as {selection.files[0].name} only, which FastVideo does not read; write "
@@ -111,45 +135,48 @@ def _check_weights(family: Family, facts: ModelFacts, folder: Path) -> None:
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in read_entries(selection).items()
     }
     if folder.name == family.denoiser:
-        _check_module(selection, family.network(facts.denoiser), found)
-        return
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "_class_name" in config:
+        _check_module(selection, lambda: family.network(facts.denoiser), found)
+    elif "_class_name" in config:
         _check_diffusers(selection, config, found)
     else:
+        if family.fastvideo_config is not None and not config.get("architectures"):
+            raise WeightFilesError(f"{folder / 'config.json'} names no class under 'architectures'; download it again")
         _check_transformers(selection, config, found)
+    by_diffusers = family.fastvideo_config is None and "_class_name" in config
+    if by_diffusers and selection.index is not None and "metadata" not in read_json(selection.index):
+        raise WeightFilesError(f"{selection.index} has no 'metadata', which diffusers asks for; download it again")
 
 
 def _check_places(selection: Selection) -> None:
-    """Raise where a shard holds a tensor that the index places in another: who reads whole files would take either."""
+    """Raise where a shard holds a tensor that the index places in another, or nowhere: who reads whole files would take it."""
     if selection.promised is None:
         return
     for file in selection.files:
         for name in read_entries(Selection(selection.folder, None, (file,), None, ())):
-            if selection.promised.get(name, file) != file:
+            place = selection.promised.get(name)
+            if place != file:
+                where = "does not name" if place is None else f"places in {place.name}"
                 raise WeightFilesError(
-                    f"{file} holds {name}, which the index places in {selection.promised[name].name}: which of the two is "
-                    "meant cannot be told; download the folder again"
+                    f"{file} holds {name}, which the index {where}: what is meant cannot be told; download the folder again"
                 )
 
 
 def _check_diffusers(selection: Selection, config: dict[str, Any], found: dict[str, torch.Tensor]) -> None:
     import diffusers
 
-    if not hasattr(diffusers, str(config["_class_name"])):
-        return  # of another package, which loads it
+    if hasattr(diffusers, str(config["_class_name"])):  # else of another package, which loads it
+        _check_module(selection, lambda: diffusers_denoiser(config), found)
+
+
+def _check_module(selection: Selection, make: Callable[[], torch.nn.Module], found: dict[str, torch.Tensor]) -> None:
+    """The check of a component whose names are those of a module; a diffusers module may know older ones."""
     try:
-        module = diffusers_denoiser(config)
+        module = make()
     except Exception as error:  # whatever a constructor raises for values that it cannot take
         raise WeightFilesError(
-            f"{selection.folder / 'config.json'}: diffusers cannot make a {config['_class_name']} of it "
-            f"({type(error).__name__}: {error}); download it again"
+            f"{selection.folder / 'config.json'}: no network can be made of it ({type(error).__name__}: {error}); download it "
+            "again"
         ) from error
-    _check_module(selection, module, found)
-
-
-def _check_module(selection: Selection, module: torch.nn.Module, found: dict[str, torch.Tensor]) -> None:
-    """The check of a component whose names are those of a module; a diffusers module may know older ones."""
     rename = getattr(module, "_fix_state_dict_keys_on_load", None)
     if selection.index is None and rename is not None:
         rename(found)

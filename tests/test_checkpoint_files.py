@@ -214,6 +214,24 @@ DAMAGE = {
         "expected JSON, found 6 bytes",
     ),
     "a pointer for a vocabulary": ("tokenizer_2/spiece.model", lambda file: file.write_text(POINTER), "Git LFS pointer"),
+    "no configuration": ("text_encoder/config.json", Path.unlink, "text_encoder/config.json is not there"),
+    "no architecture": (
+        "text_encoder/config.json",
+        lambda file: edit(file, architectures=[]),
+        "names no class under 'architectures'",
+    ),
+    "a class that is none": ("transformer/config.json", lambda file: edit(file, _class_name="Nothing"), "no network can be made"),
+    "a scheduler without a class": (
+        "scheduler/scheduler_config.json",
+        lambda file: file.write_text("{}"),
+        "names no _class_name",
+    ),
+    "a component without a class": ("model_index.json", lambda file: edit(file, vae=None), "vae is None; expected"),
+    "a component of another library": (
+        "model_index.json",
+        lambda file: edit(file, vae=["transformers", "AutoencoderKL"]),
+        "vae is .*; expected",
+    ),
     "no vocabulary": ("tokenizer/vocab.json", Path.unlink, "holds no vocabulary"),
 }
 FACTS = {

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.model_files.json_files import is_marked, unmarked
 from fastvideo_grpo.model_files.selection import unread
 
@@ -19,9 +20,16 @@ def clean_folder(checkpoint: Path, components: Iterable[str]) -> Iterator[Path]:
 
     FastVideo loads every ``*.safetensors`` of a folder, in the order of the file system. What was loaded (or mapped) stays when
     the folder goes, at the end of the block.
+
+    Raises:
+        UserError: there is nowhere to make it.
     """
-    with tempfile.TemporaryDirectory(prefix="fastvideo-grpo-") as made:
-        folder = Path(made)
+    try:
+        made = tempfile.TemporaryDirectory(prefix="fastvideo-grpo-")
+    except OSError as error:
+        raise UserError(f"no temporary folder can be made ({error}); set TMPDIR to a folder that can be written to") from error
+    with made as name:
+        folder = Path(name)
         _fill(folder, [path for path in checkpoint.iterdir() if path.suffix == ".json"])
         for component in components:
             left_out = unread(checkpoint / component)
