@@ -281,7 +281,11 @@ class Family(ABC):
 
     def where_from(self, path: Path) -> str:
         """The end of an error about a checkpoint that is not there, or not whole."""
-        advice = "" if self.source is None else f"; the published one: {self.source.advice(path)}"
+        advice = ""
+        if self.source is not None:
+            # A folder of another name may be the user's own model, into which nothing is to be downloaded.
+            own = path.exists() and path.name != Path(self.source.folder).name
+            advice = f"; the published one: {self.source.advice(None if own else path)}"
         if self.kind in _OWN and not path.exists():
             tiny = path if path.name.startswith("tiny") else Path("checkpoints") / f"tiny-{self.kind.replace('_', '-')}"
             advice += (

@@ -220,7 +220,7 @@ DAMAGE = {
         lambda file: edit(file, architectures=[]),
         "names no class under 'architectures'",
     ),
-    "a class that is none": ("transformer/config.json", lambda file: edit(file, _class_name="Nothing"), "no network can be made"),
+    "a class that is none": ("transformer/config.json", lambda file: edit(file, _class_name="Nothing"), "no network can"),
     "a scheduler without a class": (
         "scheduler/scheduler_config.json",
         lambda file: file.write_text("{}"),

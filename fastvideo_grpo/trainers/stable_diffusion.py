@@ -19,6 +19,7 @@ from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.families import model_facts
 from fastvideo_grpo.model_files.clean_folder import clean_folder
+from fastvideo_grpo.model_files.selection import select
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
@@ -132,4 +133,7 @@ class StableDiffusionGRPOTrainer(GRPOTrainer):
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A frozen component of the checkpoint, on the CPU, in evaluation mode."""
-    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).requires_grad_(False).eval()
+    # Said, since diffusers warns of the ``.bin`` files that it would take anyway. (They are read without running anything.)
+    safetensors = select(folder).files[0].suffix == ".safetensors"
+    module = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=safetensors)
+    return module.requires_grad_(False).eval()

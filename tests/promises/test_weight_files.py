@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastvideo_grpo.checkpoint_checks import unread_files
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
@@ -43,6 +44,31 @@ def test_other_variants_beside_the_weights_change_nothing(make_trainer, tiny_che
         read = CheckpointReader(folder / name)
         for key in read.shapes:
             assert torch.equal(loaded[current_name(key)], read.read(key).float()), f"{name}: {key}"
+
+
+def test_a_checkpoint_of_bin_files_alone_is_the_same_model(make_trainer, tiny_checkpoint, tmp_path):
+    """As diffusers loads it; of models on FastVideo their text encoders alone may be so (tests/test_checkpoint_files.py)."""
+    model = MODELS["stable_diffusion"]
+    folder = shutil.copytree(tiny_checkpoint(model.kind), tmp_path / "checkpoint")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = folder / part / f"{name}.safetensors"
+        torch.save(load_file(file), file.with_name("pytorch_model.bin" if name == "model" else f"{name}.bin"))
+        file.unlink()
+    expected = make_trainer(**model.run(run__dir=tmp_path / "clean"))
+    trainer = make_trainer(**model.run(model__path=folder, run__dir=tmp_path / "bin"))
+    for name in ("unet", "vae", "text_encoder"):
+        ours, right = (some.get_module(name).state_dict() for some in (trainer, expected))
+        assert ours.keys() == right.keys() and all(torch.equal(ours[key], right[key]) for key in ours), name
+
+
+def test_a_text_encoder_of_bin_files_is_read_by_fastvideo_too(make_trainer, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("flux"), tmp_path / "checkpoint")
+    file = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    expected, trainer = make_trainer(run__dir=tmp_path / "a"), make_trainer(model__path=folder, run__dir=tmp_path / "b")
+    ours, right = (some.get_module("text_encoder").state_dict() for some in (trainer, expected))
+    assert all(torch.equal(ours[key], right[key]) for key in right)
 
 
 @pytest.mark.parametrize("model", [MODELS[name] for name in MODELS if "video" in name or name == "wan"], ids=lambda m: m.kind)
