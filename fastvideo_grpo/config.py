@@ -453,7 +453,7 @@ def _defaults(given: Given, section: str, name: str, registry: Registry[Any]) ->
 
 def _filled(given: Given) -> Config:
     """The configuration of what was given, over the keys' own defaults."""
-    problems = []
+    problems: list[str] = []
     for name, entry in _inside(given, "rewards", "models").items():
         kind = _inside(entry).get("kind")
         if kind is not None:

@@ -49,7 +49,7 @@ _SORTS = {str: "text", int: "whole", float: "number", bool: "truth"}
 
 
 @cache
-def keys(cls: type[Any]) -> dict[str, tuple[str, Key]]:
+def keys(cls: Any) -> dict[str, tuple[str, Key]]:
     """The keys of a section: name as files have it -> (name of the field, what is known of it)."""
     hints = get_type_hints(cls)
     return {name_in_file(f.name): (f.name, _key_of(hints[f.name], f.metadata)) for f in fields(cls)}
@@ -329,8 +329,8 @@ def _wanted(key: Key) -> str:
         return f"a list, for example {'[a, b]' if key.of is str else '[0.5, 1]'}" + (
             ", or null for none" if key.optional else ""
         )
-    what = {"text": "a text", "whole": "a whole number", "number": "a number", "truth": "true or false"}[key.sort]
-    return what + (", or null for none" if key.optional else "")
+    name = {"text": "a text", "whole": "a whole number", "number": "a number", "truth": "true or false"}[key.sort]
+    return name + (", or null for none" if key.optional else "")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def _plain(value: Any) -> Any:
 
 def typed(config: Any) -> dict[str, Any]:
     """Like :func:`plain`, with paths as a file has to have them, so that none is expanded twice."""
-    written = {}
+    written: dict[str, Any] = {}
     for name, (field_name, key) in keys(type(config)).items():
         value = getattr(config, field_name)
         if is_dataclass(value) and not isinstance(value, type):
