@@ -12,7 +12,6 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastvideo_grpo.config_files import Given, parse
@@ -48,8 +47,7 @@ class Key:
 _SORTS = {str: "text", int: "whole", float: "number", bool: "truth"}
 
 
-@cache
-def keys(cls: Any) -> dict[str, tuple[str, Key]]:
+def keys(cls: type[Any]) -> dict[str, tuple[str, Key]]:
     """The keys of a section: name as files have it -> (name of the field, what is known of it)."""
     hints = get_type_hints(cls)
     return {name_in_file(f.name): (f.name, _key_of(hints[f.name], f.metadata)) for f in fields(cls)}
