@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastvideo_grpo.characters import unusable
 from fastvideo_grpo.config_paths import expanded
 from fastvideo_grpo.config_values import LARGEST_SEED
 
@@ -14,6 +15,14 @@ def path_argument(text: str) -> str:
         return expanded(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def text_argument(text: str) -> str:
+    """A text, such as a prompt, as it is."""
+    problem = unusable(text)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} holds {problem}")
+    return text
 
 
 def seed_argument(text: str) -> int:

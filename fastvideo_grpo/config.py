@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -524,7 +525,7 @@ def checkpointed_blocks(value: str) -> int:
     """
     known = {"none": 0, "full": 1}
     prefix, _, every = value.partition(":")
-    if prefix == "every" and every.isdigit() and int(every) >= 1:
+    if prefix == "every" and re.fullmatch("[1-9][0-9]{0,8}", every):
         return int(every)
     if value not in known:
         raise ValueError(f"is {value!r}; allowed: none, full, every:K with K of 1 or more (every:2 is every second block)")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from fastvideo_grpo.characters import unusable
+
 _VARIABLE = re.compile(r"\$(?:(\$)|\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
@@ -13,7 +15,7 @@ def expanded(path: str) -> str:
     is a dollar sign, and ``./~`` a folder of that name.
 
     Raises:
-        ValueError: there is no such home or variable; says which.
+        ValueError: it is empty or cannot be written, or there is no such home or variable; says which.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -26,8 +28,11 @@ def expanded(path: str) -> str:
             raise ValueError(f"the variable {match[0]} is {state}; set it, or write $$ for a dollar sign")
         return found
 
-    if "\0" in path:
-        raise ValueError("a path cannot hold the character 0")
+    if not path:
+        raise ValueError("a path cannot be empty")
+    problem = unusable(path)
+    if problem is not None:
+        raise ValueError(f"a path cannot hold {problem}")
     home, separator, rest = path.partition("/")
     if home.startswith("~"):
         found = os.path.expanduser(home)

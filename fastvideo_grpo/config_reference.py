@@ -32,8 +32,8 @@ numbers, `true`, `[a, b]`, `{top: 1, bottom: 1}`.
 
 **Paths** (the tables say which keys are, [rewards.md](rewards.md) which parameters of rewards). A leading `~` or `~USER` is
 that home, `$NAME` and `${NAME}` are variables of the environment, `$$` is a dollar sign; a home or variable that is not there
-is an error. So it is in files, on the command line, and in every argument of a command that is a path. A relative path is
-relative to the working directory. The `config.yaml` that a run writes has them expanded.
+is an error, and so is an empty path. So it is in files, on the command line, and in every argument of a command that is a path.
+A relative path is relative to the working directory. The `config.yaml` that a run writes has them expanded.
 
 **`base: FILE`** at the top of a file names another one, relative to it, that is read first; the file then says what is
 different. Sections are merged key by key. A section that is left empty says nothing; null unsets what may be null.

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fastvideo_grpo.characters import unusable
 from fastvideo_grpo.config_files import Given, parse
 from fastvideo_grpo.config_paths import as_typed, expanded
 from fastvideo_grpo.errors import ConfigError
@@ -272,12 +273,11 @@ class _Filling:
         if key.metadata.get("path") and isinstance(value, os.PathLike):
             value = os.fspath(value)
         if isinstance(value, str) and text is None:
-            if not key.metadata.get("path") or not given.typed:
-                return value
             try:
-                return expanded(value)
+                return expanded(value) if key.metadata.get("path") and given.typed else _text(value)
             except ValueError as error:
-                self.problems.append(f"{'.'.join(path)} is {given.shown()}{given.place}: {error}")
+                unset = ", but null for none" if key.optional and not value else ""
+                self.problems.append(f"{'.'.join(path)} is {given.shown()}{given.place}: {error}{unset}")
                 return value
         if text is None:
             self.wrong(path, key, given)
@@ -291,6 +291,13 @@ class _Filling:
                 f'{".".join(path)} is {text}{given.place}, which YAML reads as {read}, but is a text: write "{text}"{key.help}'
             )
         return ""
+
+
+def _text(text: str) -> str:
+    problem = unusable(text)
+    if problem is not None:
+        raise ValueError(f"a text cannot hold {problem}")
+    return text
 
 
 def _is_date(given: Given) -> bool:

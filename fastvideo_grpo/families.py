@@ -721,4 +721,5 @@ def configured_prompts(config: Config) -> list[Prompt]:
 def lora_settings(config: Config) -> LoRAConfig:
     """``model.lora`` with the layers named: the model's attention projections where none are."""
     assert config.model.lora is not None
-    return replace(config.model.lora, targets=list(config.model.lora.targets or FAMILIES[config.model.kind].lora_targets))
+    targets = config.model.lora.targets
+    return replace(config.model.lora, targets=list(FAMILIES[config.model.kind].lora_targets if targets is None else targets))

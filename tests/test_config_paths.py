@@ -60,7 +60,6 @@ def value(config, dotted):
         ("a$", "a$"),
         ("$ 5", "$ 5"),
         ("plain/path with spaces", "plain/path with spaces"),
-        ("", ""),
     ],
 )
 def test_what_a_path_stands_for(home, typed, meant):
@@ -76,7 +75,9 @@ def test_what_a_path_stands_for(home, typed, meant):
         ("x/${NOWHERE}", r"the variable \$\{NOWHERE\} is not set"),
         ("$EMPTY/x", r"the variable \$EMPTY is empty"),
         ("${}/x", "is not set"),
-        ("a\0b", "character 0"),
+        ("a\0b", "a path cannot hold a NUL character"),
+        ("a\udcffb", "a path cannot hold the byte 0xff, which is not UTF-8"),
+        ("", "a path cannot be empty"),
     ],
 )
 def test_what_it_cannot_stand_for_is_told_with_the_key(typed, message):
@@ -84,6 +85,11 @@ def test_what_it_cannot_stand_for_is_told_with_the_key(typed, message):
         configuration.build({}, [*GIVEN, f"run.dir={typed}"])
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         path_argument(typed)
+
+
+def test_an_empty_path_that_may_be_left_out_is_told_how():
+    with pytest.raises(ConfigError, match="prompts.eval_path is '': a path cannot be empty, but null for none"):
+        configuration.build({}, [*GIVEN, "prompts.eval_path="])
 
 
 def test_no_home_is_no_folder_called_nothing(monkeypatch):

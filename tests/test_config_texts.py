@@ -119,7 +119,6 @@ NASTY = (
         "caf\xe9",
         "低质量, 模糊",
         "🙂",
-        "\udcff",
         "x" * 300,
         "word " * 60,
     ),
@@ -147,6 +146,26 @@ def load_file(tmp_path):
 )
 def test_a_text_on_the_command_line_is_what_stands_behind_the_first_equals_sign(load, text):
     assert load(f"sample.negative_prompt={text}").sample.negative_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("caf\udce9", "the byte 0xe9, which is not UTF-8"),
+        ("a\0b", "a NUL character"),
+        ("half \ud83d", "half a character"),
+    ],
+)
+def test_a_text_that_no_tokenizer_takes_is_told_where_it_comes_from(load, load_file, capsys, text, message):
+    with pytest.raises(ConfigError, match=f"sample.negative_prompt is .*: a text cannot hold {message}"):
+        load(f"sample.negative_prompt={text}")
+    written = text.encode("ascii", "backslashreplace").decode().replace("\0", "\\0")
+    with pytest.raises(ConfigError, match=rf"sample.negative_prompt is .*line 1\): a text cannot hold {message}"):
+        load_file(f'sample: {{negative_prompt: "{written}"}}')
+    for command in (["sample", "runs/x"], ["check-reward", "x.yaml"]):
+        with pytest.raises(SystemExit):
+            cli.parse([*command, "--prompt", text])
+        assert f"holds {message}" in capsys.readouterr().err
 
 
 def test_so_are_paths_and_optional_texts_which_null_unsets(load):
@@ -267,7 +286,7 @@ def test_a_section_with_nothing_in_it_is_none_given(load_file):
             "a: *x",
             "? [a]\n: 5",
             "!!binary x",
-            ),
+        ),
         *(
             "%YAML 9.9\n---\na: b",
             "run: {seed: !!bool x}",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import config as configuration
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.command_arguments import path_argument, text_argument
 from fastvideo_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media", action="append", type=path_argument, default=[], metavar="FILE", help="a picture or clip; may be repeated"
     )
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="its prompt, in the same order")
+    parser.add_argument(
+        "--prompt", action="append", type=text_argument, default=[], metavar="TEXT", help="its prompt, in the same order"
+    )
     parser.add_argument("--device", default="cpu", help="where inline rewards score (default: cpu)")
     parser.epilog = EPILOG
 

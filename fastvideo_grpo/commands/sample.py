@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.command_arguments import path_argument, text_argument
 from fastvideo_grpo.config import Config
 from fastvideo_grpo.errors import UserError
 
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run folder (trained weights), or a YAML file (the model it starts from)",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys, e.g. sample.steps=30")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", type=text_argument, default=[], metavar="TEXT", help="a prompt; may be given several times"
+    )
     parser.add_argument(
         "--prompts",
         type=path_argument,

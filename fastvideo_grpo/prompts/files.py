@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastvideo_grpo.characters import unusable
 from fastvideo_grpo.prompts.entries import Entry, entries_of, shortened
 from fastvideo_grpo.prompts.texts import PromptFileError, read_text, visible
 
@@ -186,12 +187,6 @@ def _id(value: Any, where: str) -> str:
 
 def _check_characters(what: str, value: str | None, where: str) -> None:
     """JSON can write what no file of text can hold."""
-    if value is None:
-        return
-    if "\0" in value:
-        raise PromptFileError(f'{where}: "{what}" holds a NUL character (\\u0000); take it out')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise PromptFileError(f'{where}: "{what}" holds half a character ({half}, a lone surrogate); take it out') from error
+    problem = None if value is None else unusable(value)
+    if problem is not None:
+        raise PromptFileError(f'{where}: "{what}" holds {problem}; take it out')

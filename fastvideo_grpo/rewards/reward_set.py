@@ -408,6 +408,8 @@ def check_entry(model: str, entry: Any) -> None:
     Raises:
         ValueError: with the key, what is wrong.
     """
+    if not model.strip():
+        raise ValueError(f"rewards.models has the name {model!r}, which nobody sees; give it another")
     if "/" in model:
         raise ValueError(f"rewards.models has the name '{model}'; a name may not hold '/', which joins it to an output")
     known = check_placement(model, entry)
