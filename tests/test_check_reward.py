@@ -61,6 +61,19 @@ def test_a_reward_that_sees_what_is_wrong_is_shown_to(check):
     assert "samples a second" in text and "of host memory" in text
 
 
+def test_what_is_no_device_is_told(check, capsys):
+    assert check("jpeg_size", "--device", "gpu") == (
+        1,
+        "fastvideo-grpo check-reward: --device is 'gpu'; it must be a device, for example cpu or cuda:1\n",
+    )
+    for option, message in (
+        ("--devices=cpu,,cpu", "--devices is ''; it must be a device"),
+        ("--timeout=nan", "--timeout is nan"),
+    ):
+        assert cli.main(["serve-reward", "jpeg_size", option]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_reward_of_motion_sees_clips_standing_still(check):
     code, text = check("moving_colour")
     rows = table(text)

@@ -88,7 +88,7 @@ def test_what_it_cannot_stand_for_is_told_with_the_key(typed, message):
 
 
 def test_an_empty_path_that_may_be_left_out_is_told_how():
-    with pytest.raises(ConfigError, match="prompts.eval_path is '': a path cannot be empty, but null for none"):
+    with pytest.raises(ConfigError, match=r"prompts.eval_path is '': a path cannot be empty, but null for none"):
         configuration.build({}, [*GIVEN, "prompts.eval_path="])
 
 

@@ -437,6 +437,7 @@ def test_nobody_at_the_address_is_told_with_the_way_out():
         ({"url": "http://x"}, "url is for placement=http, not inline"),
         ({"placement": "http", "url": "http://x", "python": "y"}, "python is for placement=process"),
         ({"device": "cuda:1"}, "device is for placement=process"),
+        ({"placement": "process", "device": "gpu 1"}, "device is 'gpu 1'; it must be a device, for example cpu or cuda:1"),
     ],
 )
 def test_keys_that_do_not_go_with_the_placement_are_refused(entry, text):

@@ -74,12 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: every reward gives the same finite scores each time; 1 otherwise."""
     import torch
 
-    from fastvideo_grpo.rewards.placement import check_placement, get, place
+    from fastvideo_grpo.rewards.placement import check_device, check_placement, get, place
 
     config = configuration.load(arguments.config, arguments.overrides).rewards
     if not config.models:
         raise UserError(f"{arguments.config} names no reward (rewards.models is empty)")
     given = read_media(arguments.media, arguments.prompt)
+    try:
+        check_device("--device", arguments.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     device = torch.device(arguments.device)
     bad = False
     for name, entry in config.models.items():

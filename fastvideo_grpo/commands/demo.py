@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--reward is {chosen!r}; this demo has {', '.join(demo.rewards)}")
     reward_settings, meaning = demo.rewards[chosen]
     make = "make demo-video" if arguments.video else "make demo"
-    folder = Path(arguments.out) if arguments.out else free_folder(Path("runs", make.removeprefix("make ")))
+    out = Path(arguments.out) if arguments.out else free_folder(Path("runs", make.removeprefix("make ")))
     data = data_dir()
     overrides = [
         f"model.path={as_typed(data / demo.checkpoint)}",
@@ -133,11 +133,14 @@ def run(arguments: argparse.Namespace) -> int:
         f"prompts.seed={arguments.seed}",
         f"run.seed={arguments.seed}",
         f"run.iterations={demo.iterations if arguments.iterations is None else arguments.iterations}",
-        f"run.dir={as_typed(folder)}",
+        f"run.dir={as_typed(out)}",
         *reward_settings,
         *arguments.overrides,
     ]
     config = configuration.load(data / demo.settings, overrides)
+    folder = Path(config.run.dir)
+    if config.run.eval_every == 0:
+        raise UserError("run.eval_every is 0, but a demo compares evaluations: leave it out, or use fastvideo-grpo train")
     facts = families.model_facts(config)
     plan.check_run(config, facts, ranks=1)
     plan.check_folder(config)
@@ -152,7 +155,8 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_process(config)
     with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
-        show = [*trainer.prompts[:: len(trainer.prompts) // 6][:6], *trainer.eval_prompts[:4]]
+        trained = trainer.prompts[:: max(1, len(trainer.prompts) // 6)][:6]
+        show = [*trained, *trainer.eval_prompts[:4]]
         pictures_before = sample_fixed(trainer, show, 1, "pictures")
         trainer.train()
         pictures_after = sample_fixed(trainer, show, 1, "pictures")
@@ -163,13 +167,13 @@ def run(arguments: argparse.Namespace) -> int:
     before, after = json.loads((folder / "evaluation_before.json").read_text()), lines[-1]
 
     draw = _before_after_clips if arguments.video else _before_after
-    grid = draw(folder, 6, pictures_before, pictures_after)
+    grid = draw(folder, len(trained), pictures_before, pictures_after)
     curve = _curve(folder, lines)
     print(
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
     for name, label in (("train", "training prompts"), ("heldout", "kept-out prompts")):
-        for reward in trainer.rewards.names:
+        for reward in trainer.rewards.names if name == "train" or trainer.eval_prompts else ():
             old, new = (
                 f"{metrics[f'eval/{name}/{reward}/mean']:.3f} ± {metrics[f'eval/{name}/{reward}/stderr']:.3f}"
                 for metrics in (before, after)
@@ -228,7 +232,7 @@ def _curve(folder: Path, lines: list[dict[str, Any]]) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    (key,) = (key for key in lines[0] if key.startswith("reward/") and key.endswith("/mean"))
+    key = next(key for key in lines[0] if key.startswith("reward/") and key.endswith("/mean"))
     reward = key.removeprefix("reward/").removesuffix("/mean")
     binary = f"reward/{reward}/above_threshold"
     shown = binary if binary in lines[0] else key
@@ -236,7 +240,10 @@ def _curve(folder: Path, lines: list[dict[str, Any]]) -> Path:
     first = json.loads((folder / "evaluation_before.json").read_text())
     for name, label in (("train", "evaluation, training prompts"), ("heldout", "evaluation, kept-out prompts")):
         prefix = f"eval/{name}/{reward}"
-        points = [(0, first), *((line["iteration"] + 1, line) for line in lines if f"{prefix}/mean" in line)]
+        evaluated = [(0, first), *((line["iteration"] + 1, line) for line in lines)]
+        points = [(x, line) for x, line in evaluated if f"{prefix}/mean" in line]
+        if not points:  # no prompts are kept out
+            continue
         axes.errorbar(
             [x for x, _ in points],
             [line[f"{prefix}/mean"] for _, line in points],

@@ -158,7 +158,13 @@ def _kind_of(checkpoint: Path) -> str:
     known = ", ".join(f"{family.name} ({family.pipeline})" for family in drawing.values())
     if not index.is_file():
         what = "has no model_index.json" if checkpoint.exists() else "does not exist"
-        raise configuration.ConfigError(f"--model {checkpoint} {what}; expected a diffusers folder of {known}")
+        fitting = (
+            family for family in drawing.values() if family.source and Path(family.source.folder).name == checkpoint.name
+        )
+        family = next(fitting, drawing[families.FAMILIES["flux"].pipeline])
+        raise configuration.ConfigError(
+            f"--model {checkpoint} {what}; expected a diffusers folder of {known}{family.where_from(checkpoint)}"
+        )
     try:
         found = read_json(index).get("_class_name")
     except (OSError, ValueError) as error:

@@ -50,25 +50,29 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from fastvideo_grpo.rewards import registry
+    from fastvideo_grpo.rewards.placement import check_device
     from fastvideo_grpo.rewards.server import RewardPool, application, is_loopback
 
     params = parse_params(arguments.kind, arguments.params)
     for name in ("workers", "max_mib", "timeout"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be above 0")
+        if not 0 < getattr(arguments, name) < 1e7:  # as rewards.timeout_s: nobody can wait longer
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be above 0 and below 1e7")
     token = os.environ.get(arguments.token_variable) or None
     if token is None and not is_loopback(arguments.host):
         raise UserError(
             f"--host is {arguments.host}, which other machines reach, and {arguments.token_variable} is not set: set it to a "
             f"long random word, here and where the run is (for example {arguments.token_variable}=$(openssl rand -hex 32))"
         )
+    names = arguments.devices.split(",")
     try:
+        for device in names:
+            check_device("--devices", device)
         registry.check(arguments.kind, checkpoint=arguments.checkpoint, params=params)
         registry.check_types(arguments.kind, params)
     except ValueError as error:
         raise UserError(str(error)) from error
     listener = _listen(arguments.host, arguments.port)
-    devices = [device for device in arguments.devices.split(",") for _ in range(arguments.workers)]
+    devices = [device for device in names for _ in range(arguments.workers)]
     try:
         pool = RewardPool(
             arguments.kind, checkpoint=arguments.checkpoint, params=params, devices=devices, timeout_s=arguments.timeout

@@ -55,6 +55,8 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
             raise ValueError(
                 f"rewards.models.{model}.{key} is for placement={' or '.join(placements)}, not {placement}; {where}"
             )
+    if get(entry, "device"):
+        check_device(f"rewards.models.{model}.device", get(entry, "device"))
     if placement == "http":
         if not get(entry, "url"):
             raise ValueError(
@@ -70,6 +72,14 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
         raise ValueError(f"rewards.models.{model}: {error}") from error
     known = getattr(factory, "outputs", None)
     return known if isinstance(known, tuple) else None
+
+
+def check_device(name: str, device: str) -> None:
+    """Raise ValueError, with the key or option ``name``, for what is no device of torch; whether it is there, nobody looks."""
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {device!r}; it must be a device, for example cpu or cuda:1") from error
 
 
 def check_here(model: str, entry: Any, frames: int) -> None:

@@ -59,6 +59,24 @@ def test_the_video_demo_runs_and_shows_its_clips(tmp_path, capsys):
     assert "this demo has colour_match, threshold, jpeg_size" in capsys.readouterr().err
 
 
+def test_the_demo_runs_with_the_keys_that_it_is_given(tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("a red circle\na blue square\n")
+    words = [f"run.dir={tmp_path}/mine", f"prompts.path={tmp_path}/few.txt", "rewards.models.size.kind=jpeg_size"]
+    words += [
+        "prompts.eval_path=null",
+        "sample.steps=3",
+        "grpo.prompts_per_iteration=4",
+        "grpo.updates_per_iteration=1",
+        "run.eval_samples=1",
+    ]
+    assert cli.main(["demo", "--iterations", "1", "--out", str(tmp_path / "other"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "mine" / "curve.png").is_file() and not (tmp_path / "other").exists()
+    assert "training prompts: size/jpeg_size" in printed and "kept-out" not in printed
+    assert cli.main(["demo", "run.eval_every=0", f"run.dir={tmp_path}/mine"]) == 1
+    assert "run.eval_every is 0, but a demo compares evaluations" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reward", [pytest.param("threshold", marks=pytest.mark.slow), "jpeg_size"])
 def test_the_demos_other_rewards_run(tmp_path, capsys, reward):
     command = ["demo", "--reward", reward, "--iterations", "2", "--out", str(tmp_path / "demo"), "run.eval_samples=2"]

@@ -283,6 +283,9 @@ def test_folders_that_hold_no_model_for_images_are_told_with_those_that_do(tmp_p
     model, known = tmp_path / "model", "FLUX.1-dev (FluxPipeline), HunyuanVideo (HunyuanVideoPipeline)"
     said = _refused(capsys, _arguments(model, prompts, tmp_path / "out"))
     assert f"{model} does not exist; expected a diffusers folder of {known}" in said
+    assert "hf download black-forest-labs/FLUX.1-dev --exclude flux1-dev.safetensors" in said and "tiny flux --out" in said
+    said = _refused(capsys, _arguments(tmp_path / "HunyuanVideo", prompts, tmp_path / "out"))
+    assert "hf download hunyuanvideo-community/HunyuanVideo --local-dir" in said
     model.mkdir()
     assert f"has no model_index.json; expected a diffusers folder of {known}" in _refused(
         capsys, _arguments(model, prompts, tmp_path / "out")
