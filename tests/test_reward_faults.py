@@ -19,6 +19,7 @@ import torch
 from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
 from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, register, registry, wire
+from fastvideo_grpo.rewards.process_settings import process_settings_kept
 from fastvideo_grpo.rewards.server import RewardPool
 from tests.workers.faulty_rewards import entry_point
 
@@ -380,6 +381,36 @@ def test_what_belongs_to_the_process_is_put_back(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def test_what_one_reward_changes_is_not_what_another_one_puts_back(tmp_path, monkeypatch):
+    """The second begins when the first has changed it, and ends last."""
+    monkeypatch.chdir(tmp_path)
+    changed, begun, done = (threading.Event() for _ in range(3))
+
+    def first():
+        with process_settings_kept():
+            os.chdir("/")
+            torch.set_default_dtype(torch.float64)
+            changed.set()
+            assert begun.wait(10)
+        done.set()
+
+    def second():
+        assert changed.wait(10)
+        with process_settings_kept():
+            begun.set()
+            assert done.wait(10)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert done.is_set() and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
