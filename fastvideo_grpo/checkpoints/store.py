@@ -242,17 +242,18 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what killed saves left behind. Call it once at the start of a run, when nobody is saving."""
-        if self.world.rank == 0 and self.folder.is_dir():
-            for entry in sorted(self.folder.iterdir()):
-                if entry.name.startswith(".replaced-"):
-                    target = self.folder / entry.name.removeprefix(".replaced-")
-                    if target.exists():
-                        shutil.rmtree(entry)
-                    else:  # killed between the two renames: the older one is the only one
-                        os.rename(entry, target)
-                elif entry.name.startswith(_LEFT):
+        self.world.on_rank_0(self._clean)
+
+    def _clean(self) -> None:
+        for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if entry.name.startswith(".replaced-"):
+                target = self.folder / entry.name.removeprefix(".replaced-")
+                if target.exists():
                     shutil.rmtree(entry)
-        self.world.barrier()
+                else:  # killed between the two renames: the older one is the only one
+                    os.rename(entry, target)
+            elif entry.name.startswith(_LEFT):
+                shutil.rmtree(entry)
 
     def _make_partial(self, partial: Path) -> None:
         if partial.exists():
