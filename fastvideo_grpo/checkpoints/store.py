@@ -71,7 +71,12 @@ class CheckpointStore:
         """Iterations of the complete checkpoints, rising. They are not verified."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+        names = [entry.name for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+        return sorted(int(name) for name in names if self.path(int(name)).name == name)  # others' folders may be numbers, too
+
+    def all_damaged(self) -> str:
+        """What is said where there are checkpoints, and none is whole."""
+        return f"every checkpoint in {self.folder} is damaged; to start over, choose another run.dir or move the folder away"
 
     def save(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> bool:
         """Write the checkpoint of `iteration`; afterwards remove the oldest beyond `keep`, or before where the disk has no

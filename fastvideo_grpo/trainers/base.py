@@ -185,10 +185,7 @@ class GRPOTrainer(Policy):
         newest = self.store.newest()
         if newest is None:
             if self.store.iterations():
-                raise ConfigError(
-                    f"every checkpoint in {self.store.folder} is damaged; to start over, choose another run.dir or move "
-                    "the folder away"
-                )
+                raise ConfigError(self.store.all_damaged())
             self.world.on_rank_0(lambda: self.log.cut_back(0))
             return 0
         state = self.store.load_trainer_json(newest)
