@@ -369,13 +369,16 @@ def test_what_belongs_to_the_process_is_put_back(tmp_path, monkeypatch):
         torch.backends.cudnn.benchmark = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return mean(*arguments) if arguments else None
+        answer = mean(*arguments) if arguments else None
+        torch.set_default_device("meta")
+        return answer
 
     try:
         rewards = set_of(r={"call": change, "made": change, "moved": change})
         for _ in range(2):
             assert Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32
             assert torch.get_num_threads() == threads and torch.is_grad_enabled()
+            assert torch.get_default_device().type == "cpu"
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.benchmark
             assert signal.getsignal(signal.SIGINT) is interrupt
             assert rewards.score(request_of()).valid["r/quality"].all()
@@ -383,6 +386,7 @@ def test_what_belongs_to_the_process_is_put_back(tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
+        torch.set_default_device(None)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
         signal.signal(signal.SIGINT, interrupt)

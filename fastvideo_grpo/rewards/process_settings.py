@@ -58,11 +58,11 @@ _before: _Settings | None = None
 
 @contextmanager
 def process_settings_kept() -> Iterator[None]:
-    """Afterwards what a run goes by is as it was: the working directory (its paths may be relative), torch's default dtype,
-    number of threads, grad mode, determinism and TF32 (its sums depend on them), and who listens to Ctrl-C and the other signals
-    that end a run. Of several threads that are inside at once each puts back what was before the first came."""
+    """Afterwards what a run goes by is as it was: the working directory (its paths may be relative), torch's default dtype and
+    device, number of threads, grad mode, determinism and TF32 (its sums depend on them), and who listens to Ctrl-C and the other
+    signals that end a run. Of several threads that are inside at once each puts back what was before the first came."""
     global _inside, _before
-    grad_mode = torch.is_grad_enabled()  # of this thread, unlike the others
+    grad_mode, device = torch.is_grad_enabled(), torch.get_default_device()  # of this thread, unlike the others
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     with _lock:
         if _before is None:
@@ -78,6 +78,8 @@ def process_settings_kept() -> Iterator[None]:
                 _before.close()
                 _before = None
         torch.set_grad_enabled(grad_mode)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
         if threading.current_thread() is threading.main_thread():  # in another one nobody can change them
             for number, handler in handlers.items():
                 if handler is not None and signal.getsignal(number) != handler:
