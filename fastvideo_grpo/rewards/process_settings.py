@@ -59,8 +59,8 @@ _before: _Settings | None = None
 @contextmanager
 def process_settings_kept() -> Iterator[None]:
     """Afterwards what a run goes by is as it was: the working directory (its paths may be relative), torch's default dtype and
-    device, number of threads, grad mode, determinism and TF32 (its sums depend on them), and who listens to Ctrl-C and the other
-    signals that end a run. Of several threads that are inside at once each puts back what was before the first came."""
+    device, number of threads, grad mode, determinism and TF32 (its sums depend on them), and who listens to Ctrl-C and to the
+    other signals that end a run. Of several threads that are inside at once each puts back what was before the first came."""
     global _inside, _before
     grad_mode, device = torch.is_grad_enabled(), torch.get_default_device()  # of this thread, unlike the others
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
