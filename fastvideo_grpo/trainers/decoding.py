@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvideo_grpo.sampling.rollout import finite_rows
+
 
 class DecoderWatch:
     """Whether each of ``samples`` samples went through a VAE's decoder in finite numbers: ``finite``, bool ``[B]``.
@@ -39,11 +41,6 @@ class DecoderWatch:
                 rows = finite_rows(tensor.detach()).to(self.finite.device)
                 # Fewer rows than samples: nobody says whose they are.
                 self.finite &= rows if len(rows) == len(self.finite) else rows.all()
-
-
-def finite_rows(tensor: Tensor) -> Tensor:
-    """Which of ``[B, ...]`` are finite throughout: bool ``[B]``, on the tensor's device."""
-    return tensor.isfinite().reshape(len(tensor), -1).all(1)
 
 
 def as_rows(rows: Tensor, like: Tensor) -> Tensor:
