@@ -200,7 +200,7 @@ def test_adapters_train_on_a_partitioned_base_beside_a_reference(ranks):
         ("shape", "unreached.weight has shape (2, 3) in the weights, (4, 3) in the model"),
         ("extra", "0 are missing (), 2 are not in the model (unreached.bias, unreached.weight)"),
         ("missing", "2 are missing (late.bias, late.weight)"),
-        ("absent", "absent.safetensors holds no safetensors file"),
+        ("absent", "absent.safetensors cannot be read"),
         ("failing", "WeightFilesError: OSError(5, 'the disk is gone')"),  # raised on rank 0 only, while the others wait
         ("stage", "engine.zero_stage=3 only, not 2"),
         ("wrapped_as_stage_2", "the module's parameters are ZeRO-3 partitions, which only engine.kind=deepspeed"),

@@ -162,7 +162,7 @@ def _kind_of(checkpoint: Path) -> str:
     try:
         found = read_json(index).get("_class_name")
     except (OSError, ValueError) as error:
-        raise configuration.ConfigError(f"{index}: {error}; download it again") from error
+        raise configuration.ConfigError(f"{index} is damaged ({error}); download it again") from error
     if found not in drawing:
         raise configuration.ConfigError(f"--model {checkpoint} holds a {found}; images are drawn by {known}")
     return drawing[found].kind
