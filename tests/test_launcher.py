@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from fastvideo_grpo import cli, launcher
 from fastvideo_grpo.engines.parallel import World
@@ -17,6 +18,8 @@ def none_set(monkeypatch):
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "")  # so that it is what it was afterwards, whatever check() takes out
         monkeypatch.delenv(variable)
+    # Of a process that has process groups, from another test, nothing is asked.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
 
 @pytest.mark.parametrize("empty", ["", " "])
