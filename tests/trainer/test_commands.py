@@ -136,4 +136,12 @@ def test_the_train_script_says_what_it_needs(tmp_path):
     done = subprocess.run(
         ["bash", "train_scripts/flux_t2i.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ}
     )
-    assert done.returncode == 2 and "released_8gpu" in done.stderr
+    assert done.returncode == 2 and "released_8gpu" in done.stderr and "no recipe" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["flux_t2i", "hunyuan_progressive"])
+def test_a_recipe_that_is_not_there_is_told_by_its_name(script):
+    done = subprocess.run(
+        ["bash", f"train_scripts/{script}.sh", "relesed"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "there is no recipe relesed" in done.stderr and "NAME is one of:\n" in done.stderr
