@@ -36,7 +36,8 @@ is an error, and so is an empty path. So it is in files, on the command line, an
 A relative path is relative to the working directory. The `config.yaml` that a run writes has them expanded.
 
 **`base: FILE`** at the top of a file names another one, relative to it, that is read first; the file then says what is
-different. Sections are merged key by key. A section that is left empty says nothing; null unsets what may be null.
+different. Sections are merged key by key. A section that is left empty says nothing; null unsets what may be null, and
+so does nothing behind its colon.
 
 **Rewards** (and their `outputs`) have names. `rewards.models.hps=null` removes one, `rewards.models=null` all of them, here or
 in a file with a `base:`. An entry that is given another `kind` starts anew: its other keys were those of the kind before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,4 +27,4 @@ def _typed(name: str) -> str:
     if not ours.is_file() or (found is not None and Path(found).parent.resolve() == folder.resolve()):
         return name
     inside = os.path.relpath(ours)
-    return str(ours) if inside.startswith(os.pardir) else inside
+    return shlex.quote(str(ours) if inside.startswith(os.pardir) else inside)

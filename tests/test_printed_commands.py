@@ -38,6 +38,15 @@ def test_commands_of_an_environment_that_is_not_activated_are_written_by_their_p
     assert runnable("fastvideo-grpo doctor") == f"{environment}/fastvideo-grpo doctor"
 
 
+def test_a_folder_with_a_space_is_quoted(tmp_path, monkeypatch):
+    folder = tmp_path / "my project" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "hf").write_text("#!/bin/sh\n")
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert runnable("hf download a") == "'my project/bin/hf' download a"
+
+
 def test_they_stay_as_they_are_where_the_shell_finds_them(environment, monkeypatch):
     monkeypatch.setenv("PATH", f"{environment}:/usr/bin")
     assert runnable("fastvideo-grpo doctor, hf download a") == "fastvideo-grpo doctor, hf download a"

@@ -130,6 +130,8 @@ def test_repeated_prompts_are_left_out_with_a_count_or_kept_under_ids_of_their_o
     assert {p.id for p in read_prompts(path, duplicates="keep")} == {p.id for p in kept}
     named = '{"id": 1, "prompt": "a cat"}\n{"id": "1", "prompt": "a cat"}\n{"id": 2, "prompt": "a cat"}'
     assert [p.id for p in read_prompts(_write(tmp_path / "a.jsonl", named))] == ["1", "2"]
+    measured = '{"prompt": "a cat", "a": NaN, "b": {"x": 1, "y": 2}}\n{"prompt": "a cat", "b": {"y": 2, "x": 1}, "a": NaN}'
+    assert len(read_prompts(_write(tmp_path / "a.jsonl", measured))) == 1
 
 
 def test_a_csv_of_one_column_needs_no_header(tmp_path):
@@ -208,6 +210,8 @@ def test_a_csv_of_one_column_needs_no_header(tmp_path):
             r":2: .*line 1 already, with another negative_prompt: give",
         ),
         ("a.jsonl", '{"prompt": "x", "size": 1}\n{"prompt": "x", "size": 2}', r":2: .*line 1 already, with another size: give"),
+        ("a.jsonl", '{"prompt": "x", "a": 1}\n{"prompt": "x", "a": true}', r":2: .*line 1 already, with another a: give"),
+        ("a.jsonl", '{"prompt": "x", "a": [1]}\n{"prompt": "x", "a": [1.0]}', r":2: .*line 1 already, with another a: give"),
     ],
 )
 def test_bad_prompt_files_name_the_line_and_what_would_work(tmp_path, name, content, message):

@@ -433,6 +433,7 @@ def test_nobody_at_the_address_is_told_with_the_way_out():
     [
         ({"placement": "cloud"}, "placement is 'cloud'; allowed: inline, process, http"),
         ({"placement": "http"}, "url is missing"),
+        ({"placement": "http", "url": "gpu-box:8800"}, "url is 'gpu-box:8800'; it must be like http://127.0.0.1:8800"),
         ({"placement": "http", "url": "http://x", "params": {"quality": 3}}, "params is for placement=inline or process"),
         ({"url": "http://x"}, "url is for placement=http, not inline"),
         ({"placement": "http", "url": "http://x", "python": "y"}, "python is for placement=process"),

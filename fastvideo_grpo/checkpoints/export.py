@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,15 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out} cannot be written: {answer.reason}; {repair}, or choose another folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; choose another folder")
+
+
+def shard_bytes(size: str) -> int:
+    """The bytes of a size such as "10GB" or "500MB"; raises UserError for what is none."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])B", size.strip().upper(), re.ASCII)
+    largest = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))) if found and len(found[1]) < 20 else 0
+    if largest < 1:
+        raise UserError(f"--max-shard-size {size} is no size; use for example 10GB or 500MB")
+    return largest
 
 
 @contextmanager
@@ -103,12 +113,9 @@ def write_denoiser(
     shapes = tensor_shapes(module.state_dict())
     check_shapes({name: shapes.get(name, ()) for name in weights}, shapes)  # the shapes themselves are checked below
     planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    try:
-        plan = split_torch_state_dict_into_shards(
-            planned, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard_size
-        )
-    except ValueError as failure:
-        raise UserError(f"--max-shard-size {shard_size} is no size ({failure}); use for example 10GB or 500MB") from failure
+    plan = split_torch_state_dict_into_shards(
+        planned, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard_bytes(shard_size)
+    )
     module.save_config(out)
     for file, names in plan.filename_to_tensors.items():
         tensors = {}

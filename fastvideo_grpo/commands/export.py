@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--link is about what --pipeline copies; add --pipeline, or leave it out")
     out = Path(arguments.out)
     export.check_out(out)  # before a checkpoint is read
+    export.shard_bytes(arguments.max_shard_size)
     run = open_run(arguments.run, arguments.iteration)
     config, start, lora = run.config, Path(run.config.model.path), run.config.model.lora
     if arguments.merge_lora and lora is None:

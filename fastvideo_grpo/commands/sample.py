@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint: RunCheckpoint | None = None
     if Path(arguments.source).is_dir():
         if arguments.weights == "start":
+            if arguments.iteration is not None:
+                raise UserError("--weights start is before the first iteration: leave --iteration out, or take model or ema")
             config = configuration.load(Path(arguments.source) / "config.yaml", arguments.overrides)
         else:
             checkpoint = open_run(arguments.source, arguments.iteration, arguments.overrides)

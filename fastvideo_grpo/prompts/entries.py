@@ -154,7 +154,7 @@ def _entry(path: Path, place: str, value: Any) -> Entry:
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise PromptFileError(
-            f'{where}: each line must be an object with a non-empty "prompt", or a text; got {shortened(json.dumps(value))}'
+            f'{where}: an entry must be an object with a non-empty "prompt", or a text; got {shortened(json.dumps(value))}'
         )
     if "prompt" not in value:
         raise PromptFileError(f'{where}: there is no "prompt"; the keys found are {_named(value)}{_rename(list(value))}')

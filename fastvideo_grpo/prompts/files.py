@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,9 +125,9 @@ def _check_repetition(entry: Entry, prompt: Prompt, first: Entry, before: Prompt
         )
         if a != b
     ]
-    differing += [
-        key for key in sorted({*before.metadata, *prompt.metadata}) if before.metadata.get(key) != prompt.metadata.get(key)
-    ]
+    # As written: to Python true is 1, and NaN is not NaN.
+    said = [{key: json.dumps(value, sort_keys=True) for key, value in p.metadata.items()} for p in (before, prompt)]
+    differing += [key for key in sorted({*said[0], *said[1]}) if said[0].get(key) != said[1].get(key)]
     if not differing:
         return
     if named[1] is None:

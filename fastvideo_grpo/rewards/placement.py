@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,8 @@ def check_placement(model: str, entry: Any) -> tuple[str, ...] | None:
             raise ValueError(
                 f"rewards.models.{model}.url is missing; placement=http needs it, for example http://127.0.0.1:8800"
             )
+        if not re.match(r"https?://[^/\s]", get(entry, "url")):
+            raise ValueError(f"rewards.models.{model}.url is {get(entry, 'url')!r}; it must be like http://127.0.0.1:8800")
         return None
     if get(entry, "python"):
         return None  # the kind may be known in that environment only

@@ -121,6 +121,11 @@ def test_the_image_to_video_script_on_two_processes_that_share_clips_again_then_
     assert "HunyuanSkyreelsImageToVideoPipeline" in capsys.readouterr().out
 
 
+def test_samples_of_the_start_are_of_no_iteration(tmp_path, capsys):
+    assert cli.main(["sample", str(tmp_path), "--weights", "start", "--iteration", "3", "--prompt", "a cat"]) == 1
+    assert "--weights start is before the first iteration: leave --iteration out" in capsys.readouterr().err
+
+
 def test_a_text_alone_is_no_prompt_for_a_model_that_starts_from_images(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(["sample", "train_scripts/configs/skyreels_i2v_tiny.yaml", "--prompt", "a cat"]) == 1
@@ -131,4 +136,12 @@ def test_the_train_script_says_what_it_needs(tmp_path):
     done = subprocess.run(
         ["bash", "train_scripts/flux_t2i.sh"], cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ}
     )
-    assert done.returncode == 2 and "released_8gpu" in done.stderr
+    assert done.returncode == 2 and "released_8gpu" in done.stderr and "no recipe" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["flux_t2i", "hunyuan_progressive"])
+def test_a_recipe_that_is_not_there_is_told_by_its_name(script):
+    done = subprocess.run(
+        ["bash", f"train_scripts/{script}.sh", "relesed"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "there is no recipe relesed" in done.stderr and "NAME is one of:\n" in done.stderr

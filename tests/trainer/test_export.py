@@ -100,6 +100,9 @@ def test_export_says_what_is_wrong(make_trainer, tmp_path, capsys):
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--link"], "add --pipeline"),
         ([str(trainer.folder), "--out", str(tmp_path / "full" / "file" / "z")], "a file, not a folder"),
         ([str(trainer.folder), "--out", str(tmp_path / "z"), "--max-shard-size", "big"], "--max-shard-size big is no size"),
+        ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size=-5GB"], "--max-shard-size -5GB is no size"),
+        ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size", "infGB"], "--max-shard-size infGB is no size"),
+        ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size", "0.0MB"], "--max-shard-size 0.0MB is no size"),
     ]:
         assert cli.main(["export", *arguments]) == 1
         assert message in capsys.readouterr().err
