@@ -95,7 +95,7 @@ class Blame:
             sentences.append(_of_decoding(config))
         if self.rewards:
             sentences.append(f"The rewards said: {'; '.join(self.reasons) or 'no reason'}. Repair the reward")
-        if self.saved:
+        if self.saved and (self.decoding or self.rewards):  # of weights that draw NaN it would be no comfort
             again = " and start the same command again" if self.rewards and not self.sampling and not self.decoding else ""
             sentences[-1] += again
             sentences.append("What was trained before is saved")

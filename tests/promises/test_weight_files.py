@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastvideo_grpo.checkpoint_checks import FASTVIDEO_SCHEDULERS, unread_files
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.model_files.json_files import read_json
+from fastvideo_grpo.model_files.selection import WeightFilesError
 from fastvideo_grpo.trainers import load
 from tests.decoys import add_decoys
 from tests.promises.models import MODELS, cases
@@ -95,3 +96,16 @@ def test_the_schedulers_that_fastvideo_knows_are_those_that_are_let_through():
     from fastvideo.models.registry import _SCHEDULERS
 
     assert sorted(FASTVIDEO_SCHEDULERS) == sorted(_SCHEDULERS)
+
+
+def test_a_vae_that_was_not_filled_by_the_files_is_refused(tmp_path):
+    from fastvideo_grpo.trainers.fastvideo import _check_vae
+
+    vae = torch.nn.Linear(2, 2)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(vae.state_dict(), file)
+    _check_vae(vae, tmp_path)
+    save_file({"weight": vae.weight.detach()}, file)
+    with pytest.raises(WeightFilesError, match="1 tensors of FastVideo's VAE are in no file, bias is the first"):
+        _check_vae(vae, tmp_path)

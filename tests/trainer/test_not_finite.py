@@ -165,9 +165,11 @@ def test_a_network_that_diverges_names_iteration_and_sound_checkpoint(make_train
 
 
 def test_a_learning_rate_that_destroys_the_weights(make_trainer):
-    trainer = make_trainer(**SD, run__iterations=3, run__save_every=9, optim__lr=1e18)
-    with pytest.raises(TooManyInvalidRewards, match=r"since iteration 2.*start anew.*lower optim\.lr \(it is 1e\+18\)"):
+    trainer = make_trainer(**SD, run__iterations=3, run__save_every=1, optim__lr=1e18)
+    wanted = r"since iteration 2.*No checkpoint is left.*start anew.*lower optim\.lr \(it is 1e\+18\) and another run\.dir$"
+    with pytest.raises(TooManyInvalidRewards, match=wanted):
         trainer.train()
+    assert trainer.store.iterations() == [1]  # which is not called a comfort
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_trainer, caplog):
