@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog
 from fastvideo_grpo.tracking.pictures import contact_sheet, encode_mp4, enlargement, not_samples, save_samples
@@ -256,6 +257,13 @@ def test_wandb_offline_keeps_clips_with_their_captions(tmp_path, monkeypatch):
     while json.dumps("a dog\nscore 0.5").encode() not in record.read_bytes():
         assert time.monotonic() < waits
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": "1', b"{}", b"[]", b"\xff\x00"])
+def test_a_damaged_id_of_wandbs_run_is_told(tmp_path, content):
+    (tmp_path / "wandb.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"wandb\.json is damaged, .*remove it to begin a new one"):
+        WandbRun("offline", tmp_path, {})
 
 
 def test_console_shows_rewards_invalid_scores_and_evaluations(capsys):

@@ -53,6 +53,18 @@ def _in_netrc(host: str) -> bool:
     return bool(found and found[2])
 
 
+def _identity(file: Path) -> str:
+    """wandb's id of a run: what an earlier start left, or a new one."""
+    if not file.is_file():
+        return secrets.token_hex(4)
+    try:
+        return str(json.loads(file.read_bytes())["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged, and says which run of Weights & Biases this one goes on with: remove it to begin a new one there"
+        ) from error
+
+
 class WandbRun:
     """A wandb run that a resumed training continues; with mode ``disabled`` nothing is imported and every call is a no-op.
 
@@ -61,7 +73,7 @@ class WandbRun:
         folder: the run's folder; the wandb id is kept in ``wandb.json`` there.
 
     Raises:
-        UserError: wandb does not begin: a key of another form, no server.
+        UserError: wandb does not begin (a key of another form, no server), or ``wandb.json`` is damaged.
     """
 
     def __init__(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
@@ -72,7 +84,7 @@ class WandbRun:
 
         self._wandb = wandb
         known = folder / "wandb.json"
-        identity = json.loads(known.read_text())["id"] if known.is_file() else secrets.token_hex(4)
+        identity = _identity(known)
         try:
             self._run = wandb.init(
                 project="fastvideo_grpo",
