@@ -61,7 +61,7 @@ def _identity(file: Path) -> str:
         return str(json.loads(file.read_bytes())["id"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is damaged, and says which run of Weights & Biases this one goes on with: remove it to begin a new one there"
+            f"{file} is damaged, and says which run of Weights & Biases this one goes on with: remove it to begin a new one"
         ) from error
 
 
