@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastvideo_grpo.config import Config
+from fastvideo_grpo.errors import one_line
 from fastvideo_grpo.families import FAMILIES, Family, ModelFacts
 from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 from fastvideo_grpo.model_files.headers import read_entries
@@ -32,6 +33,14 @@ _JSON = (
     "vocab.json",
 )
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",), ("vocab.txt",))
+# Schedulers that FastVideo knows; it makes one of the folder, though sampling here has its own levels.
+FASTVIDEO_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowUniPCMultistepScheduler",
+    "RCMScheduler",
+    "SelfForcingFlowMatchScheduler",
+    "UniPCMultistepScheduler",
+)
 # Of names that libraries leave alone: tables that newer versions compute.
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq")
 
@@ -106,8 +115,13 @@ def _index_problems(family: Family, file: Path) -> Iterator[str]:
 
 
 def _check_scheduler(file: Path) -> None:
-    if not file.is_file() or not isinstance(read_json(file).get("_class_name"), str):
-        raise WeightFilesError(f"{file} {'names no _class_name' if file.is_file() else 'is not there'}; download it again")
+    if not file.is_file():
+        raise WeightFilesError(f"{file} is not there; download it again")
+    found = read_json(file).get("_class_name")
+    if found not in FASTVIDEO_SCHEDULERS:
+        raise WeightFilesError(
+            f"{file}: _class_name is {found!r}; FastVideo knows {', '.join(FASTVIDEO_SCHEDULERS)}; download it again"
+        )
 
 
 def _check_vocabulary(folder: Path) -> None:
@@ -121,6 +135,7 @@ def _check_weights(family: Family, facts: ModelFacts, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise WeightFilesError(f"{folder / 'config.json'} is not there; download it again")
     config = read_json(folder / "config.json")
+    _check_class(family, folder, config)
     selection = select(folder)
     needs_safetensors = family.fastvideo_config is not None and not folder.name.startswith("text_encoder")
     if needs_safetensors and selection.files[0].suffix != ".safetensors":
@@ -139,12 +154,32 @@ def _check_weights(family: Family, facts: ModelFacts, folder: Path) -> None:
     elif "_class_name" in config:
         _check_diffusers(selection, config, found)
     else:
-        if family.fastvideo_config is not None and not config.get("architectures"):
-            raise WeightFilesError(f"{folder / 'config.json'} names no class under 'architectures'; download it again")
         _check_transformers(selection, config, found)
     by_diffusers = family.fastvideo_config is None and "_class_name" in config
     if by_diffusers and selection.index is not None and "metadata" not in read_json(selection.index):
         raise WeightFilesError(f"{selection.index} has no 'metadata', which diffusers asks for; download it again")
+
+
+def _check_class(family: Family, folder: Path, config: dict[str, Any]) -> None:
+    """Raise where a component names another class than the one that loads it, or none that there is."""
+    file, found = folder / "config.json", config.get("_class_name")
+    usual = family.configs.get(folder.name, {}).get("_class_name")
+    if folder.name != family.denoiser and usual is not None and found != usual:
+        raise WeightFilesError(f"{file}: _class_name is {found!r}, but {family.kind} reads an {usual}; download it again")
+    if family.fastvideo_config is None or "_class_name" in config:
+        return
+    name = _transformers_class(config)
+    if name is None:
+        raise WeightFilesError(f"{file} names no class under 'architectures'; download it again")
+    import transformers
+
+    if not hasattr(transformers, name):
+        raise WeightFilesError(f"{file}: 'architectures' names {name}, which transformers does not have; download it again")
+
+
+def _transformers_class(config: dict[str, Any]) -> str | None:
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else None
 
 
 def _check_places(selection: Selection) -> None:
@@ -174,13 +209,19 @@ def _check_module(selection: Selection, make: Callable[[], torch.nn.Module], fou
         module = make()
     except Exception as error:  # whatever a constructor raises for values that it cannot take
         raise WeightFilesError(
-            f"{selection.folder / 'config.json'}: no network can be made of it ({type(error).__name__}: {error}); download it "
-            "again"
+            f"{selection.folder / 'config.json'}: no network can be made of it ({one_line(error)}); download it again"
         ) from error
     rename = getattr(module, "_fix_state_dict_keys_on_load", None)
     if selection.index is None and rename is not None:
         rename(found)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = module.state_dict()
+    for name in state.keys() & found.keys():
+        if state[name].is_floating_point() and not found[name].is_floating_point():
+            raise WeightFilesError(
+                f"{selection.folder}: {name} is {found[name].dtype} in the files: quantised weights, which would be taken for "
+                "numbers; download those of the original precision"
+            )
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     misfits = [(name, shapes[name], shape) for name, shape in wanted.items() if shapes.get(name, shape) != shape]
     unexpected = [name for name in shapes if name not in wanted and not name.endswith(_COMPUTED)]
@@ -192,8 +233,7 @@ def _check_transformers(selection: Selection, config: dict[str, Any], found: dic
     leaves alone."""
     import transformers
 
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = _transformers_class(config)
     cls: Any = getattr(transformers, str(name), None)
     if cls is None:
         return  # of another package, which loads it
@@ -209,8 +249,8 @@ def _check_transformers(selection: Selection, config: dict[str, Any], found: dic
             )
     except Exception as error:  # whatever it raises for values that it cannot take
         raise WeightFilesError(
-            f"{selection.folder / 'config.json'}: transformers cannot make a {name} of it ({type(error).__name__}: {error}); "
-            "download it again"
+            f"{selection.folder / 'config.json'}: transformers cannot make a {name} of it ({one_line(error)}); download it "
+            "again"
         ) from error
     misfits = [(name, tuple(shape), tuple(wanted)) for name, shape, wanted in info["mismatched_keys"]]
     _refuse(selection, sorted(info["missing_keys"]), [], sorted(misfits))

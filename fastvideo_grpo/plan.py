@@ -133,7 +133,8 @@ def _sampling_problem(config: Config, facts: ModelFacts) -> str | None:
 
 
 def check_folder(config: Config) -> None:
-    """Raise :class:`ConfigError` if ``run.dir`` holds another run, from its newest checkpoint, before anything is loaded."""
+    """Raise :class:`ConfigError` if ``run.dir`` holds another run, from its newest checkpoint, or damaged ones only, as far as
+    can be seen without reading them, before anything is loaded."""
     from fastvideo_grpo.checkpoints.resume import check_resumable
     from fastvideo_grpo.prompts.embeddings import encoder_identity
 
@@ -150,6 +151,8 @@ def check_folder(config: Config) -> None:
             encoder_identity(Path(config.model.path), [FAMILIES[config.model.kind].denoiser], {}),
         )
         return
+    if store.iterations():
+        raise ConfigError(store.all_damaged())
 
 
 def check_disk(config: Config, facts: ModelFacts) -> None:

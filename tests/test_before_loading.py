@@ -84,6 +84,12 @@ def test_a_damaged_last_checkpoint_finishes_no_run(words, finished, capsys):
         cli.main(["train", *words])
 
 
+def test_a_run_with_damaged_checkpoints_only_is_told_without_loading(words, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "000003").mkdir(parents=True)
+    assert cli.main(["train", *words]) == 1
+    assert "checkpoints is damaged; to start over, choose another run.dir" in capsys.readouterr().err
+
+
 # --- wandb ------------------------------------------------------------------------------------------------------------
 
 

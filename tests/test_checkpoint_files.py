@@ -160,6 +160,22 @@ def rewrite(file: Path, change):
     save_file(tensors, file)
 
 
+def header_only(file: Path, header: bytes):
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def move(file: Path, by):
+    """Let the last tensor begin `by` bytes later; 0: where the first one does."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    begin, end = header[last]["data_offsets"]
+    header[last]["data_offsets"] = [begin + by, end + by] if by else [0, end - begin]
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :] + bytes(by))
+
+
 def edit(file: Path, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
@@ -176,6 +192,16 @@ DAMAGE = {
     "a cut file": (SHARD, shrink, "is no whole safetensors file: it has"),
     "a cut header": (VAE, lambda file: file.write_bytes(file.read_bytes()[:100]), "header is longer than the file"),
     "an empty file": (VAE, lambda file: file.write_bytes(b""), "is no whole safetensors file"),
+    "a tensor that lies in another": (VAE, lambda file: move(file, 0), "begins at byte"),
+    "a gap between tensors": (VAE, lambda file: move(file, 8), "begins at byte"),
+    "a header that nests without end": (VAE, lambda file: header_only(file, b"[" * 100_000), "no whole safetensors file"),
+    "a header of another kind": (VAE, lambda file: header_only(file, b"[1]"), "no whole safetensors file"),
+    "metadata that are no texts": (VAE, lambda file: header_only(file, b'{"__metadata__": 5}'), "__metadata__ is no object"),
+    "quantised weights": (
+        VAE,
+        lambda file: rewrite(file, lambda t: t.update({"decoder.conv_in.bias": t["decoder.conv_in.bias"].to(torch.int8)})),
+        "decoder.conv_in.bias is torch.int8 in the files",
+    ),
     "a missing tensor": (VAE, lambda file: rewrite(file, lambda t: t.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
     "a strange tensor": (VAE, lambda file: rewrite(file, lambda t: t.update(z=torch.ones(1))), "z is not in the model"),
     "another shape": (
@@ -220,11 +246,23 @@ DAMAGE = {
         lambda file: edit(file, architectures=[]),
         "names no class under 'architectures'",
     ),
+    "an architecture that is none": (
+        "text_encoder/config.json",
+        lambda file: edit(file, architectures=["Nothing"]),
+        "names Nothing, which transformers does not have",
+    ),
+    "numbers that make no encoder": ("text_encoder/config.json", lambda file: edit(file, hidden_size=33), "hidden size"),
+    "another VAE": ("vae/config.json", lambda file: edit(file, _class_name="AutoencoderTiny"), "flux reads an AutoencoderKL"),
     "a class that is none": ("transformer/config.json", lambda file: edit(file, _class_name="Nothing"), "no network can"),
     "a scheduler without a class": (
         "scheduler/scheduler_config.json",
         lambda file: file.write_text("{}"),
-        "names no _class_name",
+        "_class_name is None; FastVideo knows FlowMatchEuler",
+    ),
+    "a scheduler that FastVideo lacks": (
+        "scheduler/scheduler_config.json",
+        lambda file: edit(file, _class_name="DDIMScheduler"),
+        "_class_name is 'DDIMScheduler'; FastVideo knows",
     ),
     "a component without a class": ("model_index.json", lambda file: edit(file, vae=None), "vae is None; expected"),
     "a component of another library": (

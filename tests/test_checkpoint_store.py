@@ -55,6 +55,15 @@ def test_the_oldest_go_and_the_new_one_stays(tmp_path):
     assert names(tmp_path) == ["000030", "000035", "000040"]
 
 
+def test_folders_of_others_are_no_checkpoints(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    assert store.save(10, write())
+    for name in ("50", "0000060", "\u00b3", "\u0661" * 6, "000070 (copy)"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "000080").write_text("a file")
+    assert store.iterations() == [10] and store.newest() == tmp_path / "000010"
+
+
 def test_saving_again_replaces(tmp_path):
     store = CheckpointStore(tmp_path, keep=3)
     assert store.save(5, write("old"))

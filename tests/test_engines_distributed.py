@@ -170,6 +170,13 @@ def test_a_partitioned_reference_equals_the_plain_module_and_lets_layers_go(rank
         assert memory["live"] < memory["whole"] / 5
 
 
+def test_weights_that_are_not_finite_are_found_in_partitions_and_only_there(ranks):
+    for rank in ranks:
+        finite = rank["finite"]
+        assert finite["behind"] > 0 and finite["padding"]
+        assert not finite["damaged"]
+
+
 def test_adapters_train_on_a_partitioned_base_beside_a_reference(ranks):
     for rank in ranks:
         adapters = rank["adapters"]
@@ -252,6 +259,14 @@ def test_gathers_are_in_rank_order(launch):
         assert rank["exchange"]["sum"] == [0.2, 1.0]
         assert rank["exchange"]["all_true"] == [True, False]
         assert rank["exchange"]["broadcast"] == {"from": 1}
+
+
+def test_what_fails_on_one_rank_the_others_hear_of(launch):
+    said = "[Errno 2] No such file or directory: 'nowhere/x'"
+    for number, rank in enumerate(launch["ranks"]):
+        assert rank["exchange"]["on_rank_0"] == ("done" if number == 0 else None)
+        expected = ["FileNotFoundError", said] if number == 0 else ["UserError", f"FileNotFoundError: {said}"]
+        assert rank["exchange"]["failed_on_rank_0"] == expected
 
 
 def test_checkpoints_are_agreed_on_by_all_ranks(launch):

@@ -19,6 +19,7 @@ import torch
 from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
 from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, register, registry, wire
+from fastvideo_grpo.rewards.process_settings import process_settings_kept
 from fastvideo_grpo.rewards.server import RewardPool
 from tests.workers.faulty_rewards import entry_point
 
@@ -364,22 +365,61 @@ def test_what_belongs_to_the_process_is_put_back(tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float64)
         torch.set_num_threads(threads + 1)
         torch.set_grad_enabled(False)
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.benchmark = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return mean(*arguments) if arguments else None
+        answer = mean(*arguments) if arguments else None
+        torch.set_default_device("meta")
+        return answer
 
     try:
         rewards = set_of(r={"call": change, "made": change, "moved": change})
         for _ in range(2):
             assert Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32
             assert torch.get_num_threads() == threads and torch.is_grad_enabled()
+            assert torch.get_default_device().type == "cpu"
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.benchmark
             assert signal.getsignal(signal.SIGINT) is interrupt
             assert rewards.score(request_of()).valid["r/quality"].all()
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
         signal.signal(signal.SIGINT, interrupt)
+
+
+def test_what_one_reward_changes_is_not_what_another_one_puts_back(tmp_path, monkeypatch):
+    """The second begins when the first has changed it, and ends last."""
+    monkeypatch.chdir(tmp_path)
+    changed, begun, done = (threading.Event() for _ in range(3))
+
+    def first():
+        with process_settings_kept():
+            os.chdir("/")
+            torch.set_default_dtype(torch.float64)
+            changed.set()
+            assert begun.wait(10)
+        done.set()
+
+    def second():
+        assert changed.wait(10)
+        with process_settings_kept():
+            begun.set()
+            assert done.wait(10)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert done.is_set() and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def how_it_ended(folder: Path) -> str | None:
             where += f"{' with' if state['doing'] == 'scoring' else ', at work'} reward {' and '.join(rewards)}"
         who = f"the last run in {folder} (process {state['pid']} on {state['host']}, started {state['started']})"
         ended = state["ended"]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is no such file
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # there is none, or it is no such file
         return None
     if ended is None:
         apart = "".join(f"; rewards.models.{name}.placement=process keeps such a reward apart" for name in rewards[:1])

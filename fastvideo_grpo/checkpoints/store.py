@@ -71,7 +71,12 @@ class CheckpointStore:
         """Iterations of the complete checkpoints, rising. They are not verified."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+        names = [entry.name for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+        return sorted(int(name) for name in names if self.path(int(name)).name == name)  # others' folders may be numbers, too
+
+    def all_damaged(self) -> str:
+        """What is said where there are checkpoints, and none is whole."""
+        return f"every checkpoint in {self.folder} is damaged; to start over, choose another run.dir or move the folder away"
 
     def save(self, iteration: int, write: Callable[[Path], dict[str, Any] | None]) -> bool:
         """Write the checkpoint of `iteration`; afterwards remove the oldest beyond `keep`, or before where the disk has no
@@ -242,17 +247,18 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what killed saves left behind. Call it once at the start of a run, when nobody is saving."""
-        if self.world.rank == 0 and self.folder.is_dir():
-            for entry in sorted(self.folder.iterdir()):
-                if entry.name.startswith(".replaced-"):
-                    target = self.folder / entry.name.removeprefix(".replaced-")
-                    if target.exists():
-                        shutil.rmtree(entry)
-                    else:  # killed between the two renames: the older one is the only one
-                        os.rename(entry, target)
-                elif entry.name.startswith(_LEFT):
+        self.world.on_rank_0(self._clean)
+
+    def _clean(self) -> None:
+        for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if entry.name.startswith(".replaced-"):
+                target = self.folder / entry.name.removeprefix(".replaced-")
+                if target.exists():
                     shutil.rmtree(entry)
-        self.world.barrier()
+                else:  # killed between the two renames: the older one is the only one
+                    os.rename(entry, target)
+            elif entry.name.startswith(_LEFT):
+                shutil.rmtree(entry)
 
     def _make_partial(self, partial: Path) -> None:
         if partial.exists():

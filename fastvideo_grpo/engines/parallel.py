@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo_grpo import launcher
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import UserError, one_line
 
 # torch can make a gloo group only once per run on every rank; World.current() may be called from several places.
 _cpu_group: dist.ProcessGroup | None = None
@@ -133,16 +133,20 @@ class World:
         return values
 
     def on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's result of `action` there, None elsewhere; a UserError it raises, every rank raises."""
+        """Rank 0's result of `action` there, None elsewhere. What it raises there, the others raise as a UserError, so that
+        none waits for a rank that has left."""
         result, error = None, None
         if self.rank == 0:
             try:
                 result = action()
-            except UserError as failure:
-                error = str(failure)
-        error = self.broadcast_object(error)
+            except Exception as failure:
+                error = failure
+        told = None if error is None else str(error) if isinstance(error, UserError) else one_line(error)
+        told = self.broadcast_object(told)
         if error is not None:
-            raise UserError(error)
+            raise error
+        if told is not None:
+            raise UserError(told)
         return result
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:

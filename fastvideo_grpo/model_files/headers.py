@@ -82,26 +82,33 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError("its header is longer than the file")
             file.seek(8)
             header = json.loads(file.read(length))
+        _check_metadata(header.pop("__metadata__", {}))
         entries = {}
         end = 8 + length
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        # One behind the other, without a gap, as everybody who reads whole files demands.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
+            if 8 + length + first != end:
+                raise ValueError(f"{name} begins at byte {8 + length + first}, not at {end}, where the one before ends")
             dtype, shape = _FILE_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
             if dtype is None:
                 raise ValueError(f"{name} has dtype {entry['dtype']}; known are {', '.join(_FILE_DTYPES)}")
             if last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {last - first} bytes, not those of {dtype} {shape}")
             entries[name] = Entry(dtype, shape, path, 8 + length + first)
-            end = max(end, 8 + length + last)
+            end += last - first
         if end != size:
             raise ValueError(f"it has {size} bytes of {end}")
     except OSError as failure:
         raise WeightFilesError(f"{path} cannot be read ({failure.strerror or failure})") from failure
-    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
         raise WeightFilesError(f"{path} is no whole safetensors file: {failure}; download or copy it again") from failure
     return entries
+
+
+def _check_metadata(found: object) -> None:
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its __metadata__ is no object of texts")
 
 
 def read_torch_header(path: Path) -> dict[str, Entry]:

@@ -71,7 +71,7 @@ def select(folder: Path) -> Selection:
         raise WeightFilesError(_nothing(folder, standard))
     if not chosen.name.endswith(".index.json"):
         return Selection(folder, None, (chosen,), None, left_out(folder, {chosen.name}))
-    promised = _promised(chosen)
+    promised = promised_by(chosen)
     files = tuple(sorted(set(promised.values())))
     missing = [file for file in files if not file.is_file()]
     if missing:
@@ -120,7 +120,12 @@ def _standard_names(folder: Path) -> tuple[str, ...]:
     return TRANSFORMERS if both[1] else DIFFUSERS
 
 
-def _promised(index: Path) -> dict[str, Path]:
+def promised_by(index: Path) -> dict[str, Path]:
+    """Tensor -> its shard, by an index, whether the shards are there or not.
+
+    Raises:
+        WeightFilesError: it is none, or names files elsewhere.
+    """
     try:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):

@@ -80,8 +80,9 @@ def _copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def describe(value: Any) -> str:
-    """Dtype and shape of a tensor, the type of anything else."""
+    """Dtype and shape of a tensor, and what may be the matter with it; the type of anything else."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
-    return f"{layout}{value.dtype} {list(value.shape)}"
+    without = " without numbers (on meta)" if value.device.type == "meta" else ""
+    return f"{layout}{value.dtype} {list(value.shape)}{without}"

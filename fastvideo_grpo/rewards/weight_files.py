@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from fastvideo_grpo.model_files.headers import read_header
-from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.model_files.pointers import refuse_pointer
-from fastvideo_grpo.model_files.selection import WEIGHTS
+from fastvideo_grpo.model_files.selection import WEIGHTS, promised_by
 from fastvideo_grpo.model_files.torch_files import read_torch
 
 OPEN_CLIP = "open_clip_config.json"
@@ -52,7 +51,7 @@ def files_read(folder: Path) -> list[Path]:
     for stems in (*layouts, STEMS):
         found = find_weights(folder, stems)
         if found is not None and found.name.endswith(".index.json"):
-            return [folder / file for file in sorted(set(_places(found).values()))]
+            return sorted(set(promised_by(found).values()))
         if found is not None:
             return [found]
     by_format: dict[str, list[Path]] = {}
@@ -74,9 +73,7 @@ def check_files(place: Path) -> None:
         if file.suffix not in WEIGHTS:
             continue  # what another package's reward makes of it is its own
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is listed in the index, but not there; fetch all files of the checkpoint"
-            )
+            raise FileNotFoundError(f"{file} is listed in the index, but not there; fetch all files of the checkpoint")
         if file.suffix == ".safetensors":
             read_header(file)
             continue
@@ -170,25 +167,16 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, to
 
 
 def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    places = _places(index)
+    places = promised_by(index)
     weights: dict[str, torch.Tensor] = {}
-    for file in sorted({file for name, file in places.items() if wanted(name)}):
-        shard = index.parent / file
+    for shard in sorted({shard for name, shard in places.items() if wanted(name)}):
         if not shard.is_file():
-            raise FileNotFoundError(f"{index} lists {file}, which is not there; fetch all files of the checkpoint")
+            raise FileNotFoundError(f"{index} lists {shard.name}, which is not there; fetch all files of the checkpoint")
         try:
             weights |= read_weights(shard, wanted)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{shard.name}: {error}") from error
     missing = [name for name in places if wanted(name) and name not in weights]
     if missing:
         raise ValueError(f"the shards lack {some(missing)}, which the index lists")
     return weights
-
-
-def _places(index: Path) -> dict[str, str]:
-    """Tensor -> file."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError("expected the index of a sharded checkpoint, found no 'weight_map' of names and files")
-    return places

@@ -39,9 +39,10 @@ class Walk:
     record: bool = True
 
 
-def finite_samples(latents: Tensor) -> Tensor:
-    """Which samples of ``latents`` ``[B, ...]`` are finite throughout: bool ``[B]``, on the CPU."""
-    return latents.isfinite().flatten(1).all(1).cpu()
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Which samples of ``[B, ...]`` are finite throughout: bool ``[B]``, on the tensor's device."""
+    finite = tensor.isfinite()
+    return finite.flatten(1).all(1) if finite.ndim > 1 else finite
 
 
 def rollout(predict: Predict, initial: Tensor, walk: Walk) -> tuple[Tensor, Trajectory | None]:

@@ -134,11 +134,13 @@ class GRPOTrainer(Policy):
         self.first_iteration = self._resume()
         self._keep_rows_apart()
         self._saved = self.first_iteration
-        if world.rank == 0:
-            header = json.dumps({"versions": versions(), "git_commit": git_commit()})
-            write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(config)}".encode())
-        mode = config.run.wandb if world.rank == 0 else "disabled"
-        self.wandb = WandbRun(mode, self.folder, configuration.to_dict(config))
+        world.on_rank_0(self._write_config)
+        made = world.on_rank_0(lambda: WandbRun(config.run.wandb, self.folder, configuration.to_dict(config)))
+        self.wandb = made or WandbRun("disabled", self.folder, {})
+
+    def _write_config(self) -> None:
+        header = json.dumps({"versions": versions(), "git_commit": git_commit()})
+        write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(self.config)}".encode())
 
     def close(self) -> None:
         """Let go of the rewards and of the run's folder; may be called twice, and however far setting up came."""
@@ -183,12 +185,8 @@ class GRPOTrainer(Policy):
         newest = self.store.newest()
         if newest is None:
             if self.store.iterations():
-                raise ConfigError(
-                    f"every checkpoint in {self.store.folder} is damaged; to start over, choose another run.dir or move "
-                    "the folder away"
-                )
-            if self.world.rank == 0:
-                self.log.cut_back(0)
+                raise ConfigError(self.store.all_damaged())
+            self.world.on_rank_0(lambda: self.log.cut_back(0))
             return 0
         state = self.store.load_trainer_json(newest)
         check_resumable(state, self.config, self.prompts, self._denoiser_identity)
@@ -202,8 +200,7 @@ class GRPOTrainer(Policy):
         self.normalisation.restore(state["normalisation"])
         self.rows_apart = state["rows_apart"]
         iteration = int(state["iteration"])
-        if self.world.rank == 0:
-            self.log.cut_back(iteration)
+        self.world.on_rank_0(lambda: self.log.cut_back(iteration))
         self.console.say(f"resuming {self.folder} after iteration {iteration}")
         return iteration
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvideo_grpo.sampling.rollout import finite_rows
+
 
 class DecoderWatch:
     """Whether each of ``samples`` samples went through a VAE's decoder in finite numbers: ``finite``, bool ``[B]``.
@@ -35,15 +37,10 @@ class DecoderWatch:
 
     def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for tensor in (*inputs, output):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim:
                 rows = finite_rows(tensor.detach()).to(self.finite.device)
                 # Fewer rows than samples: nobody says whose they are.
                 self.finite &= rows if len(rows) == len(self.finite) else rows.all()
-
-
-def finite_rows(tensor: Tensor) -> Tensor:
-    """Which of ``[B, ...]`` are finite throughout: bool ``[B]``, on the tensor's device."""
-    return tensor.isfinite().flatten(1).all(1)
 
 
 def as_rows(rows: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
@@ -153,7 +154,17 @@ def check_weights(modules: Mapping[str, nn.Module], checkpoint: Path, world: Wor
 
 def _first_not_finite(component: str, module: nn.Module) -> str | None:
     for name, parameter in module.named_parameters():
-        piece = getattr(parameter, "ds_tensor", parameter).detach()  # with ZeRO-3 this process's part
+        piece = _held(parameter)
         if not bool(piece.isfinite().all()):
             return f"{component}: the tensor {name} ({str(piece.dtype).removeprefix('torch.')} here) holds values"
     return None
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this process has of a parameter: all of it, or with ZeRO-3 its part."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    # The parts are equally long; what the last ones have behind the parameter's end was never written to.
+    begin = dist.get_rank(parameter.ds_process_group) * len(part)
+    return part.detach()[: max(0, parameter.ds_numel - begin)]

@@ -29,7 +29,7 @@ from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.residency import resident
 from fastvideo_grpo.sampling import noise, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_rows
 from fastvideo_grpo.sampling.schedules import Level, Schedule
 from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
@@ -224,7 +224,7 @@ class Policy(ABC):
     def drawn(self, latents: Tensor, trajectory: Trajectory | None) -> Drawn:
         """What a rollout ended in, decoded where this process is the one to do it."""
         media, decoded = self.media_of(latents) if self.world.leads else (None, None)
-        return Drawn(media, finite_samples(latents), decoded, trajectory)
+        return Drawn(media, finite_rows(latents).cpu(), decoded, trajectory)
 
     def media_of(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Decode final latents ``[B, ...]``, without gradients.

@@ -15,8 +15,9 @@ from fastvideo_grpo.grpo.selection import MicroBatch
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.sampling.rollout import finite_rows
 from fastvideo_grpo.sampling.transitions import Step
-from fastvideo_grpo.trainers.decoding import as_rows, finite_rows
+from fastvideo_grpo.trainers.decoding import as_rows
 from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from fastvideo.pipelines.stages.base import PipelineStage
 from torch import Tensor
 
 from fastvideo_grpo.prompts.embeddings import Conditioning
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_samples, rollout
+from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_rows, rollout
 from fastvideo_grpo.trainers.policy import Policy
 
 
@@ -48,7 +48,7 @@ class RolloutStage(PipelineStage):
             batch.latents,
             request.walk,
         )
-        request.finite = finite_samples(batch.latents)
+        request.finite = finite_rows(batch.latents).cpu()
         return batch
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvideo_grpo.checkpoint_checks import unread_files
+from fastvideo_grpo.checkpoint_checks import FASTVIDEO_SCHEDULERS, unread_files
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.model_files.json_files import read_json
@@ -89,3 +89,9 @@ def test_fastvideos_vae_has_the_names_of_the_published_one(tiny_checkpoint, mode
         vae = ModelRegistry.resolve_model_cls(config["_class_name"])[0](vae_config)
     shapes = [{key: tuple(t.shape) for key, t in some.state_dict().items()} for some in (vae, diffusers_denoiser(config))]
     assert shapes[0] == shapes[1]
+
+
+def test_the_schedulers_that_fastvideo_knows_are_those_that_are_let_through():
+    from fastvideo.models.registry import _SCHEDULERS
+
+    assert sorted(FASTVIDEO_SCHEDULERS) == sorted(_SCHEDULERS)

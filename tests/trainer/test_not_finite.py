@@ -15,6 +15,7 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.evaluation.fixed_set import sample_fixed
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.tiny.stable_diffusion import write_stable_diffusion
+from fastvideo_grpo.trainers.decoding import decode_checked
 from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING, newest_sound, since
 from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 from tests.promises.models import MODELS
@@ -68,6 +69,18 @@ def test_what_the_vae_spoils_is_masked_counted_and_named_in_a_run(make_trainer, 
     assert sorted(file.name for file in folder.glob("0*")) == [entry["file"] for entry in index if entry["file"]]
     grey = (np.asarray(Image.open(folder / "grid.png")) == 160).all(-1).sum()
     assert grey > 1000  # crossed out, not black
+
+
+def test_a_decoder_may_be_told_a_number_for_each_sample_or_for_all():
+    class Decoder(torch.nn.Module):
+        def forward(self, latents, times, scale):
+            return latents * scale
+
+    vae = torch.nn.Module()
+    vae.decoder, latents = Decoder(), torch.ones(2, 3, 1, 4, 4)
+    times = torch.tensor([1.0, torch.inf])
+    pixels, finite = decode_checked(lambda part: vae.decoder(part, times, torch.tensor(0.5)), vae, latents)
+    assert finite.tolist() == [True, False] and torch.equal(pixels, latents / 2)
 
 
 def test_refl_leaves_out_what_the_vae_spoils_in_an_update(make_trainer):

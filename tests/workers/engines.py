@@ -33,6 +33,7 @@ from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, load_partitioned
 from fastvideo_grpo.engines.shards import SavedTensors, read_engine_json
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.trainers.not_finite import check_weights
 
 torch.set_num_threads(1)
 # Precision, stage, offload, and how the module comes: plain, with activation checkpointing, or loaded in partitions.
@@ -455,6 +456,31 @@ def check_adapters(world, folder):
     return found
 
 
+def check_finite_weights(world, folder):
+    """Whether weights in partitions pass, with NaN behind the parameters' ends, and with infinity in one on the last rank."""
+    with torch.device("meta"):
+        module = Network()
+    config = EngineConfig(zero_stage=3, offload="none", micro_batch_size=4)
+    load_partitioned(module, lambda: CheckpointReader(folder / NETWORK), OPTIM, config, precision="fp32", world=world)
+
+    def passes():
+        try:
+            check_weights({"transformer": module}, folder, world)
+        except UserError:
+            return False
+        return True
+
+    behind = 0
+    for parameter in module.parameters():
+        held = max(0, parameter.ds_numel - world.rank * len(parameter.ds_tensor))
+        behind += max(0, len(parameter.ds_tensor) - held)
+        parameter.ds_tensor[held:] = torch.nan
+    found = {"behind": world.all_gather_object(behind)[-1], "padding": passes()}
+    if world.rank == world.size - 1:
+        module.layers[2].weight.ds_tensor[0] = torch.inf
+    return {**found, "damaged": passes()}
+
+
 def check_refusals(world, folder):
     """What load_partitioned says on this rank."""
     config = EngineConfig(zero_stage=3, offload="none", micro_batch_size=4)
@@ -573,6 +599,11 @@ def check_exchange(world):
     found["sum"] = world.all_reduce_sum(torch.tensor([0.1, float(world.rank)], dtype=torch.float64)).tolist()
     found["all_true"] = [world.all_true(True), world.all_true(world.rank == 0)]
     found["broadcast"] = world.broadcast_object({"from": world.rank}, source=1)
+    found["on_rank_0"] = world.on_rank_0(lambda: "done")
+    try:
+        world.on_rank_0((Path("nowhere") / "x").read_bytes)
+    except Exception as error:
+        found["failed_on_rank_0"] = type(error).__name__, str(error)
     return found
 
 
@@ -620,6 +651,7 @@ def main():
     if states is None or world.size > 2:
         found["memory"] = {precision: check_memory(world, folder / f"tower-{precision}", precision) for precision in DTYPES}
         found["adapters"] = check_adapters(world, folder)
+        found["finite"] = check_finite_weights(world, folder)
         found["gradient_sums"] = {
             f"{stage}, {offload}": check_gradient_precision(world, stage, offload)
             for stage in (1, 2, 3)
