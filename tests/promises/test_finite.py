@@ -32,8 +32,10 @@ def broken_vae(trainer, place, value, hit):
         seen[0] += len(latents)
         if place == "the VAE":
             found = original(latents, *args, **kwargs)
-            tensor = found if isinstance(found, torch.Tensor) else found[0]
-            return spoil(tensor, rows) if isinstance(found, torch.Tensor) else (spoil(tensor, rows),)
+            if hasattr(found, "sample"):  # diffusers' output, where nobody asked for a tuple
+                found.sample = spoil(found.sample, rows)
+                return found
+            return spoil(found, rows) if isinstance(found, torch.Tensor) else (spoil(found[0], rows),)
         layer, pieces = vae.decoder.conv_out if place == "the last layer" else vae.decoder.conv_in, itertools.count()
         handle = layer.register_forward_hook(
             lambda module, inputs, output: spoil(output, rows) if next(pieces) == 0 else None  # Wan: the first frame
