@@ -331,11 +331,11 @@ def measure(case: Case) -> None:
     device = trainer.world.device
 
     def iteration(number: int, clock: Clock) -> Any:
-        rollout = trainer.rollout(number, list(trainer.prompts), clock)
+        rollout = trainer.rollout(number, list(trainer.run.prompts), clock)
         # Random scores: jpeg_size may call all of them equal, and equal scores train nothing.
         generator = torch.Generator().manual_seed(number)
         scores = {name: torch.rand(valid.shape, generator=generator) for name, valid in rollout.valid.items()}
-        return rollout, group_advantages(scores, rollout.valid, trainer.rewards.weights)
+        return rollout, group_advantages(scores, rollout.valid, trainer.run.scoring.rewards.weights)
 
     rollout, advantages = iteration(0, Clock())
     trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
@@ -345,7 +345,7 @@ def measure(case: Case) -> None:
         rollout, advantages = iteration(1, clock)
     sample = trainer.pack(torch.randn(1, *trainer.latent_shape())).to(device)
     level = trainer.schedule.at(torch.zeros(1, dtype=torch.long))
-    conditioning = trainer.conditioning(trainer.prompts[0], 1)
+    conditioning = trainer.conditioning(trainer.run.prompts[0], 1)
     with Peak(device) as forward, torch.no_grad(), trainer.forward_context(conditioning):
         start = time.perf_counter()
         trainer.predict(sample, level, conditioning)

@@ -190,21 +190,21 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
     device = trainer.world.device
-    prompt = trainer.prompts[0]
+    prompt = trainer.run.prompts[0]
     # As many text tokens as the estimate is told of.
     config.prompts.text_length = trainer.conditioning(prompt, 1)["encoder_hidden_states"].shape[1]
     planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
     if "group" in case:
         trainer.train()  # the first iteration makes AdamW's state and the allocator's pools
         with Peak(device) as peak:
-            rollout = trainer.rollout(1, list(trainer.prompts), Clock())
+            rollout = trainer.rollout(1, list(trainer.run.prompts), Clock())
             advantages = torch.zeros(2, config.grpo.group_size)
             advantages[:, 0] = 1.0
             from fastvideo_grpo.grpo.advantages import group_advantages
 
-            scores = {name: torch.rand(2, config.grpo.group_size) for name in trainer.rewards.names}
+            scores = {name: torch.rand(2, config.grpo.group_size) for name in trainer.run.scoring.rewards.names}
             valid = {name: torch.ones(2, config.grpo.group_size, dtype=torch.bool) for name in scores}
-            values_ = group_advantages(scores, valid, trainer.rewards.weights)
+            values_ = group_advantages(scores, valid, trainer.run.scoring.rewards.weights)
             trainer.update(1, rollout, values_, trainer.select(values_), Clock())
         held = sum(t.nbytes for t in rollout.latents.values())
         # On a CPU, trajectories lie in the memory that is measured.

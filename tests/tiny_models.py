@@ -58,7 +58,8 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
 
         with ExitStack() as setting_up:
             setting_up.callback(trainer.close)
-            trainer.setup_training() if train else trainer.setup_rewards()
+            if train:
+                trainer.setup_training()
             setting_up.pop_all()
         trainer.train = train_and_close
         return trainer

@@ -19,7 +19,7 @@ from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.evaluation.fixed_set import FixedSamples
+    from fastvideo_grpo.trainers.fixed_set import FixedSamples
 
 
 @dataclass(frozen=True)
@@ -148,19 +148,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
     with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
-        trained = trainer.prompts[:: max(1, len(trainer.prompts) // 6)][:6]
-        show = [*trained, *trainer.eval_prompts[:4]]
-        pictures_before = sample_fixed(trainer, show, 1, "pictures")
+        run = trainer.run
+        trained = run.prompts[:: max(1, len(run.prompts) // 6)][:6]
+        show = [*trained, *run.eval_prompts[:4]]
+        pictures_before = sample_fixed(trainer, run.scoring, show, 1, "pictures")
         trainer.train()
-        pictures_after = sample_fixed(trainer, show, 1, "pictures")
-    lines = trainer.log.read()
+        pictures_after = sample_fixed(trainer, run.scoring, show, 1, "pictures")
+    lines = run.log.read()
     whole = bool(lines) and lines[-1]["iteration"] == config.run.iterations - 1
     if not (folder / "evaluation_before.json").is_file() or not whole:
         raise UserError(f"{folder} lacks what was evaluated before or after training (see above): nothing can be compared")
@@ -173,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
     for name, label in (("train", "training prompts"), ("heldout", "kept-out prompts")):
-        for reward in trainer.rewards.names if name == "train" or trainer.eval_prompts else ():
+        for reward in run.scoring.rewards.names if name == "train" or run.eval_prompts else ():
             old, new = (
                 f"{metrics[f'eval/{name}/{reward}/mean']:.3f} ± {metrics[f'eval/{name}/{reward}/stderr']:.3f}"
                 for metrics in (before, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,18 +155,20 @@ def draw(
 ) -> tuple[list[str | None], Path]:
     """Load the model, draw and save; returns what of each sample is not finite, and the grid's path."""
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
     from fastvideo_grpo.process import prepare_process
     from fastvideo_grpo.tracking.pictures import save_samples
+    from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.load import load_trainer
+    from fastvideo_grpo.trainers.scoring import Scoring
 
     prepare_process(config)
-    with closing(load_trainer(config, World.current())) as trainer:
-        if config.rewards.models:
-            trainer.setup_rewards()
+    world = World.current()
+    with ExitStack() as held:
+        trainer = held.enter_context(closing(load_trainer(config, world)))
+        scoring = held.enter_context(closing(Scoring(config, world, trainer.fps))) if config.rewards.models else None
         if checkpoint is not None:
             trainer.load_weights(checkpoint.weights(which))
-        drawn = sample_fixed(trainer, prompts, samples, "sample")
+        drawn = sample_fixed(trainer, scoring, prompts, samples, "sample")
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
     model = {"checkpoint": config.model.path if checkpoint is None else str(checkpoint.folder), "weights": which}

@@ -88,7 +88,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     keys = model.keys(prompt, 1)
     before = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
     trainer.train()
-    assert export(model, trainer.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
+    assert export(model, trainer.run.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
     pipeline = printed_load(capsys.readouterr().out)["pipeline"]
     assert type(pipeline).__name__ == model.pipeline
 
@@ -108,7 +108,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-4
     assert (ours - before).abs().max() > 2 / 255  # training did something
     if case == "adapters":
-        written = export(model, trainer.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
+        written = export(model, trainer.run.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
         assert written == (model.kind not in ("flux", "stable_diffusion")), capsys.readouterr().err
         kohya = tmp_path / "kohya" / "kohya_lora.safetensors"
         assert kohya.is_file() == (written == 0)
@@ -121,7 +121,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
 def test_a_bf16_export_is_the_float32_masters_rounded(make_trainer, tmp_path, capsys, model, case):
     trainer = make_trainer(**model.run(optim__lr=1e-3, run__iterations=1, model__precision="bf16"))
     trainer.train()
-    assert export(model, trainer.folder, "--out", tmp_path / "exported") == 0
+    assert export(model, trainer.run.folder, "--out", tmp_path / "exported") == 0
     network = printed_load(capsys.readouterr().out)[FAMILIES[model.kind].denoiser]
     masters = model_names(model_facts(trainer.config).denoiser).to_diffusers(trainer.engine.state_dict())
     loaded = network.state_dict()

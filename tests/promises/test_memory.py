@@ -98,7 +98,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch, model):
     watch(trainer, "predict", "network")
     watch(trainer.get_module("vae"), "decode", "vae")
     watch(trainer, "encode", "encoders")
-    ((_, reward),) = trainer.rewards.rewards.items()
+    ((_, reward),) = trainer.run.scoring.rewards.rewards.items()
     watch(reward.reward, "score", "rewards")
     trainer.train()
     vae, *encoders = (type(trainer.get_module(name)).__name__ for name in components)

@@ -37,7 +37,7 @@ def test_other_variants_beside_the_weights_change_nothing(make_trainer, tiny_che
         read, of_clean = CheckpointReader(folder / name), CheckpointReader(clean / name)
         assert read.shapes == of_clean.shapes
         assert all(torch.equal(read.read(key), of_clean.read(key)) for key in read.shapes), name
-    assert trainer._denoiser_identity == expected._denoiser_identity
+    assert trainer.run._denoiser_identity == expected.run._denoiser_identity
 
     pipeline = model.load(folder)
     for name in components:

@@ -251,7 +251,7 @@ def _arm(trainer: Any, kill: Kill) -> None:
     done = dict.fromkeys(COUNTED, 0)
 
     def die() -> None:
-        file = trainer.folder.parent / f"killed-{trainer.world.rank}.json"
+        file = trainer.run.folder.parent / f"killed-{trainer.world.rank}.json"
         file.write_text(json.dumps(done))
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -294,7 +294,7 @@ def _record(trainer: Any) -> None:
         result = original(iteration, *args)
         log_probs = {key: value[:-1] for key, value in result.log_probs.items()}  # the last transition has no density
         kept = {"latents": result.latents, "log_probs": log_probs, "scores": result.raw}
-        torch.save(kept, trainer.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
+        torch.save(kept, trainer.run.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
         return result
 
     trainer.rollout = rollout
@@ -308,7 +308,7 @@ def _record_gradients(trainer: Any) -> None:
 
     def update() -> float:
         gradients = {name: parameter.grad.clone() for name, parameter in trainer.engine._parameters.items()}
-        torch.save(gradients, trainer.folder / f"gradients-{next(updates)}-{trainer.world.rank}.pt")
+        torch.save(gradients, trainer.run.folder / f"gradients-{next(updates)}-{trainer.world.rank}.pt")
         return original()
 
     trainer.engine._update = update

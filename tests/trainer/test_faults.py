@@ -22,11 +22,11 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
     from fastvideo_grpo import durable_files
     from fastvideo_grpo.checkpoints import store
     from fastvideo_grpo.tracking import metrics, pictures
-    from fastvideo_grpo.trainers import base
+    from fastvideo_grpo.trainers import monitoring, training_run
 
     trainer = make_trainer(run__sample_every=1, run__iterations=3, run__keep=3)
     told = []
-    for module in (base, store, durable_files):
+    for module in (training_run, store, durable_files):
         monkeypatch.setattr(module.logger, "error", lambda text, *args: told.append(text % args))
     full = OSError(errno.ENOSPC, "No space left on device")
     state = {"full": False}
@@ -40,7 +40,7 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
         return maybe_full
 
     monkeypatch.setattr(metrics.MetricsLog, "append", guard(metrics.MetricsLog.append))
-    monkeypatch.setattr(base, "save_samples", guard(pictures.save_samples))
+    monkeypatch.setattr(monitoring, "save_samples", guard(pictures.save_samples))
     save = trainer.engine.save
     monkeypatch.setattr(trainer.engine, "save", guard(save))
     rollout = trainer.rollout
@@ -51,8 +51,8 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
 
     monkeypatch.setattr(trainer, "rollout", fill_up)
     trainer.train()
-    assert [line["iteration"] for line in trainer.log.read()] == [0, 2]
-    assert trainer.store.iterations() == [1, 3]
+    assert [line["iteration"] for line in trainer.run.log.read()] == [0, 2]
+    assert trainer.run.store.iterations() == [1, 3]
     assert any("metrics.jsonl was not written" in line for line in told)
     assert any("000002 was not saved" in line for line in told)
 
@@ -145,15 +145,15 @@ class _Watched:
 def test_only_rewards_that_count_can_stop_a_run(make_trainer, weight, stops):
     """One dead output among several masks every sample if it counts, and none if it is only watched."""
     trainer = make_trainer(run__iterations=1, rewards__max_invalid_fraction=0.9)
-    trainer.rewards.rewards = {"pixels": _Watched()}
-    trainer.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
-    trainer.rewards.transforms = dict.fromkeys(trainer.rewards.weights, OutputTransform())
+    trainer.run.scoring.rewards.rewards = {"pixels": _Watched()}
+    trainer.run.scoring.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
+    trainer.run.scoring.rewards.transforms = dict.fromkeys(trainer.run.scoring.rewards.weights, OutputTransform())
     if stops:
         with pytest.raises(UserError, match="16 of 16 samples"):
             trainer.train()
     else:
         trainer.train()
-        (line,) = trainer.log.read()
+        (line,) = trainer.run.log.read()
         assert line["train/updates"] == 2 and line["reward/pixels/broken/invalid"] == 16
 
 
@@ -173,8 +173,8 @@ def test_sample_needs_neither_training_prompts_nor_rewards(make_trainer, tmp_pat
     trainer.train()
     (tmp_path / "prompts.txt").unlink()
     out = tmp_path / "pictures"
-    assert cli.main(["sample", str(trainer.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
-    made = {"checkpoint": str(trainer.store.path(1)), "weights": "model"}
+    assert cli.main(["sample", str(trainer.run.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
+    made = {"checkpoint": str(trainer.run.store.path(1)), "weights": "model"}
     assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}, **made}]
 
 

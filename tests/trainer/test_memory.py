@@ -12,7 +12,7 @@ def test_trajectories_take_what_was_estimated(make_trainer, tmp_path):
         trainer = make_trainer(**runs.HUNYUAN_T2V, grpo__group_size=group, run__dir=tmp_path / str(group))
         facts = families.model_facts(trainer.config)
         planned = memory.estimate(trainer.config, facts, 1, plan.count_parameters(trainer.config, facts))
-        drawn = trainer.rollout(0, trainer.prompts[:4], Clock())
+        drawn = trainer.rollout(0, trainer.run.prompts[:4], Clock())
         assert sum(t.nbytes for t in drawn.latents.values()) == planned.host["trajectories"]
         assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in drawn.latents.values())
         trainer.close()

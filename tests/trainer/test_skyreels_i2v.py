@@ -75,18 +75,18 @@ def test_cached_embeddings_hold_images_and_another_image_is_encoded_anew(make_tr
     settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "prompts__embeddings": tmp_path / "embeddings"}
     cached = make_trainer(run__iterations=1, **settings)
     cached.train()
-    image = cached.prompts[0].image
+    image = cached.run.prompts[0].image
     image.rename(tmp_path / "elsewhere.png")  # cached: nobody looks at the file again in this process
-    cached._save(1)
-    assert cached._cache.get(cached.prompts[0])["image_latents"].shape == (1, 4, 1, 6, 6)
+    cached.run.save(1)
+    assert cached._cache.get(cached.run.prompts[0])["image_latents"].shape == (1, 4, 1, 6, 6)
     (tmp_path / "elsewhere.png").rename(image)
     again = make_trainer(run__iterations=2, **settings)
     assert again.get_module("text_encoder") is None
     index = next((tmp_path / "embeddings").glob("*/index.json"))
     assert len(json.loads(index.read_text())["prompts"]) == len(runs.PROMPTS) + 2  # two negative prompts
     Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
-    check_images(again.prompts, 48, 48, World())
-    assert again._cache.missing(again.prompts) == [again.prompts[0]]
+    check_images(again.run.prompts, 48, 48, World())
+    assert again._cache.missing(again.run.prompts) == [again.run.prompts[0]]
 
 
 def test_fastvideo_finds_its_configuration_by_name_and_by_pipeline(tiny_skyreels_i2v, tiny_hunyuan_video, tmp_path):

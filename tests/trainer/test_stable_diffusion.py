@@ -129,7 +129,7 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
     }
     trainer = make_trainer(**settings)
     trainer.train()
-    before, after = json.loads((trainer.folder / "evaluation_before.json").read_text()), trainer.log.read()[-1]
+    before, after = json.loads((trainer.run.folder / "evaluation_before.json").read_text()), trainer.run.log.read()[-1]
     for prompts in ("train", "heldout"):
         mean, error = (
             [metrics[f"eval/{prompts}/pixels/jpeg_size/{what}"] for metrics in (before, after)] for what in ("mean", "stderr")

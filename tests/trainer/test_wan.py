@@ -9,7 +9,6 @@ from fastvideo_grpo import config as configuration
 from fastvideo_grpo import families, plan
 from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.trainers.conditioning import embedding_cache
 from fastvideo_grpo.trainers.load import trainer_class
 from tests.trainer import runs
 
@@ -17,7 +16,7 @@ from tests.trainer import runs
 def test_cached_texts_have_their_zeros_behind_them(make_trainer, tmp_path):
     """The network reads them, it has no mask."""
     trainer = make_trainer(**runs.WAN_T2V, prompts__embeddings=tmp_path / "embeddings")
-    text = trainer._cache.get(trainer.prompts[0])["encoder_hidden_states"]
+    text = trainer._cache.get(trainer.run.prompts[0])["encoder_hidden_states"]
     assert text.shape[:2] == (1, 16) and text[0, 3].any() and not text[0, 4:].any()  # a red circle </s>
 
 
@@ -25,9 +24,9 @@ def test_embeddings_cached_from_other_tokens_are_not_taken(tiny_wan, tmp_path, m
     """Before, transformers' T5 tokenizer made them, to which UMT5's <s> was the unknown token."""
     trainer = trainer_class("wan")
     config = _config(tiny_wan, tmp_path)
-    now = embedding_cache(config, tiny_wan, trainer, World()).folder
+    now = trainer.embedding_cache(config, World()).folder
     monkeypatch.setattr(trainer, "encoding", {})
-    assert embedding_cache(config, tiny_wan, trainer, World()).folder != now
+    assert trainer.embedding_cache(config, World()).folder != now
 
 
 @pytest.mark.parametrize(

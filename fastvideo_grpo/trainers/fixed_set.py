@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
-
-if TYPE_CHECKING:
-    from fastvideo_grpo.trainers.base import GRPOTrainer
+from fastvideo_grpo.trainers.policy import Policy
+from fastvideo_grpo.trainers.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -55,41 +53,48 @@ class FixedSamples:
 
 
 def sample_fixed(
-    trainer: GRPOTrainer, prompts: Sequence[Prompt], samples: int, stream: str, *, keep_media: bool = True
+    policy: Policy,
+    scoring: Scoring | None,
+    prompts: Sequence[Prompt],
+    samples: int,
+    stream: str,
+    *,
+    keep_media: bool = True,
 ) -> FixedSamples:
-    """Draw ``samples`` of each prompt with the ODE sampler from noise keyed by (prompt, member), and score them.
+    """Draw ``samples`` of each prompt with the ODE sampler from noise keyed by (prompt, member), and score them (without
+    ``scoring`` they have no scores).
 
     Not by the run's seed: runs of several seeds are judged on the same noise.
 
     All ranks call it and get the same scores; each does a share of the prompts. Media that nobody will look at
     (``keep_media``: false) are dropped as soon as they are scored: a set of clips is gigabytes.
     """
-    world, size = trainer.world, trainer.config.engine.micro_batch_size
+    world, size = policy.world, policy.config.engine.micro_batch_size
     jobs = [(p, start) for p in range(len(prompts)) for start in range(0, samples, size)]
     rounds = -(-len(jobs) // world.data_size)
     parts: dict[tuple[int, int], tuple[dict[str, Tensor], list[str | None]]] = {}
     media: dict[Hashable, Tensor] = {}
-    if trainer.config.rewards.models:
-        trainer.begin_scoring()
+    if scoring is not None:
+        scoring.begin()
     before: int | None = None
     for turn in range(rounds):
         # Every rank runs the same number of forwards (a sharded network needs all ranks): the last turn may repeat a job.
         p, start = jobs[min(turn * world.data_size + world.data_rank, len(jobs) - 1)]
         if before is not None and p != before:
-            trainer.forget_conditioning(prompts[before])  # it will not be asked for again
+            policy.forget_conditioning(prompts[before])  # it will not be asked for again
         before = p
         members = list(range(start, min(start + size, samples)))
         keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
-        drawn = trainer.draw(prompts[p], keys, deterministic=True)
+        drawn = policy.draw(prompts[p], keys, deterministic=True)
         if drawn.media is None:
             continue  # the leader of this sequence-parallel group has the same samples
         scores, faults = {}, drawn.faults()
-        if trainer.config.rewards.models:
-            scored = trainer.score(prompts[p], drawn.media)
+        if scoring is not None:
+            scored = scoring.score(prompts[p], drawn.media)
             sound = torch.tensor([fault is None for fault in faults])
             scores = {n: torch.where(scored.valid[n] & sound, scored.scores[n], torch.nan) for n in scored.scores}
         if (p, start) not in parts:
-            trainer.note_faults(faults)
+            policy.note_faults(faults)
         parts[p, start] = scores, faults
         if keep_media:
             media[p, start] = drawn.media
