@@ -55,6 +55,9 @@ UPDATE = (
 Graph = dict[str, dict[str, set[str]]]
 """Part -> {"loading": parts it imports when it is loaded, "use": those that a function imports when it is called}."""
 
+Edges = dict[str, set[str]]
+"""Who imports whom, whenever: on loading, inside a function, or for type checkers."""
+
 
 def files() -> list[Path]:
     """Every file of the package."""
@@ -77,24 +80,33 @@ def module_of(file: Path) -> str:
 
 
 def imported(file: Path) -> Iterator[tuple[str, str]]:
-    """(module of this package, "loading" or "use") of each import statement; those for type checkers are left out."""
-    inside = set()
+    """(module of this package, or a name in it; when) of each import statement: on "loading", on "use" inside a function, or
+    for "type checking" alone."""
     tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
+    when: dict[int, str] = {}
+    for node in ast.walk(tree):  # from the outside in: the innermost counts
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inside |= {id(below) for below in ast.walk(node)}
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for below in ast.walk(node):
-                below.body = [] if isinstance(below, ast.If) else getattr(below, "body", [])
+            when.update((id(below), "use") for below in ast.walk(node))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            when.update((id(below), "type checking") for statement in node.body for below in ast.walk(statement))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvideo_grpo"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{_absolute(node, file)}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("fastvideo_grpo.")]
+            names = [alias.name for alias in node.names]
         else:
             continue
         for name in names:
-            yield name, "use" if id(node) in inside else "loading"
+            if name.startswith("fastvideo_grpo."):
+                yield name, when.get(id(node), "loading")
+
+
+def _absolute(node: ast.ImportFrom, file: Path) -> str:
+    """The module that names are imported from: for ``from .family import X`` in models/wan/ the family of that folder."""
+    if node.level == 0:
+        return node.module or ""
+    package = file.relative_to(ROOT).parts[: -node.level]
+    return ".".join([*package, *([node.module] if node.module else [])])
 
 
 def graph() -> Graph:
@@ -107,7 +119,7 @@ def graph() -> Graph:
         own = part_of(module)
         found[own]  # a part that imports nothing is one, too
         for name, when in imported(file):
-            if name.count(".") >= 1 and (other := part_of(name)) != own and (PACKAGE / other).exists():
+            if when != "type checking" and (other := part_of(name)) != own and (PACKAGE / other).exists():
                 found[own][when].add(other)
     for edges in found.values():
         edges["use"] -= edges["loading"]
@@ -129,6 +141,53 @@ def layers(edges: Graph) -> list[list[str]]:
         for part in free:
             del left[part]
     return order
+
+
+def file_edges() -> Edges:
+    """File -> the others that it imports, whenever. (That an import loads the folder's ``__init__.py`` first is left out.)"""
+    return {
+        _name(file): {_name(other) for name, _ in imported(file) if (other := _file_of(name)) is not None} - {_name(file)}
+        for file in files()
+    }
+
+
+def part_edges() -> Edges:
+    """Part -> the others that its files import, whenever."""
+    modules = {_name(file): module for file in files() if (module := module_of(file)) != PACKAGE.name}
+    found: Edges = {part_of(module): set() for module in modules.values()}
+    for file, others in file_edges().items():
+        if file in modules:
+            own = part_of(modules[file])
+            found[own] |= {part_of(modules[other]) for other in others if other in modules} - {own}
+    return found
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def _file_of(name: str) -> Path | None:
+    """Where an imported module or name stands; None: in no file of this package."""
+    while name:
+        path = ROOT.joinpath(*name.split("."))
+        for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+        name = name.rpartition(".")[0]
+    return None
+
+
+def circles(edges: Edges) -> list[list[str]]:
+    """Those that import each other, directly or by way of others: each circle with all that are in it."""
+    reached: Edges = {}
+    for start in edges:
+        reached[start], left = set(), [start]
+        while left:
+            new = edges[left.pop()] - reached[start]
+            reached[start] |= new
+            left += new
+    found = {frozenset(other for other in reached[name] if name in reached[other]) for name in edges}
+    return sorted(sorted(circle) for circle in found if circle)
 
 
 def sizes_table() -> str:
@@ -231,3 +290,5 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     DOCUMENT.write_text(written(DOCUMENT.read_text()))
     draw_picture(PICTURE)
+    for circle in (*circles(file_edges()), *circles(part_edges())):
+        print(f"they import each other in a circle: {', '.join(circle)}")

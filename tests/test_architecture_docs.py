@@ -62,3 +62,67 @@ def test_sampling_and_grpo_import_torch_alone(architecture):
     for part in ("sampling", "grpo"):
         for file in (architecture.PACKAGE / part).rglob("*.py"):
             assert not heavy.search(file.read_text()), file
+
+
+@pytest.fixture
+def tree(architecture, tmp_path, monkeypatch):
+    """``tree({"a.py": text, ...})``: a package of these files, which ``architecture`` looks at from then on."""
+    monkeypatch.setattr(architecture, "ROOT", tmp_path)
+    monkeypatch.setattr(architecture, "PACKAGE", tmp_path / "fastvideo_grpo")
+
+    def write(texts):
+        for name, text in {"__init__.py": "", **texts}.items():
+            file = architecture.PACKAGE / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from fastvideo_grpo.a import x",
+        "from fastvideo_grpo import a",
+        "import fastvideo_grpo.a",
+        "def f():\n    from fastvideo_grpo.a import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastvideo_grpo.a import x",
+        "from .a import x",
+        "from . import a",
+        "def f():\n    from .a import x",
+    ],
+)
+def test_a_circle_is_found_however_it_is_imported(architecture, tree, back):
+    tree({"a.py": "from fastvideo_grpo.b import y", "b.py": "from fastvideo_grpo.c import z", "c.py": back, "d.py": "import a"})
+    assert architecture.circles(architecture.file_edges()) == [["a.py", "b.py", "c.py"]]
+    assert architecture.circles(architecture.part_edges()) == [["a.py", "b.py", "c.py"]]
+
+
+def test_a_circle_is_found_inside_a_folder_and_between_folders(architecture, tree):
+    tree(
+        {
+            "wan/__init__.py": "from .family import WAN",
+            "wan/family.py": "from . import sizes",
+            "wan/sizes.py": "from fastvideo_grpo.wan import WAN",
+            "one/up.py": "from ..two.down import x",
+            "one/down.py": "",
+            "two/up.py": "from ..one.down import x",
+            "two/down.py": "import json",
+        }
+    )
+    assert architecture.circles(architecture.file_edges()) == [["wan/__init__.py", "wan/family.py", "wan/sizes.py"]]
+    assert architecture.circles(architecture.part_edges()) == [["one/", "two/"]]
+
+
+def test_files_in_one_direction_are_no_circle(architecture, tree):
+    """A file that is imported by two others, and one by itself; a folder's own files."""
+    tree(
+        {
+            "x.py": "from fastvideo_grpo.y import a\nfrom fastvideo_grpo import p",
+            "y.py": "from fastvideo_grpo.p.q import b",
+            "p/__init__.py": "from .q import b",
+            "p/q.py": "from fastvideo_grpo.p import q",
+        }
+    )
+    assert architecture.file_edges()["x.py"] == {"y.py", "p/__init__.py"}
+    assert architecture.circles(architecture.file_edges()) == architecture.circles(architecture.part_edges()) == []
