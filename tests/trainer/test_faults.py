@@ -57,6 +57,21 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
     assert any("000002 was not saved" in line for line in told)
 
 
+def test_a_run_that_fails_while_it_is_set_up_says_so_and_lets_go_of_its_folder(make_trainer, monkeypatch, tmp_path):
+    from fastvideo_grpo.rewards.inline import InlineReward
+    from fastvideo_grpo.trainers.policy import Policy
+
+    closed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineReward, "close", lambda reward: closed.append(reward))
+        patch.setattr(Policy, "make_trainable", lambda policy, reference: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_trainer()
+        assert len(closed) == 1
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["ended"].startswith("failed: ZeroDivisionError")
+    assert "failed while setting up" in make_trainer().run.status.before
+
+
 def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_trainer, tiny_flux, tmp_path):
     from fastvideo_grpo.tiny.flux import write_flux
 
