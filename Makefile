@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo/config*.py)
+CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo/config)
 
 DEMO_ARGUMENTS = $(if $(REWARD),--reward $(REWARD)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(SEED),--seed $(SEED))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from fastvideo_grpo.characters import unusable
-from fastvideo_grpo.config_paths import expanded
-from fastvideo_grpo.config_values import LARGEST_SEED
+from fastvideo_grpo.config.paths import expanded
+from fastvideo_grpo.config.values import LARGEST_SEED
 
 
 def path_argument(text: str) -> str:
-    """A path, as :func:`~fastvideo_grpo.config_paths.expanded` has it."""
+    """A path, as :func:`~fastvideo_grpo.config.paths.expanded` has it."""
     try:
         return expanded(text)
     except ValueError as error:

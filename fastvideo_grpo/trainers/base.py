@@ -21,22 +21,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
 from fastvideo_grpo.checkpoints.run_status import RunStatus
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.durable_files import keep_going, write_atomic
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import checkpointed_blocks, make_objective
+from fastvideo_grpo.disk.durable_files import keep_going, write_atomic
 from fastvideo_grpo.engines.make import make_engine
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.evaluation.fixed_set import FixedSamples, sample_fixed
-from fastvideo_grpo.families import FAMILIES, prompts_of
 from fastvideo_grpo.grpo import advantages as normalisations
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
-from fastvideo_grpo.plan import all_done, dealing
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_prompts import prompts_of
+from fastvideo_grpo.planning.plan import all_done, dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
@@ -117,7 +118,7 @@ class GRPOTrainer(Policy):
         self.order = PromptOrder(len(self.prompts), config.prompts.seed)
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
-        self.objective = configuration.make_objective(config)
+        self.objective = make_objective(config)
         self.normalisation = normalisations.get(
             config.grpo.normalisation,
             history_size=config.grpo.history.size,
@@ -126,7 +127,7 @@ class GRPOTrainer(Policy):
         self.cache_embeddings([*self.prompts, *self.eval_prompts], self.console)
         if self.objective.needs_reference and config.model.lora is None:
             self._reference = self.make_reference()
-        every = configuration.checkpointed_blocks(config.engine.activation_checkpointing)
+        every = checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, world)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
@@ -135,12 +136,12 @@ class GRPOTrainer(Policy):
         self._keep_rows_apart()
         self._saved = self.first_iteration
         world.on_rank_0(self._write_config)
-        made = world.on_rank_0(lambda: WandbRun(config.run.wandb, self.folder, configuration.to_dict(config)))
+        made = world.on_rank_0(lambda: WandbRun(config.run.wandb, self.folder, config_saved.to_dict(config)))
         self.wandb = made or WandbRun("disabled", self.folder, {})
 
     def _write_config(self) -> None:
         header = json.dumps({"versions": versions(), "git_commit": git_commit()})
-        write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(self.config)}".encode())
+        write_atomic(self.folder / "config.yaml", f"# {header}\n{config_saved.to_yaml(self.config)}".encode())
 
     def close(self) -> None:
         """Let go of the rewards and of the run's folder; may be called twice, and however far setting up came."""
@@ -523,7 +524,7 @@ class GRPOTrainer(Policy):
             (folder / "state").mkdir(exist_ok=True)
             engine.save(folder / "state")
             return {
-                "config": configuration.to_dict(self.config),
+                "config": config_saved.to_dict(self.config),
                 "normalisation": self.normalisation.state(),
                 **prompts_state(self.prompts, self.config),
                 "images": image_digests(self.prompts),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.rewards.reward_set import RewardSet, ScoredBatch
 from fastvideo_grpo.trainers.not_finite import FAULTS
 
