@@ -67,8 +67,8 @@ def lines(file: Path) -> int:
 
 
 def part_of(module: str) -> str:
-    """``fastvideo_grpo.trainers.base`` -> "trainers/", ``fastvideo_grpo.models.wan.trainer`` -> "models/wan/"; a file beside the
-    folders stands for itself: "cli.py"."""
+    """``fastvideo_grpo.trainers.base`` -> "trainers/", ``fastvideo_grpo.models.wan.trainer`` -> "models/wan/"; a file beside
+    the folders stands for itself: "cli.py"."""
     name, *rest = module.split(".")[1:]
     if name == "models" and rest and (PACKAGE / name / rest[0]).is_dir():
         return f"{name}/{rest[0]}/"  # each model has what it needs of all else; nobody needs a model
@@ -218,7 +218,8 @@ def code_words(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield from (node.module or "", *(alias.name for alias in node.names))
         else:
-            yield from (getattr(node, field) for field in ("id", "attr", "name", "arg") if isinstance(getattr(node, field, 0), str))
+            words = (getattr(node, field, None) for field in ("id", "attr", "name", "arg"))
+            yield from (word for word in words if isinstance(word, str))
 
 
 def who_knows() -> dict[str, list[str]]:

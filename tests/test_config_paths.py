@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fastvideo_grpo import cli
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
 from fastvideo_grpo.config import files as config_files
 from fastvideo_grpo.config import saved as config_saved
 from fastvideo_grpo.config.keys import Config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo.command_arguments import path_argument, text_argument
+from fastvideo_grpo.commands.arguments import path_argument, text_argument
 from fastvideo_grpo.errors import UserError, one_line
 from fastvideo_grpo.models import run_config
 

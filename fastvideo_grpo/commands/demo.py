@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
 from fastvideo_grpo.config.paths import as_typed
 from fastvideo_grpo.disk.room import free_folder
 from fastvideo_grpo.errors import UserError

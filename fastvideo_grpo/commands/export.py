@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.errors import UserError
 
 EPILOG = """\
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-format",
         choices=["diffusers", "kohya"],
-        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or kohya's, which knows some models. "
-        "In both, alpha is the rank: B A is added as it stands",
+        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or kohya's, which knows some "
+        "models. In both, alpha is the rank: B A is added as it stands",
     )
     parser.add_argument("--pipeline", action="store_true", help="copy VAE, text encoders, ... beside the network")
     parser.add_argument("--link", action="store_true", help="with --pipeline: hard links instead of copies of weight files")

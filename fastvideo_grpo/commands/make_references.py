@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_grpo import launcher
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
 from fastvideo_grpo.config import saved as config_saved
 from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.errors import ConfigError, UserError

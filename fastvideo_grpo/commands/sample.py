@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvideo_grpo.command_arguments import path_argument, text_argument
+from fastvideo_grpo.commands.arguments import path_argument, text_argument
 from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models import run_config

@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any
 
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.disk.room import refusal
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study

@@ -9,7 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
 

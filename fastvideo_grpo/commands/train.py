@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastvideo_grpo import launcher
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.config import saved as config_saved
 from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.errors import ConfigError
