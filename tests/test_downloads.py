@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from fastvideo_grpo.downloads import Source
+from fastvideo_grpo.model_files.downloads import Source
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.rewards.models import sources
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from fastvideo_grpo.config.keys import Config, SampleConfig
-from fastvideo_grpo.downloads import Source
+from fastvideo_grpo.model_files.downloads import Source
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.networks import diffusers_denoiser, fastvideo_transformer
 from fastvideo_grpo.prompts.cut import TextReader

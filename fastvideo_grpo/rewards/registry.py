@@ -8,8 +8,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
-from fastvideo_grpo.downloads import Source
 from fastvideo_grpo.extensions import Registry, nearest, not_callable
+from fastvideo_grpo.model_files.downloads import Source
 from fastvideo_grpo.rewards import models, rules
 from fastvideo_grpo.rewards.base import DifferentiableReward, MediaKind, Reward
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastvideo_grpo.config.keys import Config, SampleConfig
-from fastvideo_grpo.downloads import Source
+from fastvideo_grpo.model_files.downloads import Source
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations
 from fastvideo_grpo.models.image import ImageFamily

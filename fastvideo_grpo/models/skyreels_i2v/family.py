@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo_grpo.config.keys import Config, SampleConfig
-from fastvideo_grpo.downloads import Download, Source
+from fastvideo_grpo.model_files.downloads import Download, Source
 from fastvideo_grpo.models.facts import ModelFacts, read_config
 from fastvideo_grpo.models.hunyuan_video import family as hunyuan_video
 from fastvideo_grpo.models.hunyuan_video.family import SHARED, HunyuanVideo

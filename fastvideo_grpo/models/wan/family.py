@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo_grpo.config.keys import Config
-from fastvideo_grpo.downloads import Source
+from fastvideo_grpo.model_files.downloads import Source
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, no_embedded_guidance
 from fastvideo_grpo.models.text_readers import MOST_T5_TOKENS, text_length_key

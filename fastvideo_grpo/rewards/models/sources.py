@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvideo_grpo.downloads import Download, Source
+from fastvideo_grpo.model_files.downloads import Download, Source
 
 _CLIP = Download(
     "openai/clip-vit-large-patch14",
