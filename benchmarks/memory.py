@@ -95,7 +95,7 @@ def write_scaled(folder: Path, width: int, doubles: int, singles: int) -> Path:
     import torch
     from diffusers import HunyuanVideoTransformer3DModel
 
-    from fastvideo_grpo.tiny.hunyuan_video import configs, write_hunyuan_video
+    from fastvideo_grpo.models.hunyuan_video.tiny import configs, write_hunyuan_video
 
     checkpoint = write_hunyuan_video(folder / "scaled")
     sizes = {
@@ -152,9 +152,10 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
     """[measured, estimated] bytes of each phase, or of a whole iteration where a group size is given."""
     import torch
 
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, memory, plan
     from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import memory, plan
     from fastvideo_grpo.sampling.noise import SampleKey
     from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
@@ -185,8 +186,8 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
         "run.eval_every": 0,
         "run.sample_every": 0,
     }
-    config = configuration.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-    facts = families.model_facts(config)
+    config = run_config.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+    facts = model_facts(config)
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
     device = trainer.world.device

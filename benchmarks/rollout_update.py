@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from fastvideo_grpo import config as configuration
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.tiny.flux import write_flux
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.flux.tiny import write_flux
 from fastvideo_grpo.tracking.statistics import Clock
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.load import load_trainer
@@ -67,7 +67,7 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
     side = int(tokens**0.5) * 16
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     (folder / "empty.yaml").write_text("{}")
-    config = configuration.load(
+    config = run_config.load(
         folder / "empty.yaml",
         [
             f"model.path={checkpoint}",

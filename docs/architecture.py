@@ -4,6 +4,7 @@ writes the tables of docs/architecture.md and its picture anew."""
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ def lines(file: Path) -> int:
 
 
 def part_of(module: str) -> str:
-    """``fastvideo_grpo.trainers.base`` -> "trainers/"; a file beside the folders stands for itself: "config.py"."""
-    name = module.split(".")[1]
+    """``fastvideo_grpo.trainers.base`` -> "trainers/", ``fastvideo_grpo.models.wan.trainer`` -> "models/wan/"; a file beside
+    the folders stands for itself: "cli.py"."""
+    name, *rest = module.split(".")[1:]
+    if name == "models" and rest and (PACKAGE / name / rest[0]).is_dir():
+        return f"{name}/{rest[0]}/"  # each model has what it needs of all else; nobody needs a model
     return f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
 
 
@@ -226,6 +230,77 @@ def walk_table() -> str:
     return "\n".join(rows)
 
 
+MAY_KNOW = {
+    "cli.py": "says what the demo trains",
+    "commands/check_reward.py": "an example in its help",
+    "commands/demo.py": "trains two of them",
+    "commands/export.py": "an example in its help",
+    "commands/make_references.py": "an example in its help",
+    "commands/sample.py": "an example in its help",
+    "commands/serve_reward.py": "an example in its help",
+    "commands/train.py": "an example in its help",
+    "config/files.py": "an example in an error",
+    "config/keys.py": "the default of model.kind",
+    "config/reference.py": "an example in docs/configuration.md",
+    "models/skyreels_i2v/family.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/fastvideo_config.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/tiny.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/trainer.py": "is HunyuanVideo with another transformer",
+    "rewards/models/clip_backend.py": "says where a tokenizer is to be had",
+    "studies/definitions.py": "compares runs of three of them",
+    "studies/report.py": "says which the paper compares",
+}
+"""File that names a model and is not in its folder -> why. Recipes, docs and the table of the promises name them, too."""
+
+
+def model_names() -> dict[str, re.Pattern[str]]:
+    """Folder of a model -> how it is called: by that name, or by the words that the published model's name begins with."""
+    from fastvideo_grpo.models.registry import FAMILIES
+
+    names = {}
+    for folder in sorted(path.parent.name for path in (PACKAGE / "models").glob("*/family.py")):
+        words = re.match(r"[A-Za-z]+( [A-Z][a-z]+)*", FAMILIES[folder].name)
+        assert words is not None
+        called = "|".join(re.sub("[ _]", "[ _.-]?", name) for name in (folder, words[0]))
+        # In a class's name another word follows.
+        names[folder] = re.compile(f"(?<![A-Za-z])(?i:{called})(?![A-Za-z])|{words[0].replace(' ', '')}(?=[A-Z])")
+    return names
+
+
+def code_words(file: Path) -> Iterator[str]:
+    """Names and texts of a file's code; docstrings and comments are none."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(alias.name for alias in node.names))
+        else:
+            words = (getattr(node, field, None) for field in ("id", "attr", "name", "arg"))
+            yield from (word for word in words if isinstance(word, str))
+
+
+def who_knows() -> dict[str, list[str]]:
+    """File -> models that its code names, without those in whose folder it is."""
+    names, found = model_names(), {}
+    for file in files():
+        name = file.relative_to(PACKAGE).as_posix()
+        words = "\n".join(code_words(file))
+        known = [model for model, called in names.items() if not name.startswith(f"models/{model}/") and called.search(words)]
+        if known:
+            found[name] = known
+    return found
+
+
+def names_table() -> str:
+    """Who names a model outside its folder, and why."""
+    rows = ["| file | names | since it |", "|---|---|---|"]
+    for file, models in who_knows().items():
+        rows.append(f"| `{file}` | {', '.join(f'`{model}`' for model in models)} | {MAY_KNOW.get(file, '')} |")
+    return "\n".join(rows)
+
+
 def draw_picture(file: Path) -> None:
     """The same as a picture: the rollout above, the update below, the step that both make in between."""
     import matplotlib
@@ -275,7 +350,7 @@ def draw_picture(file: Path) -> None:
     pyplot.close(figure)
 
 
-TABLES = {"walk": walk_table, "sizes": sizes_table, "imports": imports_table}
+TABLES = {"walk": walk_table, "sizes": sizes_table, "names": names_table, "imports": imports_table}
 
 
 def written(text: str) -> str:

@@ -32,7 +32,7 @@ def test_every_place_of_the_way_exists(architecture):
             assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), f"{stop.file} has no {name}"
 
 
-@pytest.mark.parametrize("table", ["walk", "imports"])
+@pytest.mark.parametrize("table", ["walk", "names", "imports"])
 def test_tables_are_what_the_code_says(architecture, text, table):
     assert architecture.TABLES[table]() in text, AGAIN
 
@@ -126,3 +126,18 @@ def test_files_in_one_direction_are_no_circle(architecture, tree):
     )
     assert architecture.file_edges()["x.py"] == {"y.py", "p/__init__.py"}
     assert architecture.circles(architecture.file_edges()) == architecture.circles(architecture.part_edges()) == []
+
+
+def test_a_models_name_stands_in_its_folder(architecture):
+    """Who else may know it is listed with the reason; a model that is added adds nothing there."""
+    assert architecture.who_knows().keys() == architecture.MAY_KNOW.keys()
+
+
+def test_a_name_is_found_in_code_and_not_in_words_around_it(architecture, tmp_path):
+    names = architecture.model_names()
+    file = tmp_path / "some.py"
+    file.write_text('"""wan, of flux."""\nfrom a import WanPipeline  # flux\nwanted = "SWAN: Wan Stable-Diffusion"\n')
+    words = "\n".join(architecture.code_words(file))
+    assert [model for model, called in names.items() if called.search(words)] == ["stable_diffusion", "wan"]
+    file.write_text('wanted = "wandb"\nWANDB = swan.influx\n')
+    assert not any(called.search("\n".join(architecture.code_words(file))) for called in names.values())

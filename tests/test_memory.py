@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families
-from fastvideo_grpo.memory import describe_memory, estimate, too_little, ways_out
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning.memory import describe_memory, estimate, too_little, ways_out
 
 PARAMETERS = (12_821_012_544, 12_821_012_544)  # HunyuanVideo
 
@@ -32,8 +32,8 @@ def planned(tmp_path):
             "run.dir": tmp_path / "run",
             **{key.replace("__", "."): value for key, value in overrides.items()},
         }
-        config = configuration.load(tmp_path / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-        facts = families.model_facts(config, published_if_missing=True)
+        config = run_config.load(tmp_path / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+        facts = model_facts(config, published_if_missing=True)
         return config, estimate(config, facts, ranks, (trained, PARAMETERS[1]))
 
     return make
@@ -176,7 +176,7 @@ def test_the_description_adds_up(planned):
 
 def test_a_checkpoint_on_disk_is_measured_not_assumed(planned, tmp_path):
     from fastvideo_grpo.engines.sharded_loading import CheckpointReader
-    from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+    from fastvideo_grpo.models.hunyuan_video.tiny import write_hunyuan_video
 
     folder = write_hunyuan_video(tmp_path / "tiny")
     _, memory = planned(1, model__path=folder, sample__height=32, sample__width=32, sample__frames=5)

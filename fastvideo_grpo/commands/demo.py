@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
-from fastvideo_grpo.config_paths import as_typed
-from fastvideo_grpo.disk_room import free_folder
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
+from fastvideo_grpo.config.paths import as_typed
+from fastvideo_grpo.disk.room import free_folder
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
@@ -137,18 +138,18 @@ def run(arguments: argparse.Namespace) -> int:
         *reward_settings,
         *arguments.overrides,
     ]
-    config = configuration.load(data / demo.settings, overrides)
+    config = run_config.load(data / demo.settings, overrides)
     folder = Path(config.run.dir)
     if config.run.eval_every == 0:
         raise UserError("run.eval_every is 0, but a demo compares evaluations: leave it out, or use fastvideo-grpo train")
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     plan.check_run(config, facts, ranks=1)
     plan.check_folder(config)
     plan.check_disk(config, facts)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
     from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.load import load_trainer
 

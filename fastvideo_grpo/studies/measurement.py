@@ -38,17 +38,17 @@ def measure(job: Job) -> dict[str, Any]:
     """
     import torch
 
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo.durable_files import write_atomic
+    from fastvideo_grpo.disk.durable_files import write_atomic
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
+    from fastvideo_grpo.models import run_config
     from fastvideo_grpo.studies import pixels
     from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards
     from fastvideo_grpo.trainers.load import load_trainer
 
     started = time.monotonic()
-    config = configuration.build(job.values)
+    config = run_config.build(job.values)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
     stopped = None

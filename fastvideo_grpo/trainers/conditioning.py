@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id

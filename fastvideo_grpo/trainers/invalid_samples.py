@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING, metric
 from fastvideo_grpo.trainers.rollout import Rollout
 from fastvideo_grpo.trainers.training_run import TrainingRun

@@ -6,11 +6,12 @@ import logging
 from importlib import import_module
 from inspect import isabstract
 
-from fastvideo_grpo.checkpoint_checks import unread_files
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, configured_prompts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_prompts import configured_prompts
+from fastvideo_grpo.planning.checkpoint_checks import unread_files
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.conditioning import to_encode
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo_grpo.checkpoints.run_status import RunStatus
-from fastvideo_grpo.durable_files import keep_going, write_atomic
+from fastvideo_grpo.disk.durable_files import keep_going, write_atomic
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.metrics import MetricsLog

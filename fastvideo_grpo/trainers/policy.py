@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config import Config, checkpointed_blocks
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.make import make_engine, uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings, model_facts
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.facts import ModelFacts
+from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch

@@ -9,17 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.resume import check_resumable, image_digests, prompts_state
 from fastvideo_grpo.checkpoints.run_status import RunStatus
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.durable_files import write_atomic
-from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, prompts_of
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import make_objective
+from fastvideo_grpo.disk.durable_files import write_atomic
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.grpo import advantages
-from fastvideo_grpo.plan import all_done, dealing
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_prompts import prompts_of
+from fastvideo_grpo.planning.plan import all_done, dealing
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.order import PromptOrder
@@ -81,7 +82,7 @@ class TrainingRun:
         self.order = PromptOrder(len(self.prompts), config.prompts.seed)
         self.dealing = dealing(config, world.data_size)
         self.dealing.check()
-        self.objective = configuration.make_objective(config)
+        self.objective = make_objective(config)
         self.normalisation = advantages.get(
             config.grpo.normalisation,
             history_size=config.grpo.history.size,
@@ -96,7 +97,7 @@ class TrainingRun:
         keep_rows_apart(policy, self.prompts[0], self.dealing, self.objective, self.console)
         self.saved = self.first_iteration
         world.on_rank_0(self._write_config)
-        made = world.on_rank_0(lambda: WandbRun(config.run.wandb, self.folder, configuration.to_dict(config)))
+        made = world.on_rank_0(lambda: WandbRun(config.run.wandb, self.folder, config_saved.to_dict(config)))
         self.wandb = made or WandbRun("disabled", self.folder, {})
         self.monitor = Monitor(
             policy,
@@ -112,7 +113,7 @@ class TrainingRun:
 
     def _write_config(self) -> None:
         header = json.dumps({"versions": versions(), "git_commit": git_commit()})
-        write_atomic(self.folder / "config.yaml", f"# {header}\n{configuration.to_yaml(self.config)}".encode())
+        write_atomic(self.folder / "config.yaml", f"# {header}\n{config_saved.to_yaml(self.config)}".encode())
 
     def close(self) -> None:
         """Let go of the rewards and of the run's folder; may be called twice."""
@@ -166,7 +167,7 @@ class TrainingRun:
             (folder / "state").mkdir(exist_ok=True)
             self.engine.save(folder / "state")
             return {
-                "config": configuration.to_dict(self.config),
+                "config": config_saved.to_dict(self.config),
                 "normalisation": self.normalisation.state(),
                 **prompts_state(self.prompts, self.config),
                 "images": image_digests(self.prompts),

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.prompts.cut import cut_texts
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.tokenizers import PROBES

@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 import torch
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.promises.models import GUIDANCE, cases
 
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0, "optim__lr": 1e-2}

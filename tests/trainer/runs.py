@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -219,16 +219,17 @@ def _work(action: Callable[[], Any], file: Path, rank: int, processes: int, port
 
 def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
     """What ``fastvideo-grpo train`` does after reading the command line; returns the trainer."""
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, plan
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import plan
     from fastvideo_grpo.trainers.load import load_trainer
 
     empty = Path(overrides[0].partition("=")[2]).parent / "empty.yaml"
     empty.write_text("{}")
-    config = configuration.load(empty, overrides)
-    plan.check_run(config, families.model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
+    config = run_config.load(empty, overrides)
+    plan.check_run(config, model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
     prepare_process(config)
     world = World.current(sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)

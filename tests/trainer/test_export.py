@@ -6,7 +6,8 @@ import torch
 
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.export import model_names
-from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.sampling.noise import SampleKey, initial_noise
 from fastvideo_grpo.tracking.pictures import save_samples
 from tests.trainer import runs
@@ -122,7 +123,7 @@ VIDEO = {
 
 
 def _names(trainer):
-    return model_names(model_facts(trainer.config).denoiser)
+    return model_names(FAMILIES[trainer.config.model.kind], model_facts(trainer.config).denoiser)
 
 
 def _initial(trainer):

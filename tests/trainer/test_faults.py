@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.rewards.base import RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
 from tests.trainer import runs
@@ -19,8 +18,8 @@ from tests.trainer import runs
 
 def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(make_trainer, monkeypatch):
     """Promise 6: writing stops, training does not; what was saved stays."""
-    from fastvideo_grpo import durable_files
     from fastvideo_grpo.checkpoints import store
+    from fastvideo_grpo.disk import durable_files
     from fastvideo_grpo.tracking import metrics, pictures
     from fastvideo_grpo.trainers import monitoring, training_run
 
@@ -58,7 +57,7 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
 
 
 def test_a_run_that_fails_while_it_is_set_up_says_so_and_lets_go_of_its_folder(make_trainer, monkeypatch, tmp_path):
-    from fastvideo_grpo.rewards.inline import InlineReward
+    from fastvideo_grpo.rewards.placement.inline import InlineReward
     from fastvideo_grpo.trainers.policy import Policy
 
     closed = []
@@ -73,7 +72,7 @@ def test_a_run_that_fails_while_it_is_set_up_says_so_and_lets_go_of_its_folder(m
 
 
 def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_trainer, tiny_flux, tmp_path):
-    from fastvideo_grpo.tiny.flux import write_flux
+    from fastvideo_grpo.models.flux.tiny import write_flux
 
     trainer = make_trainer(model__lora__rank=4, run__iterations=1)
     trainer.train()
@@ -86,7 +85,7 @@ def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_train
 
 
 def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_trainer):
-    from fastvideo_grpo import plan
+    from fastvideo_grpo.planning import plan
 
     trainer = make_trainer(run__iterations=1)
     trainer.train()
@@ -99,9 +98,10 @@ def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_tr
 @pytest.mark.parametrize("what", ["read-only run.dir", "a file for run.dir", "no room for checkpoints", "read-only embeddings"])
 def test_a_disk_that_will_not_do_is_told_before_the_model_is_loaded(tiny_flux, tmp_path, monkeypatch, capsys, what):
     """In a line, by the dry run as a note; nothing is made."""
-    from fastvideo_grpo import cli, disk_room
+    from fastvideo_grpo import cli
     from fastvideo_grpo.checkpoints import folder
-    from fastvideo_grpo.trainers import flux
+    from fastvideo_grpo.disk import room as disk_room
+    from fastvideo_grpo.models.flux import trainer as flux
 
     file, place = tmp_path / "run.yaml", tmp_path / "there"
     file.write_text("{}")

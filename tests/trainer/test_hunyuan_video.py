@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from tests import tiny_checkpoints
 from tests.trainer import runs

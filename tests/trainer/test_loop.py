@@ -309,7 +309,7 @@ def test_importing_a_trainer_on_an_unpatched_fastvideo_stops_before_fastvideo_is
         "import sys; from fastvideo_grpo import patching\n"
         "def unpatched(): raise patching.PatchError(patching.APPLY_COMMAND)\n"
         "patching.require_patched = unpatched\n"
-        "try: import fastvideo_grpo.trainers.flux\n"
+        "try: import fastvideo_grpo.models.flux.trainer\n"
         "except patching.PatchError as error: assert 'fastvideo-grpo patch apply' in str(error)\n"
         "else: raise AssertionError('imported')\n"
         "assert 'fastvideo' not in sys.modules"
@@ -381,7 +381,7 @@ def test_a_rollout_waits_when_too_much_is_to_be_scored(make_trainer, monkeypatch
 
 def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_saved(make_trainer):
     """It is asked until the samples without a score are more than may be, and then no more."""
-    from fastvideo_grpo.rewards.inline import InlineReward
+    from fastvideo_grpo.rewards.placement.inline import InlineReward
     from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards
 
     settings = {"rewards__max_invalid_fraction": 0.2, "run__iterations": 5, "run__save_every": 4}

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.store import CheckpointError
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models.stable_diffusion.tiny import write_stable_diffusion
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.tiny.stable_diffusion import write_stable_diffusion
 from fastvideo_grpo.trainers.decoding import decode_checked
 from fastvideo_grpo.trainers.fixed_set import sample_fixed
 from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards, newest_sound, since
