@@ -64,6 +64,12 @@ def test_sampling_and_grpo_import_torch_alone(architecture):
             assert not heavy.search(file.read_text()), file
 
 
+def test_nothing_is_imported_in_a_circle(architecture):
+    """No file by way of others, and no part, imports inside functions and for type checkers included."""
+    assert architecture.circles(architecture.file_edges()) == []
+    assert architecture.circles(architecture.part_edges()) == []
+
+
 @pytest.fixture
 def tree(architecture, tmp_path, monkeypatch):
     """``tree({"a.py": text, ...})``: a package of these files, which ``architecture`` looks at from then on."""
