@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 
 
+def writer(kind: str) -> Callable[..., Path]:
+    """What writes a random checkpoint of ``model.kind`` to the folder it is given."""
+    return getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """``tiny_checkpoint(kind, **arguments)`` -> a random checkpoint of ``model.kind`` in the published on-disk form.
@@ -22,8 +27,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
     def write(kind: str, **arguments: Any) -> Path:
         key = f"{kind} {sorted(arguments.items())}"
         if key not in folders:
-            writer = getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
-            folders[key] = writer(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
+            folders[key] = writer(kind)(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
         return folders[key]
 
     return write
