@@ -1,13 +1,11 @@
-"""Tiny FLUX checkpoints: published files and names, loaded by diffusers, the same from the same seed."""
+"""Tiny FLUX checkpoints: what is theirs alone. What holds of all models' is in test_tiny_checkpoints.py."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastvideo_grpo.commands import tiny as command
 from fastvideo_grpo.models.flux import tiny as flux
 from fastvideo_grpo.rewards.base import RewardRequest
 from fastvideo_grpo.rewards.registry import create
@@ -16,11 +14,6 @@ from fastvideo_grpo.tiny import shapes
 from fastvideo_grpo.tiny.tokenizer_files import WORDS, clip_vocabulary, t5_pieces
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
-    check_every_weight_is_loaded,
-    check_files,
-    check_index,
-    check_same_form,
-    contents_of,
     keys_of,
     one_thread,  # noqa: F401  (a fixture)
     read,
@@ -28,30 +21,6 @@ from tests.tiny_checkpoints import (
 
 REPOSITORY = Path(__file__).parents[1]
 COMMITTED = REPOSITORY / "data" / "tiny-flux-shapes"
-
-# What the repository of FLUX.1-dev holds, with the number of shards that stands in its names left open.
-PUBLISHED_FILES = {
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/config.json",
-    "text_encoder_2/model-*.safetensors",
-    "text_encoder_2/model.safetensors.index.json",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "tokenizer_2/special_tokens_map.json",
-    "tokenizer_2/spiece.model",
-    "tokenizer_2/tokenizer.json",
-    "tokenizer_2/tokenizer_config.json",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model-*.safetensors",
-    "transformer/diffusion_pytorch_model.safetensors.index.json",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +42,9 @@ def load(folder):
 # --- the form
 
 
-def test_the_files_are_those_of_the_published_checkpoint(folder):
-    check_files(folder, PUBLISHED_FILES)
-
-
-@pytest.mark.parametrize("component, stem", [("transformer", "diffusion_pytorch_model"), ("text_encoder_2", "model")])
-def test_the_index_names_every_tensor_and_its_shard(folder, component, stem):
-    check_index(folder / component, stem)
-
-
 def test_text_encoder_keys_are_those_of_transformers_4(folder):
-    clip = keys_of(folder / "text_encoder")
-    assert all(key.startswith("text_model.") for key in clip)
-    assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in clip
-    assert "text_model.embeddings.token_embedding.weight" in clip
-    assert not any("position_ids" in key for key in clip)
-    t5 = keys_of(folder / "text_encoder_2")
-    assert "shared.weight" in t5 and "encoder.embed_tokens.weight" not in t5
-    assert "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in t5
+    assert "text_model.embeddings.token_embedding.weight" in keys_of(folder / "text_encoder")
+    assert "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in keys_of(folder / "text_encoder_2")
 
 
 def test_transformer_and_vae_keys_are_those_of_diffusers(folder):
@@ -106,13 +60,6 @@ def test_the_scheduler_is_that_of_flux_dev(folder):
     assert {key: value for key, value in config.items() if not key.startswith("_")} == {
         "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15,
         "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}
-
-
-def test_model_index_names_the_published_classes(folder):
-    index = read(folder / "model_index.json")
-    assert index["_class_name"] == "FluxPipeline"
-    assert index["tokenizer_2"] == ["transformers", "T5TokenizerFast"]
-    assert all((folder / name).is_dir() for name in index if not name.startswith("_"))
 
 
 def test_tokenizers_encode_as_flux_pipelines_ask(folder):
@@ -165,10 +112,6 @@ def test_diffusers_makes_a_picture(folder):
     assert np.abs(pictures[0] - pictures[1]).mean() > 1e-3, "the prompt matters"
 
 
-def test_every_weight_reaches_diffusers(folder):
-    check_every_weight_is_loaded(load(folder), folder)
-
-
 def test_random_weights_give_outputs_of_ordinary_size(random_folder):
     pipeline = load(random_folder)
     with torch.no_grad():
@@ -183,75 +126,7 @@ def test_random_weights_give_outputs_of_ordinary_size(random_folder):
     assert all((outputs[0] - other).std() > 0.02 for other in outputs[1:]), "timestep and guidance matter"
 
 
-# --- writing
-
-
-def test_the_same_seed_writes_the_same_bytes(random_folder, tmp_path):
-    again = flux.write_flux(tmp_path / "again")
-    assert contents_of(again) == contents_of(random_folder)
-    other = flux.write_flux(tmp_path / "other", seed=1)
-    assert contents_of(other) != contents_of(random_folder)
-
-
-def test_unknown_presets_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'huge'.*random, demo"):
-        flux.write_flux(tmp_path / "flux", preset="huge")
-
-
-def test_only_a_checkpoint_is_overwritten_and_only_when_told(tmp_path):
-    folder = tmp_path / "flux"
-    flux.write_flux(folder)
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        flux.write_flux(folder)
-    flux.write_flux(folder, overwrite=True)
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    (notes / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else than a FLUX checkpoint"):
-        flux.write_flux(notes, overwrite=True)
-    assert (notes / "thesis.txt").exists()
-
-
-def run_command(*arguments):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
-
-
-def test_the_command_writes_a_checkpoint_and_refuses_politely(tmp_path, capsys, random_folder):
-    out = tmp_path / "out"
-    assert run_command("flux", "--out", str(out)) == 0
-    assert str(out) in capsys.readouterr().out
-    assert contents_of(out) == contents_of(random_folder)
-    assert run_command("flux", "--out", str(out)) == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert run_command("flux", "--out", str(out), "--seed", "3", "--overwrite") == 0
-
-
 # --- the demo's checkpoint and its world
-
-
-def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
-    from fastvideo_grpo.models.flux.pretrain import pretrain_flux
-
-    lines = []
-    before = torch.get_rng_state()
-    folder = pretrain_flux(tmp_path / "demo", pictures=16, autoencoder_steps=2, transformer_steps=2,
-                           progress=lines.append)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert any("transformer" in line and "2/2" in line for line in lines)
-    assert set(contents_of(folder)) == set(contents_of(COMMITTED))
-    again = pretrain_flux(tmp_path / "again", pictures=16, autoencoder_steps=2, transformer_steps=2,
-                          progress=lines.append)
-    assert contents_of(again) == contents_of(folder)
-    with pytest.raises(FileExistsError):
-        pretrain_flux(folder)
-
-
-def test_the_committed_checkpoint_is_small_and_what_the_code_writes(tmp_path):
-    assert sum(path.stat().st_size for path in COMMITTED.rglob("*") if path.is_file()) < 2_000_000
-    written = flux.write_flux(tmp_path / "demo", preset="demo")
-    check_same_form(written, COMMITTED, measured=("scaling_factor", "shift_factor"))
 
 
 def test_the_committed_checkpoint_draws_shapes_whose_colour_is_often_wrong():

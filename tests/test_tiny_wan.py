@@ -1,43 +1,17 @@
-"""Tiny Wan 2.1 checkpoints: published files and names, loaded by diffusers, the same from the same seed."""
-
-import argparse
+"""Tiny Wan 2.1 checkpoints: what is theirs alone. What holds of all models' is in test_tiny_checkpoints.py."""
 
 import pytest
 import torch
 
-from fastvideo_grpo.commands import tiny as command
 from fastvideo_grpo.models.wan import tiny as wan
 from fastvideo_grpo.models.wan.family import PUBLISHED
 from fastvideo_grpo.tiny.tokenizer_files import VIDEO_WORDS
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
-    check_every_weight_is_loaded,
-    check_files,
-    check_index,
-    check_the_prompt_shows_in_a_clip,
-    contents_of,
     keys_of,
     one_thread,  # noqa: F401  (a fixture)
     read,
 )
-
-# What the repository of Wan2.1-T2V-1.3B-Diffusers holds, with the number of shards that stands in its names left open.
-PUBLISHED_FILES = {
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model-*.safetensors",
-    "text_encoder/model.safetensors.index.json",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/spiece.model",
-    "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model-*.safetensors",
-    "transformer/diffusion_pytorch_model.safetensors.index.json",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +26,8 @@ def pipeline(folder):
     return tiny_checkpoints.load(WanPipeline, folder)
 
 
-def test_the_files_are_those_of_the_published_checkpoint(folder):
-    check_files(folder, PUBLISHED_FILES)
-    check_index(folder / "transformer", "diffusion_pytorch_model")
-    check_index(folder / "text_encoder", "model")
-
-
 def test_keys_are_the_published_ones(folder):
     umt5 = keys_of(folder / "text_encoder")
-    assert "shared.weight" in umt5 and "encoder.embed_tokens.weight" not in umt5
     # Of T5 only the first block has it.
     assert "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in umt5
     assert {
@@ -91,9 +58,6 @@ def test_configurations_have_the_published_keys(folder):
     assert len(vae["latents_mean"]) == len(vae["latents_std"]) == vae["z_dim"] == transformer["in_channels"]
     scheduler = read(folder / "scheduler" / "scheduler_config.json")
     assert (scheduler["_class_name"], scheduler["flow_shift"]) == ("UniPCMultistepScheduler", 3.0)
-    index = read(folder / "model_index.json")
-    assert index["_class_name"] == "WanPipeline" and index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
-    assert all((folder / name).is_dir() for name in index if not name.startswith("_"))
 
 
 def test_the_tokenizer_knows_the_words_of_videos_and_encodes_any_text(folder):
@@ -122,11 +86,6 @@ def test_special_tokens_are_in_the_order_of_umt5(folder):
     assert [pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id()] == [0, 1, 2, 3]
 
 
-def test_diffusers_makes_a_clip_with_the_scheduler_of_the_checkpoint(folder, pipeline):
-    check_every_weight_is_loaded(pipeline, folder)
-    check_the_prompt_shows_in_a_clip(pipeline, max_sequence_length=16)
-
-
 def test_random_weights_give_outputs_of_ordinary_size(pipeline):
     with torch.no_grad():
         text, _ = pipeline.encode_prompt("a red circle", max_sequence_length=16, do_classifier_free_guidance=False)
@@ -137,18 +96,3 @@ def test_random_weights_give_outputs_of_ordinary_size(pipeline):
     assert 0.3 < text[:, :4].std() < 5 and not text[:, 6:].any()
     assert 0.3 < outputs[0].std() < 5
     assert (outputs[0] - outputs[1]).std() > 0.02, "the timestep matters"
-
-
-def test_the_same_seed_writes_the_same_bytes_and_only_such_a_checkpoint_is_overwritten(folder, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    out = tmp_path / "out"
-    assert command.run(parser.parse_args(["wan", "--out", str(out)])) == 0
-    assert str(out) in capsys.readouterr().out
-    assert contents_of(out) == contents_of(folder)
-    assert contents_of(wan.write_wan(out, seed=1, overwrite=True)) != contents_of(folder)
-    other = tmp_path / "flux"
-    other.mkdir()
-    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(FileExistsError, match=r"something else than a Wan 2\.1 checkpoint"):
-        wan.write_wan(other, overwrite=True)

@@ -116,5 +116,5 @@ def test_what_is_missing_or_wrong_is_told_before_anything_is_loaded(checkpoint, 
 
 
 def test_fastvideo_is_not_imported_until_the_reward_is_made():
-    code = "import sys; from fastvideo_grpo.rewards import kinds; kinds(); sys.exit('fastvideo' in sys.modules)"
+    code = "import sys; from fastvideo_grpo.rewards.registry import kinds; kinds(); sys.exit('fastvideo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

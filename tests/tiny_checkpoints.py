@@ -1,5 +1,6 @@
 """What is checked of every tiny checkpoint, whatever its model: its files, its index, its weights in diffusers."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from fastvideo_grpo.commands import tiny as command
 
 # Names in published files that diffusers and transformers 5 still read, and what they call them.
 CURRENT_NAMES = {
@@ -26,6 +29,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def tiny_command(*arguments):
+    """`fastvideo-grpo tiny` with these arguments; returns the exit status."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def read(path):

@@ -13,6 +13,11 @@ import pytest
 from fastvideo_grpo.models.registry import FAMILIES
 
 
+def writer(kind: str) -> Callable[..., Path]:
+    """What writes a random checkpoint of ``model.kind`` to the folder it is given."""
+    return resolve_name(FAMILIES[kind].tiny.writer)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """``tiny_checkpoint(kind, **arguments)`` -> a random checkpoint of ``model.kind`` in the published on-disk form.
@@ -24,8 +29,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
     def write(kind: str, **arguments: Any) -> Path:
         key = f"{kind} {sorted(arguments.items())}"
         if key not in folders:
-            writer = resolve_name(FAMILIES[kind].tiny.writer)
-            folders[key] = writer(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
+            folders[key] = writer(kind)(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
         return folders[key]
 
     return write

@@ -11,19 +11,19 @@ from typing import Any
 
 from fastvideo_grpo.commands.arguments import path_argument, seed_argument
 from fastvideo_grpo.models.registry import FAMILIES
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
 
 
 REWARD_MODELS = {
-    "clip": TinyCheckpoint(
+    "clip": TinyOffer(
         "fastvideo_grpo.tiny.clip:write_clip",
         "tiny-clip",
         layouts=("open_clip", "transformers"),
         layout_help="as DFN5B-CLIP or as PickScore",
     ),
-    "videoalign": TinyCheckpoint(
+    "videoalign": TinyOffer(
         "fastvideo_grpo.tiny.videoalign:write_videoalign",
         "tiny-videoalign",
         layouts=("full", "lora"),
@@ -32,7 +32,7 @@ REWARD_MODELS = {
 }
 
 
-def known() -> dict[str, TinyCheckpoint]:
+def known() -> dict[str, TinyOffer]:
     """All that can be written: those of models, by ``model.kind``, and of reward models."""
     models = {kind: family.tiny for kind, family in FAMILIES.usable().items() if family.tiny is not None}
     return models | REWARD_MODELS

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastvideo_grpo.engines.base import AdamWEngine, cast_parameters
 from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
-from fastvideo_grpo.engines.local import clip_gradients, made_state
+from fastvideo_grpo.engines.local import adamw, clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
 
 if TYPE_CHECKING:
@@ -66,13 +66,7 @@ class DeepSpeedEngine(AdamWEngine):
         self.zero_stage = _zero_stage(engine_config, precision)
         super().__init__(module, optim, precision=precision, world=world)
         deepspeed = import_deepspeed(world)
-        self._adam = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=optim.lr,
-            betas=tuple(optim.betas),
-            weight_decay=optim.weight_decay,
-            foreach=False,
-        )
+        self._adam = adamw(self._parameters.values(), optim)
         config = deepspeed_config(optim, engine_config, precision, world)
         self.module = _initialize(model=module, optimizer=self._adam, config=config)
         self._gathered = deepspeed.zero.GatheredParameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,13 +53,7 @@ class LocalEngine(AdamWEngine):
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self._parameters.items()
         }
-        self._adam = torch.optim.AdamW(
-            list(self._masters.values()),
-            lr=optim.lr,
-            betas=tuple(optim.betas),
-            weight_decay=optim.weight_decay,
-            foreach=False,
-        )
+        self._adam = adamw(self._masters.values(), optim)
         self._start_ema(ema_device)
 
     def span(self, name: str) -> tuple[int, int] | None:
@@ -127,6 +121,13 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> fl
     if max_norm and math.isfinite(value):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=False)
     return value
+
+
+def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimiser of all engines."""
+    return torch.optim.AdamW(
+        list(parameters), lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=False
+    )
 
 
 def made_state(adam: torch.optim.AdamW, parameter: Tensor) -> dict[str, Any]:

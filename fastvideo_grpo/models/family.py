@@ -18,7 +18,7 @@ from fastvideo_grpo.models.networks import diffusers_denoiser, fastvideo_transfo
 from fastvideo_grpo.prompts.cut import TextReader
 from fastvideo_grpo.sampling import schedules, transitions
 from fastvideo_grpo.sampling.schedules import Schedule
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Family(ABC):
     parameters: dict[str, float]
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
-    tiny: TinyCheckpoint | None = None
+    tiny: TinyOffer | None = None
     source: Source | None = None
     fastvideo_config: str | None = None
     diffusers_names: bool = False

@@ -10,9 +10,10 @@ Everything is float32, whatever the network ran in: a trajectory kept in bf16 ch
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -70,15 +71,32 @@ class Transition(Protocol):
         ...
 
 
-class StochasticTransition:
-    """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
-    noise, 0 data).
+class Gaussian(NamedTuple):
+    """What the next sample is drawn from, ``N(mean, std^2)``: ``mean`` and ``denoised`` float32 ``[B, ...]``, ``std`` float32
+    ``[B]`` on the CPU."""
 
-    ``noise_decay`` 0 leaves it constant (the paper); 1 lets it fall linearly.
+    mean: Tensor
+    std: Tensor
+    denoised: Tensor
+
+    def ending_at(self, next_level: Level) -> Gaussian:
+        """The same, but a sample that steps to sigma 0 gets no noise and its mean is ``denoised``."""
+        last = next_level.sigma == 0
+        mean = torch.where(per_sample(last, self.mean), self.denoised, self.mean)
+        return Gaussian(mean, torch.where(last, 0.0, self.std), self.denoised)
+
+
+class StochasticTransition(ABC):
+    """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
+    noise, 0 data), and what is the same in all of them. One of its own has :meth:`gaussian`.
+
+    ``noise_decay`` 0 leaves the noise constant (the paper); 1 lets it fall linearly.
 
     Raises:
         ValueError: one of them is negative.
     """
+
+    prediction: ClassVar[Prediction]
 
     def __init__(self, noise_level: float, noise_decay: float = 0.0) -> None:
         for name, value in (("noise_level", noise_level), ("noise_decay", noise_decay)):
@@ -92,6 +110,28 @@ class StochasticTransition:
         if self.noise_decay == 0:
             return self.noise_level
         return self.noise_level * (level.timestep / 1000) ** self.noise_decay
+
+    def deterministic(self) -> Self:
+        """The same step without noise."""
+        return type(self)(0.0)
+
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        noise: Tensor | None = None,
+        next_sample: Tensor | None = None,
+    ) -> Step:
+        """See :class:`Transition`."""
+        mean, std, denoised = self.gaussian(output.float(), sample.float(), level, next_level)
+        return draw_or_replay(mean, std, denoised, noise, next_sample)
+
+    @abstractmethod
+    def gaussian(self, output: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
+        """The step's equation; ``output`` and ``sample`` are float32 ``[B, ...]``."""
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -127,39 +167,23 @@ class FlowSDE(StochasticTransition):
 
     With ``D = sigma - sigma_next``, ``u`` the velocity, ``e`` the noise level:
     ``denoised = z - sigma u``, ``score = -(z + alpha u) / sigma``, ``mean = z - D u + e^2/2 D score``,
-    ``std = e sqrt(D)``. The step to sigma 0 adds no noise and returns ``denoised``.
+    ``std = e sqrt(D)``. The step to sigma 0 adds no noise and returns ``denoised``; without noise every step is Euler's.
     """
 
     prediction: ClassVar[Prediction] = "velocity"
 
-    def deterministic(self) -> FlowSDE:
-        """The Euler step of the same flow."""
-        return FlowSDE(0.0)
-
-    def step(
-        self,
-        output: Tensor,
-        sample: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        noise: Tensor | None = None,
-        next_sample: Tensor | None = None,
-    ) -> Step:
-        """See :class:`Transition`; ``output`` is the velocity ``eps - x``."""
-        velocity, sample = output.float(), sample.float()
+    def gaussian(self, velocity: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
+        """See :class:`StochasticTransition`; ``velocity`` is ``eps - x``."""
         sigma = per_sample(level.sigma, sample)
         distance = level.sigma - next_level.sigma
         denoised = sample - sigma * velocity
         mean = sample - per_sample(distance, sample) * velocity
-        last = next_level.sigma == 0
+        if self.noise_level == 0:
+            return Gaussian(mean, torch.zeros_like(distance), denoised)
         noise_level = self.noise_at(level)
-        std = torch.where(last, 0.0, noise_level * distance.sqrt())
-        if self.noise_level > 0:
-            score = -(sample + per_sample(level.alpha, sample) * velocity) / sigma
-            mean = mean + per_sample(0.5 * noise_level**2 * distance, sample) * score
-            mean = torch.where(per_sample(last, sample), denoised, mean)
-        return draw_or_replay(mean, std, denoised, noise, next_sample)
+        score = -(sample + per_sample(level.alpha, sample) * velocity) / sigma
+        mean = mean + per_sample(0.5 * noise_level**2 * distance, sample) * score
+        return Gaussian(mean, noise_level * distance.sqrt(), denoised).ending_at(next_level)
 
 
 class ODE(FlowSDE):
@@ -175,6 +199,11 @@ class ODE(FlowSDE):
         super().__init__(0.0)
 
 
+def _denoised(epsilon: Tensor, sample: Tensor, level: Level) -> Tensor:
+    """``x`` of ``z = alpha x + sigma eps``, equation (1)."""
+    return (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+
+
 class DDIM(StochasticTransition):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
@@ -185,30 +214,16 @@ class DDIM(StochasticTransition):
 
     prediction: ClassVar[Prediction] = "noise"
 
-    def deterministic(self) -> DDIM:
-        """Deterministic DDIM."""
-        return DDIM(0.0)
-
-    def step(
-        self,
-        output: Tensor,
-        sample: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        noise: Tensor | None = None,
-        next_sample: Tensor | None = None,
-    ) -> Step:
-        """See :class:`Transition`; ``output`` is the predicted noise."""
-        epsilon, sample = output.float(), sample.float()
+    def gaussian(self, epsilon: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
+        """See :class:`StochasticTransition`; ``epsilon`` is the predicted noise."""
         # Variances in float64: 1 - alpha^2 / alpha_next^2 cancels towards the end of the path.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
         variance = self.noise_at(level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
         direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
-        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+        denoised = _denoised(epsilon, sample, level)
         mean = per_sample(next_level.alpha, sample) * denoised + per_sample(direction, sample) * epsilon
-        return draw_or_replay(mean, variance.sqrt().float(), denoised, noise, next_sample)
+        return Gaussian(mean, variance.sqrt().float(), denoised)
 
 
 class DiffusionSDE(StochasticTransition):
@@ -226,34 +241,18 @@ class DiffusionSDE(StochasticTransition):
 
     prediction: ClassVar[Prediction] = "noise"
 
-    def deterministic(self) -> DiffusionSDE:
-        """Equation (5)."""
-        return DiffusionSDE(0.0)
-
-    def step(
-        self,
-        output: Tensor,
-        sample: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        noise: Tensor | None = None,
-        next_sample: Tensor | None = None,
-    ) -> Step:
-        """See :class:`Transition`; ``output`` is the predicted noise."""
-        epsilon, sample = output.float(), sample.float()
+    def gaussian(self, epsilon: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
+        """See :class:`StochasticTransition`; ``epsilon`` is the predicted noise."""
         noise_level = self.noise_at(level)
         # In float64: both ratios are large near noise, and their difference is what counts.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         ratio, ratio_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
-        denoised = (sample - per_sample(level.sigma, sample) * epsilon) / per_sample(level.alpha, sample)
+        denoised = _denoised(epsilon, sample, level)
         drift = (1 + noise_level**2) * (ratio - ratio_next) * alpha_next
         scale = (alpha_next / alpha).float()
         mean = per_sample(scale, sample) * sample - per_sample(drift.float(), sample) * epsilon
-        last = next_level.sigma == 0
-        std = torch.where(last, 0.0, (noise_level * alpha_next * (2 * ratio * (ratio - ratio_next)).sqrt()).float())
-        mean = torch.where(per_sample(last, sample), denoised, mean)
-        return draw_or_replay(mean, std, denoised, noise, next_sample)
+        std = noise_level * alpha_next * (2 * ratio * (ratio - ratio_next)).sqrt()
+        return Gaussian(mean, std.float(), denoised).ending_at(next_level)
 
 
 Make = Callable[[float, float], Transition]

@@ -4,94 +4,136 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvideo_grpo.tiny.target_folder import check_writable, replacing
 from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH, write_json
 
 if TYPE_CHECKING:
     from torch import nn
 
+State = dict[str, torch.Tensor]
 
-# Components that are models of transformers', whose files have other names than diffusers'.
-TRANSFORMERS_MODELS = ("text_encoder", "text_encoder_2", "safety_checker")
-
-
-class Component(NamedTuple):
-    """A component with weights: its config.json, its tensors under their published names, in how many files."""
-
-    config: dict[str, Any]
-    state: dict[str, torch.Tensor]
-    shards: int = 1
+PRESETS = {"random": torch.float32, "demo": torch.float16}
+"""Preset -> the dtype of its weights. "random" is for tests, "demo" is what a demo trains."""
 
 
-def prepare(folder: str | Path, model: str, pipeline: str, *, overwrite: bool = False) -> None:
-    """Raise FileExistsError unless a checkpoint of `model` may be written to `folder`.
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """One tiny checkpoint of a model that is published as a diffusers folder.
 
-    It may when nothing is there, and with `overwrite` when there is a checkpoint of the diffusers class `pipeline`.
+    Attributes:
+        model: the published model, for errors.
+        index: model_index.json, with the library and class of each component; a component of which there is no configuration,
+            scheduler or processor gets [None, None].
+        scheduler: scheduler_config.json.
+        configs: component with weights -> its config.json, with the keys that the published file has.
+        processors: component that prepares text or images -> what makes the given folder and writes its files.
+        dtype: of the written weights.
+        published_keys: component -> from diffusers' and transformers' names of today to those of the published file, where they
+            differ.
+        shards: component -> in how many files its weights lie, where there are several.
+        after_drawing: what is done to random weights, by component.
     """
-    folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or pass --overwrite")
-    index = folder / "model_index.json"
-    if not index.is_file() or json.loads(index.read_text()).get("_class_name") != pipeline:
-        raise FileExistsError(
-            f"{folder} holds something else than a {model} checkpoint, so it is not overwritten; "
-            "choose another folder, or empty this one yourself"
-        )
 
+    model: str
+    index: dict[str, Any]
+    scheduler: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+    processors: dict[str, Callable[[Path], Any]]
+    dtype: torch.dtype = torch.float32
+    published_keys: Mapping[str, Callable[[State], State]] = field(default_factory=dict)
+    shards: Mapping[str, int] = field(default_factory=dict)
+    after_drawing: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
 
-def write(
-    folder: str | Path,
-    model_index: dict[str, Any],
-    scheduler: dict[str, Any],
-    *,
-    dtype: torch.dtype,
-    processors: dict[str, Callable[[Path], None]],
-    components: dict[str, Component],
-) -> Path:
-    """Write a complete checkpoint in place of what is there and return its path; it appears when it is complete.
+    def with_config(self, component: str, **values: Any) -> TinyCheckpoint:
+        """The same with other values in the configuration of `component`: what a pretraining has measured."""
+        return replace(self, configs={**self.configs, component: {**self.configs[component], **values}})
 
-    processors: of text and of images; by component, a function that makes the given folder and writes the files. dtype: of
-    the weights.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_json(unfinished / "model_index.json", model_index)
-    (unfinished / "scheduler").mkdir()
-    write_json(unfinished / "scheduler" / "scheduler_config.json", scheduler)
-    for name, write_processor in processors.items():
-        write_processor(unfinished / name)
-    for name, (config, state, shards) in components.items():
-        (unfinished / name).mkdir()
-        stem = "diffusion_pytorch_model"
-        if name in TRANSFORMERS_MODELS:
+    def build(self) -> dict[str, nn.Module]:
+        """The modules with the libraries' own initial weights, float32, in evaluation mode."""
+        return {name: self._build(name, config).eval() for name, config in self.configs.items()}
+
+    def _build(self, component: str, config: dict[str, Any]) -> nn.Module:
+        library, name = self.index[component]
+        if library == "diffusers":
+            return getattr(import_module("diffusers"), name).from_config(config)
+        # A pipeline's own module stands under the pipeline's name.
+        cls: Any = getattr(import_module(library if library == "transformers" else f"diffusers.pipelines.{library}"), name)
+        return cls(cls.config_class(**config))
+
+    def write_random(self, folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> Path:
+        """Write it with random weights and return its path. The same seed writes the same bytes.
+
+        Raises FileExistsError as `prepare` does.
+        """
+        self.prepare(folder, overwrite=overwrite)
+        modules = self.build()
+        for index, name in enumerate(sorted(modules)):
+            randomize(modules[name], 1000 * seed + index)
+            if name in self.after_drawing:
+                self.after_drawing[name](modules[name])
+        return self.write(folder, modules, overwrite=overwrite)
+
+    def prepare(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Raise FileExistsError unless it may be written to `folder`: nothing is there, or with `overwrite` one like it."""
+        check_writable(Path(folder), f"a {self.model} checkpoint", self._is_one, overwrite=overwrite)
+
+    def _is_one(self, folder: Path) -> bool:
+        index = folder / "model_index.json"
+        return index.is_file() and json.loads(index.read_text()).get("_class_name") == self.index["_class_name"]
+
+    def write(self, folder: str | Path, modules: Mapping[str, nn.Module], *, overwrite: bool = False) -> Path:
+        """Write it with the weights of `modules` (as `build` makes them) and return its path; it appears when it is complete.
+
+        Raises FileExistsError as `prepare` does.
+        """
+        folder = Path(folder)
+        self.prepare(folder, overwrite=overwrite)
+        with replacing(folder) as unfinished:
+            unfinished.mkdir(parents=True)
+            write_json(unfinished / "model_index.json", self._index())
+            (unfinished / "scheduler").mkdir()
+            write_json(unfinished / "scheduler" / "scheduler_config.json", self.scheduler)
+            for name, write_processor in self.processors.items():
+                write_processor(unfinished / name)
+            for name, module in modules.items():
+                self._write_component(unfinished / name, module.state_dict())
+        return folder
+
+    def _index(self) -> dict[str, Any]:
+        written = {"scheduler", *self.processors, *self.configs}
+        return {
+            name: [None, None] if isinstance(value, list) and name not in written else value
+            for name, value in self.index.items()
+        }
+
+    def _write_component(self, folder: Path, state: State) -> None:
+        name, config, stem = folder.name, self.configs[folder.name], "diffusion_pytorch_model"
+        if self.index[name][0] != "diffusers":
             stem = "model"
             # transformers 5 loads in this dtype, diffusers in float32 whatever the files hold: they have to agree.
             config = {**config, "torch_dtype": "float32"}
-        write_json(unfinished / name / "config.json", dict(sorted(config.items())))
-        _write_weights(unfinished / name, stem, state, shards, dtype)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    return folder
+        if name in self.published_keys:
+            state = self.published_keys[name](state)
+        folder.mkdir()
+        write_json(folder / "config.json", dict(sorted(config.items())))
+        _write_weights(folder, stem, state, self.shards.get(name, 1), self.dtype)
 
 
-def _write_weights(folder: Path, stem: str, state: dict[str, torch.Tensor], shards: int, dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, stem: str, state: State, shards: int, dtype: torch.dtype) -> None:
     """Safetensors of about equal size, with an index when there is more than one."""
     from safetensors.torch import save_file
 
     state = {key: value.detach().to(dtype).contiguous() for key, value in sorted(state.items())}
     total = sum(value.nbytes for value in state.values())
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
+    parts: list[State] = [{} for _ in range(shards)]
     before = 0
     for key, value in state.items():
         parts[before * shards // total][key] = value
@@ -150,7 +192,7 @@ def clip_config(sizes: dict[str, int], *, tokens: int, transformers_version: str
     }
 
 
-def clip_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def clip_keys(state: State) -> State:
     """Published encoders were saved by transformers 4: their keys start with `text_model.`, which transformers 5
     dropped."""
     return {"text_model." + key.removeprefix("text_model."): value for key, value in state.items()}
@@ -192,6 +234,6 @@ def t5_config(sizes: dict[str, int], *, model: str, tokens: int, transformers_ve
     }
 
 
-def t5_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def t5_keys(state: State) -> State:
     """The embedding stands in a published file once, as `shared.weight`."""
     return {key: value for key, value in state.items() if key != "encoder.embed_tokens.weight"}

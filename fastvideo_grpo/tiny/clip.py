@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from fastvideo_grpo.tiny.random_weights import RandomWeights
+from fastvideo_grpo.tiny.target_folder import check_choice, check_writable, replacing
 from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH, clip_vocabulary, write_clip_tokenizer, write_json
 
 Layout = Literal["open_clip", "transformers"]
@@ -27,41 +28,29 @@ _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27
 
 
 def open_clip_weights(vocabulary: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random float32 weights under open_clip's names, for `vocabulary` tokens; norms, biases and projections are random too,
-    since a mapping that mixes up ones and zeros would not show."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, mean: float = 0.0, std: float = 0.1) -> torch.Tensor:
-        return mean + std * torch.randn(shape, generator=generator)
-
-    weights = {
-        "positional_embedding": draw(CLIP_LENGTH, WIDTH),
-        "text_projection": draw(WIDTH, EMBEDDING),
-        "logit_scale": torch.tensor(LOGIT_SCALE),
-        "visual.class_embedding": draw(WIDTH),
-        "visual.positional_embedding": draw(GRID**2 + 1, WIDTH),
-        "visual.proj": draw(WIDTH, EMBEDDING),
-        "visual.conv1.weight": draw(WIDTH, 3, PATCH, PATCH),
-        "token_embedding.weight": draw(vocabulary, WIDTH, std=1.0),
-    }
+    """Random float32 weights under open_clip's names, for `vocabulary` tokens; see `RandomWeights`."""
+    draw = RandomWeights(seed)
+    draw.add("positional_embedding", CLIP_LENGTH, WIDTH)
+    draw.add("text_projection", WIDTH, EMBEDDING)
+    draw.weights["logit_scale"] = torch.tensor(LOGIT_SCALE)
+    draw.add("visual.class_embedding", WIDTH)
+    draw.add("visual.positional_embedding", GRID**2 + 1, WIDTH)
+    draw.add("visual.proj", WIDTH, EMBEDDING)
+    draw.add("visual.conv1.weight", WIDTH, 3, PATCH, PATCH)
+    draw.add("token_embedding.weight", vocabulary, WIDTH, std=1.0)
     norms = ["ln_final", "visual.ln_pre", "visual.ln_post"]
     for tower in ("", "visual."):
         for layer in range(LAYERS):
             block = f"{tower}transformer.resblocks.{layer}."
             norms += [block + "ln_1", block + "ln_2"]
-            weights[block + "attn.in_proj_weight"] = draw(3 * WIDTH, WIDTH)
-            weights[block + "attn.in_proj_bias"] = draw(3 * WIDTH)
-            for linear, rows, columns in (
-                ("attn.out_proj", WIDTH, WIDTH),
-                ("mlp.c_fc", 4 * WIDTH, WIDTH),
-                ("mlp.c_proj", WIDTH, 4 * WIDTH),
-            ):
-                weights[f"{block}{linear}.weight"] = draw(rows, columns)
-                weights[f"{block}{linear}.bias"] = draw(rows)
+            draw.add(block + "attn.in_proj_weight", 3 * WIDTH, WIDTH)
+            draw.add(block + "attn.in_proj_bias", 3 * WIDTH)
+            draw.linear(block + "attn.out_proj", WIDTH, WIDTH)
+            draw.linear(block + "mlp.c_fc", 4 * WIDTH, WIDTH)
+            draw.linear(block + "mlp.c_proj", WIDTH, 4 * WIDTH)
     for norm in norms:
-        weights[norm + ".weight"] = draw(WIDTH, mean=1.0)
-        weights[norm + ".bias"] = draw(WIDTH)
-    return weights
+        draw.norm(norm, WIDTH)
+    return draw.weights
 
 
 def open_clip_config(vocabulary: int, *, quick_gelu: bool = True) -> dict[str, Any]:
@@ -100,25 +89,20 @@ def write_clip(
     holds something else than a CLIP.
     """
     folder = Path(folder)
-    if layout not in LAYOUTS:
-        raise ValueError(f"tiny CLIP has no layout '{layout}'; allowed: {', '.join(LAYOUTS)}")
-    _may_write(folder, overwrite)
+    check_choice("CLIP", "layout", layout, LAYOUTS)
+    check_writable(folder, "a CLIP", _is_clip, overwrite=overwrite)
     vocabulary = len(clip_vocabulary()[0])
     weights = open_clip_weights(vocabulary, seed=seed)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_clip_tokenizer(unfinished)
-    if layout == "open_clip":
-        write_json(unfinished / "open_clip_config.json", open_clip_config(vocabulary, quick_gelu=quick_gelu))
-        torch.save(weights, unfinished / "open_clip_pytorch_model.bin")
-    else:
-        from fastvideo_grpo.rewards.models.open_clip_weights import clip_model
+    with replacing(folder) as unfinished:
+        write_clip_tokenizer(unfinished)
+        if layout == "open_clip":
+            write_json(unfinished / "open_clip_config.json", open_clip_config(vocabulary, quick_gelu=quick_gelu))
+            torch.save(weights, unfinished / "open_clip_pytorch_model.bin")
+        else:
+            from fastvideo_grpo.rewards.models.open_clip_weights import clip_model
 
-        clip_model(weights, quick_gelu=quick_gelu).save_pretrained(unfinished)
-        write_json(unfinished / "preprocessor_config.json", image_processor_config(IMAGE_SIZE))
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+            clip_model(weights, quick_gelu=quick_gelu).save_pretrained(unfinished)
+            write_json(unfinished / "preprocessor_config.json", image_processor_config(IMAGE_SIZE))
     return folder
 
 
@@ -152,15 +136,7 @@ def write_hps(path: str | Path, tokenizer: str | Path, *, seed: int = 0) -> Path
     return Path(path)
 
 
-def _may_write(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or pass --overwrite")
+def _is_clip(folder: Path) -> bool:
     config = folder / "config.json"
     transformers = config.is_file() and json.loads(config.read_text()).get("model_type") == "clip"
-    if not transformers and not (folder / "open_clip_config.json").is_file():
-        raise FileExistsError(
-            f"{folder} holds something else than a CLIP, so it is not overwritten; choose another folder, or empty this one "
-            "yourself"
-        )
+    return transformers or (folder / "open_clip_config.json").is_file()

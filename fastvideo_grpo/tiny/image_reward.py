@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fastvideo_grpo.tiny.random_weights import RandomWeights
 from fastvideo_grpo.tiny.tokenizer_files import WORDS, write_json
 
 VISION_WIDTH = 128  # two heads of 64, so that mixed up heads show
@@ -21,28 +22,9 @@ _HEAD = {0: 32, 2: 16, 4: 8, 6: 4, 7: 1}
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class _Draw:
-    """Random tensors: norms near one, all else small."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.weights: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, *shape: int, mean: float = 0.0, std: float = 0.1) -> None:
-        self.weights[name] = mean + std * torch.randn(shape, generator=self.generator)
-
-    def linear(self, name: str, rows: int, columns: int) -> None:
-        self.add(f"{name}.weight", rows, columns)
-        self.add(f"{name}.bias", rows)
-
-    def norm(self, name: str, width: int) -> None:
-        self.add(f"{name}.weight", width, mean=1.0)
-        self.add(f"{name}.bias", width)
-
-
 def head_weights(inputs: int, *, seed: int = 0, prefix: str = "") -> dict[str, torch.Tensor]:
     """Random weights of the head under its published names, as in sac+logos+ava1-l14-linearMSE.pth."""
-    draw = _Draw(seed)
+    draw = RandomWeights(seed)
     for layer, outputs in _HEAD.items():
         draw.linear(f"{prefix}layers.{layer}", outputs, inputs)
         inputs = outputs
@@ -51,7 +33,7 @@ def head_weights(inputs: int, *, seed: int = 0, prefix: str = "") -> dict[str, t
 
 def image_reward_weights(vocabulary: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random float32 weights under the names of ImageReward.pt, those that no score uses included."""
-    draw = _Draw(seed)
+    draw = RandomWeights(seed)
     image, text = "blip.visual_encoder.", "blip.text_encoder."
     draw.add(image + "cls_token", 1, 1, VISION_WIDTH)
     draw.add(image + "pos_embed", 1, GRID**2 + 1, VISION_WIDTH)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastvideo_grpo.tiny.fitting import Teller, fit
+from fastvideo_grpo.tiny.prompt_ids import padded_ids
 from fastvideo_grpo.tiny.shapes import dataset
 from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH, write_clip_tokenizer
 
@@ -46,11 +45,4 @@ def encode(vae: Any, x: torch.Tensor) -> torch.Tensor:
 
 def clip_ids(prompts: Sequence[str]) -> torch.Tensor:
     """Token ids for CLIP, int64 [prompts, 77], padded as pipelines do."""
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_clip_tokenizer(Path(folder, "clip"))
-        clip = AutoTokenizer.from_pretrained(Path(folder, "clip"))
-    return clip(
-        list(prompts), max_length=CLIP_LENGTH, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    return padded_ids(write_clip_tokenizer, prompts, CLIP_LENGTH)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 from fastvideo_grpo.rewards.models.videoalign_template import TOKENS
 from fastvideo_grpo.rewards.models.videoalign_weights import ADAPTER, CONFIG, FULL, REST
 from fastvideo_grpo.tiny.checkpoint_files import randomize
+from fastvideo_grpo.tiny.target_folder import check_choice, check_writable, replacing
 from fastvideo_grpo.tiny.tokenizer_files import qwen2_vocabulary, write_json, write_qwen2_tokenizer
 
 Layout = Literal["full", "lora"]
@@ -218,54 +218,42 @@ def write_videoalign(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    if layout not in LAYOUTS:
-        raise ValueError(f"tiny VideoAlign has no layout '{layout}'; allowed: {', '.join(LAYOUTS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or pass --overwrite")
-        if not (folder / CHECKPOINT / CONFIG).is_file():
-            raise FileExistsError(
-                f"{folder} holds something else than a tiny VideoAlign, so it is not overwritten; "
-                "choose another folder, or empty this one yourself"
-            )
+    check_choice("VideoAlign", "layout", layout, LAYOUTS)
+    check_writable(folder, "a tiny VideoAlign", lambda there: (there / CHECKPOINT / CONFIG).is_file(), overwrite=overwrite)
     model, base = build(seed, output_dim=output_dim)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    qwen = unfinished / BASE
-    write_qwen2_tokenizer(qwen, CHAT)
-    write_json(qwen / "config.json", base_config())
-    write_json(qwen / "preprocessor_config.json", PREPROCESSOR)
-    save_file({name: value.contiguous() for name, value in base.items()}, qwen / "model.safetensors", {"format": "pt"})
+    with replacing(folder) as unfinished:
+        qwen = unfinished / BASE
+        write_qwen2_tokenizer(qwen, CHAT)
+        write_json(qwen / "config.json", base_config())
+        write_json(qwen / "preprocessor_config.json", PREPROCESSOR)
+        save_file({name: value.contiguous() for name, value in base.items()}, qwen / "model.safetensors", {"format": "pt"})
 
-    step = unfinished / CHECKPOINT / f"checkpoint-{STEP}"
-    step.mkdir(parents=True)
-    write_json(unfinished / CHECKPOINT / CONFIG, model_config(output_dim))
-    state = {old_name(name): value.detach().contiguous() for name, value in model.state_dict().items()}
-    if layout == "full":
-        torch.save(state, step / FULL)
-    else:
-        lora = {name: value for name, value in state.items() if "lora_" in name}
-        # The vocabulary layer is the embeddings once more, and parameters are saved once.
-        rest = {name: value for name, value in state.items() if name not in lora and not name.endswith("lm_head.weight")}
-        torch.save(rest, step / REST)
-        save_file({name.replace(".default.", "."): value for name, value in lora.items()}, step / ADAPTER, {"format": "pt"})
-        own = model.peft_config["default"]
-        write_json(step / "adapter_config.json", {
-            "base_model_name_or_path": BASE,
-            "bias": own.bias,
-            "fan_in_fan_out": own.fan_in_fan_out,
-            "lora_alpha": own.lora_alpha,
-            "lora_dropout": own.lora_dropout,
-            "modules_to_save": None,
-            "peft_type": "LORA",
-            "r": own.r,
-            "target_modules": sorted(old_name(name) for name in own.target_modules),
-            "task_type": "CAUSAL_LM",
-            "use_dora": False,
-            "use_rslora": False,
-        })  # fmt: skip
-    (unfinished / TEMPLATE).write_text(TEMPLATE_TEXT, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+        step = unfinished / CHECKPOINT / f"checkpoint-{STEP}"
+        step.mkdir(parents=True)
+        write_json(unfinished / CHECKPOINT / CONFIG, model_config(output_dim))
+        state = {old_name(name): value.detach().contiguous() for name, value in model.state_dict().items()}
+        if layout == "full":
+            torch.save(state, step / FULL)
+        else:
+            lora = {name: value for name, value in state.items() if "lora_" in name}
+            # The vocabulary layer is the embeddings once more, and parameters are saved once.
+            rest = {name: value for name, value in state.items() if name not in lora and not name.endswith("lm_head.weight")}
+            torch.save(rest, step / REST)
+            save_file({name.replace(".default.", "."): value for name, value in lora.items()}, step / ADAPTER, {"format": "pt"})
+            own = model.peft_config["default"]
+            write_json(step / "adapter_config.json", {
+                "base_model_name_or_path": BASE,
+                "bias": own.bias,
+                "fan_in_fan_out": own.fan_in_fan_out,
+                "lora_alpha": own.lora_alpha,
+                "lora_dropout": own.lora_dropout,
+                "modules_to_save": None,
+                "peft_type": "LORA",
+                "r": own.r,
+                "target_modules": sorted(old_name(name) for name in own.target_modules),
+                "task_type": "CAUSAL_LM",
+                "use_dora": False,
+                "use_rslora": False,
+            })  # fmt: skip
+        (unfinished / TEMPLATE).write_text(TEMPLATE_TEXT, encoding="utf-8")
     return folder

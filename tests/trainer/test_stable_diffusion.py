@@ -167,7 +167,7 @@ def test_fastvideo_is_not_imported(tiny_stable_diffusion, tmp_path):
         tmp_path, tiny_stable_diffusion, **SD, run__iterations=1, rewards__models__pixels__kind="jpeg_size"
     )
     code = (
-        "import sys; from fastvideo_grpo import config; from fastvideo_grpo.commands.train import train; "
-        f"train(config.build({{}}, {settings!r})); assert 'fastvideo' not in sys.modules"
+        "import sys; from fastvideo_grpo.models.run_config import build; from fastvideo_grpo.commands.train import train; "
+        f"train(build({{}}, {settings!r})); assert 'fastvideo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

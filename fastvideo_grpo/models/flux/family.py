@@ -12,7 +12,7 @@ from fastvideo_grpo.models.family import Activations
 from fastvideo_grpo.models.image import ImageFamily
 from fastvideo_grpo.models.text_readers import MOST_T5_TOKENS, pooled_clip, text_length_key
 from fastvideo_grpo.prompts.cut import TextReader
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 from .kohya import kohya_layer
 
@@ -79,7 +79,7 @@ FAMILY = Flux(
     name="FLUX.1-dev",
     pipeline="FluxPipeline",
     trainer=f"{__package__}.trainer:FluxGRPOTrainer",
-    tiny=TinyCheckpoint(
+    tiny=TinyOffer(
         f"{__package__}.tiny:write_flux",
         "tiny-flux",
         pretraining=f"{__package__}.pretrain:pretrain_flux",

@@ -6,7 +6,6 @@ x_t = (1 - t) x + t noise the transformer learns the velocity noise - x. The tex
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 from fastvideo_grpo.tiny.fitting import Teller, fit, teller
 from fastvideo_grpo.tiny.pretrain_pictures import clip_ids, draw_pictures, encode, train_autoencoder
+from fastvideo_grpo.tiny.prompt_ids import padded_ids
 from fastvideo_grpo.tiny.shapes import PROMPTS
 from fastvideo_grpo.tiny.tokenizer_files import write_t5_tokenizer
 
@@ -37,20 +37,20 @@ def pretrain_flux(folder: str | Path, *, seed: int = 0, caption_noise: float = 0
 
     Raises FileExistsError as `flux.write_flux` does, before any work, and ValueError for a caption_noise out of range.
     """
-    flux.prepare(folder, overwrite=overwrite)
+    checkpoint = flux.checkpoint("demo")
+    checkpoint.prepare(folder, overwrite=overwrite)
     x, caption = draw_pictures(pictures, caption_noise=caption_noise, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        modules: dict[str, Any] = flux.build("demo")
+        modules: dict[str, Any] = checkpoint.build()
         tell = teller(progress)
         train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
         latents = encode(modules["vae"], x)
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         _train_transformer(modules, pack((latents - shift) * scale), caption, transformer_steps, tell)
         # The preset's config.json says what a published one says: here the factors are measured.
-        vae_config = {"scaling_factor": round(scale, 4), "shift_factor": round(shift, 4)}
-        return flux.write(folder, modules, preset="demo", dtype=torch.float16, vae_config=vae_config,
-                          overwrite=overwrite)
+        measured = checkpoint.with_config("vae", scaling_factor=round(scale, 4), shift_factor=round(shift, 4))
+        return measured.write(folder, modules, overwrite=overwrite)
 
 
 def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.Tensor, steps: int,
@@ -83,12 +83,7 @@ def _train_transformer(modules: dict[str, Any], x: torch.Tensor, caption: torch.
 
 def t5_ids(prompts: Sequence[str]) -> torch.Tensor:
     """Token ids for T5, int64 [prompts, 16], padded as FLUX pipelines do."""
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_t5_tokenizer(Path(folder, "t5"))
-        t5 = AutoTokenizer.from_pretrained(Path(folder, "t5"))
-    return t5(list(prompts), max_length=TEXT_LENGTH, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return padded_ids(write_t5_tokenizer, prompts, TEXT_LENGTH)
 
 
 def position_ids(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize, t5_config, t5_keys
+from fastvideo_grpo.tiny.checkpoint_files import PRESETS, TinyCheckpoint, clip_config, clip_keys, t5_config, t5_keys
 from fastvideo_grpo.tiny.shapes import SIZE
+from fastvideo_grpo.tiny.target_folder import check_choice
 from fastvideo_grpo.tiny.tokenizer_files import (
     clip_vocabulary,
     t5_pieces,
@@ -17,9 +15,6 @@ from fastvideo_grpo.tiny.tokenizer_files import (
     write_clip_tokenizer,
     write_t5_tokenizer,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "FluxPipeline",
@@ -59,7 +54,6 @@ _SIZES: dict[str, dict[str, Any]] = {
         "t5": {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_heads": 2, "num_layers": 1},
     },
 }
-PRESETS = tuple(_SIZES)
 
 
 def configs(preset: str) -> dict[str, dict[str, Any]]:
@@ -67,8 +61,7 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for an unknown preset.
     """
-    if preset not in _SIZES:
-        raise ValueError(f"tiny FLUX has no preset '{preset}'; allowed: {', '.join(PRESETS)}")
+    check_choice("FLUX", "preset", preset, tuple(_SIZES))
     sizes = _SIZES[preset]
     levels = len(sizes["vae_channels"])
     return {
@@ -115,58 +108,23 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def build(preset: str) -> dict[str, nn.Module]:
-    """The four modules of a preset with the libraries' own initial weights, float32, in evaluation mode."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    config = configs(preset)
-    modules = {
-        "transformer": FluxTransformer2DModel.from_config(config["transformer"]),
-        "vae": AutoencoderKL.from_config(config["vae"]),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
-        "text_encoder_2": T5EncoderModel(T5Config(**config["text_encoder_2"])),
-    }
-    return {name: module.eval() for name, module in modules.items()}
+def checkpoint(preset: str = "random") -> TinyCheckpoint:
+    """The checkpoint of a preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (as the demo's
+    checkpoint, float16; 32x32 pixels). Raises ValueError for an unknown preset.
+    """
+    return TinyCheckpoint(
+        model="FLUX",
+        index=MODEL_INDEX,
+        scheduler=SCHEDULER,
+        configs=configs(preset),
+        processors={"tokenizer": write_clip_tokenizer, "tokenizer_2": write_t5_tokenizer},
+        dtype=PRESETS[preset],
+        published_keys={"text_encoder": clip_keys, "text_encoder_2": t5_keys},
+        shards={"transformer": 3, "text_encoder_2": 2},
+    )
 
 
 def write_flux(folder: str | Path, *, seed: int = 0, preset: str = "random", overwrite: bool = False) -> Path:
-    """Write a complete FLUX folder with random weights and return its path.
-
-    preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (the shape of the demo's checkpoint,
-    float16; 32x32 pixels). The same seed writes the same bytes.
-
-    Raises ValueError for an unknown preset, FileExistsError when the folder holds something and `overwrite` is False,
-    or holds something else than a FLUX checkpoint.
-    """
-    prepare(folder, overwrite=overwrite)
-    modules = build(preset)
-    for index, name in enumerate(sorted(modules)):
-        randomize(modules[name], 1000 * seed + index)
-    return write(folder, modules, preset=preset, dtype=torch.float32 if preset == "random" else torch.float16,
-                 overwrite=overwrite)
-
-
-def prepare(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raise FileExistsError unless a checkpoint may be written to `folder`; see `write_flux`."""
-    checkpoint_files.prepare(folder, "FLUX", MODEL_INDEX["_class_name"], overwrite=overwrite)
-
-
-def write(folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dtype: torch.dtype,
-          vae_config: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
-    """Write `modules` (as `build` makes them) in `dtype` as a complete checkpoint and return its path.
-
-    vae_config: values to put in place of the preset's, for the measured scaling and shift factors. The folder appears
-    when it is complete. Raises what `write_flux` raises.
-    """
-    prepare(folder, overwrite=overwrite)
-    config = configs(preset)
-    config["vae"].update(vae_config or {})
-    states = {name: module.state_dict() for name, module in modules.items()}
-    states["text_encoder"] = clip_keys(states["text_encoder"])
-    states["text_encoder_2"] = t5_keys(states["text_encoder_2"])
-    shards = {"transformer": 3, "text_encoder_2": 2}
-    return checkpoint_files.write(
-        folder, MODEL_INDEX, SCHEDULER, dtype=dtype,
-        processors={"tokenizer": write_clip_tokenizer, "tokenizer_2": write_t5_tokenizer},
-        components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()})
+    """Write a complete FLUX folder with random weights and return its path; see `checkpoint` and
+    `TinyCheckpoint.write_random`."""
+    return checkpoint(preset).write_random(folder, seed=seed, overwrite=overwrite)

@@ -12,7 +12,7 @@ from fastvideo_grpo.models.family import Activations
 from fastvideo_grpo.models.text_readers import pooled_clip
 from fastvideo_grpo.models.video import VideoFamily
 from fastvideo_grpo.prompts.cut import TextReader
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -103,7 +103,7 @@ FAMILY = HunyuanVideo(
     name="HunyuanVideo",
     pipeline="HunyuanVideoPipeline",
     trainer=f"{__package__}.trainer:HunyuanVideoGRPOTrainer",
-    tiny=TinyCheckpoint(
+    tiny=TinyOffer(
         f"{__package__}.tiny:write_hunyuan_video",
         "tiny-hunyuan",
         pretraining=f"{__package__}.pretrain:pretrain_hunyuan_video",

@@ -7,7 +7,6 @@ keep five words apart well enough, and reading the 95 tokens of the template at 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastvideo_grpo.tiny.checkpoint_files import randomize
 from fastvideo_grpo.tiny.fitting import Teller, fit, teller
 from fastvideo_grpo.tiny.latents import shift_latents
 from fastvideo_grpo.tiny.moving_shapes import PROMPTS, dataset
+from fastvideo_grpo.tiny.prompt_ids import read_back
 from fastvideo_grpo.tiny.shapes import SIZE
 
 from . import tiny as hunyuan_video
@@ -49,20 +49,21 @@ def pretrain_hunyuan_video(
     Raises FileExistsError as `hunyuan_video.write_hunyuan_video` does, before any work, and ValueError for a caption_noise
     out of range.
     """
-    hunyuan_video.prepare(folder, overwrite=overwrite)
+    checkpoint = hunyuan_video.checkpoint("demo")
+    checkpoint.prepare(folder, overwrite=overwrite)
     pixels, captions = dataset(clips, caption_noise=caption_noise, seed=seed)
     x, caption = torch.from_numpy(pixels), torch.from_numpy(captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tell = teller(progress)
-        modules: dict[str, Any] = hunyuan_video.build("demo")
+        modules: dict[str, Any] = checkpoint.build()
         for number, name in enumerate(("text_encoder", "text_encoder_2")):
             randomize(modules[name], 1000 * seed + number)
         with torch.random.fork_rng(devices=[]):  # what the transformer draws is not to depend on the autoencoder's steps
             _train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
         latents = _normalize_latents(modules["vae"], x)
         _train_transformer(modules["transformer"], latents, caption, *embeddings(modules), transformer_steps, tell)
-        return hunyuan_video.write(folder, modules, preset="demo", dtype=torch.float16, overwrite=overwrite)
+        return checkpoint.write(folder, modules, overwrite=overwrite)
 
 
 def _to_input(x: torch.Tensor) -> torch.Tensor:
@@ -169,13 +170,9 @@ def _train_transformer(
 def embeddings(modules: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """`PROMPTS` as HunyuanVideo pipelines encode them, float32: Llama's hidden states behind the template [32, 6, width],
     from before its last two layers, and CLIP's pooled ones [32, width]. All prompts have six tokens; there is no padding."""
-    from transformers import AutoTokenizer
-
     prefix = hunyuan_video.prompt_template().split("{}")[0]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, write in hunyuan_video.tokenizers().items():
-            write(Path(folder, name))
-        llama, clip = (AutoTokenizer.from_pretrained(Path(folder, name)) for name in ("tokenizer", "tokenizer_2"))
+    processors = hunyuan_video.checkpoint("demo").processors
+    llama, clip = (read_back(processors[name]) for name in ("tokenizer", "tokenizer_2"))
     ids = llama([hunyuan_video.prompt_template().format(prompt) for prompt in PROMPTS], return_tensors="pt").input_ids
     hidden = modules["text_encoder"](ids, output_hidden_states=True).hidden_states[-3]
     pooled = modules["text_encoder_2"](clip(list(PROMPTS), return_tensors="pt").input_ids).pooler_output

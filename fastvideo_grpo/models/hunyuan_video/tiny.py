@@ -4,15 +4,12 @@ key names."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize
+from fastvideo_grpo.tiny.checkpoint_files import PRESETS, TinyCheckpoint, clip_config, clip_keys
+from fastvideo_grpo.tiny.target_folder import check_choice
 from fastvideo_grpo.tiny.tokenizer_files import (
     LLAMA_LENGTH,
     VIDEO_WORDS,
@@ -21,9 +18,6 @@ from fastvideo_grpo.tiny.tokenizer_files import (
     write_clip_tokenizer,
     write_llama_tokenizer,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "HunyuanVideoPipeline",
@@ -90,7 +84,6 @@ _SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }
-PRESETS = tuple(_SIZES)
 
 
 @cache
@@ -106,8 +99,7 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for an unknown preset.
     """
-    if preset not in _SIZES:
-        raise ValueError(f"tiny HunyuanVideo has no preset '{preset}'; allowed: {', '.join(PRESETS)}")
+    check_choice("HunyuanVideo", "preset", preset, tuple(_SIZES))
     sizes = _SIZES[preset]
     levels = len(sizes["vae_channels"])
     llama_tokens = llama_vocabulary(VIDEO_WORDS, prompt_template())
@@ -180,84 +172,27 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def build(preset: str) -> dict[str, nn.Module]:
-    """The four modules of a preset; see `build_from`."""
-    return build_from(configs(preset))
-
-
-def build_from(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
-    """The four modules of `configs` with the libraries' own initial weights, float32, in evaluation mode."""
-    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
-
-    modules = {
-        "transformer": HunyuanVideoTransformer3DModel.from_config(config["transformer"]),
-        "vae": AutoencoderKLHunyuanVideo.from_config(config["vae"]),
-        "text_encoder": LlamaModel(LlamaConfig(**config["text_encoder"])),
-        "text_encoder_2": CLIPTextModel(CLIPTextConfig(**config["text_encoder_2"])),
-    }
-    return {name: module.eval() for name, module in modules.items()}
+def checkpoint(preset: str = "random") -> TinyCheckpoint:
+    """The checkpoint of a preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (as the demo's
+    checkpoint, float16; 9 frames of 32x32 pixels). Frames are 4 k + 1 as for HunyuanVideo. Raises ValueError for an unknown
+    preset.
+    """
+    return TinyCheckpoint(
+        model="HunyuanVideo",
+        index=MODEL_INDEX,
+        scheduler=SCHEDULER,
+        configs=configs(preset),
+        processors={
+            "tokenizer": partial(write_llama_tokenizer, words=VIDEO_WORDS, text=prompt_template()),
+            "tokenizer_2": partial(write_clip_tokenizer, words=VIDEO_WORDS),
+        },
+        dtype=PRESETS[preset],
+        published_keys={"text_encoder_2": clip_keys},
+        shards={"transformer": 3, "text_encoder": 2},
+    )
 
 
 def write_hunyuan_video(folder: str | Path, *, seed: int = 0, preset: str = "random", overwrite: bool = False) -> Path:
-    """Write a complete HunyuanVideo folder with random weights and return its path.
-
-    preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (the shape of the demo's checkpoint,
-    float16; 9 frames of 32x32 pixels). Frames are 4 k + 1 as for HunyuanVideo. The same seed writes the same bytes.
-
-    Raises ValueError for an unknown preset, FileExistsError when the folder holds something and `overwrite` is False,
-    or holds something else than a HunyuanVideo checkpoint.
-    """
-    prepare(folder, overwrite=overwrite)
-    modules = build(preset)
-    for index, name in enumerate(sorted(modules)):
-        randomize(modules[name], 1000 * seed + index)
-    return write(
-        folder, modules, preset=preset, dtype=torch.float32 if preset == "random" else torch.float16, overwrite=overwrite
-    )
-
-
-def prepare(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raise FileExistsError unless a checkpoint may be written to `folder`; see `write_hunyuan_video`."""
-    checkpoint_files.prepare(folder, "HunyuanVideo", MODEL_INDEX["_class_name"], overwrite=overwrite)
-
-
-def write(
-    folder: str | Path, modules: dict[str, nn.Module], *, preset: str, dtype: torch.dtype, overwrite: bool = False
-) -> Path:
-    """Write `modules` (as `build` makes them) in `dtype` as a complete checkpoint and return its path.
-
-    The folder appears when it is complete. Raises what `write_hunyuan_video` raises.
-    """
-    prepare(folder, overwrite=overwrite)
-    return write_modules(folder, MODEL_INDEX, configs(preset), modules, dtype=dtype)
-
-
-def write_modules(
-    folder: str | Path,
-    model_index: dict[str, Any],
-    config: dict[str, dict[str, Any]],
-    modules: dict[str, nn.Module],
-    *,
-    dtype: torch.dtype,
-) -> Path:
-    """Write `modules` (as `build_from` makes them of `config`) as a complete checkpoint, in place of what is there."""
-    states = {name: module.state_dict() for name, module in modules.items()}
-    states["text_encoder_2"] = clip_keys(states["text_encoder_2"])
-    shards = {"transformer": 3, "text_encoder": 2}
-    return checkpoint_files.write(
-        folder,
-        model_index,
-        SCHEDULER,
-        dtype=dtype,
-        processors=tokenizers(),
-        components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()},
-    )
-
-
-def tokenizers() -> dict[str, Callable[[Path], None]]:
-    """The two functions that write a tokenizer into a folder, by component."""
-    return {
-        "tokenizer": partial(write_llama_tokenizer, words=VIDEO_WORDS, text=prompt_template()),
-        "tokenizer_2": partial(write_clip_tokenizer, words=VIDEO_WORDS),
-    }
+    """Write a complete HunyuanVideo folder with random weights and return its path; see `checkpoint` and
+    `TinyCheckpoint.write_random`."""
+    return checkpoint(preset).write_random(folder, seed=seed, overwrite=overwrite)

@@ -11,7 +11,7 @@ from fastvideo_grpo.model_files.downloads import Download, Source
 from fastvideo_grpo.models.facts import ModelFacts, read_config
 from fastvideo_grpo.models.hunyuan_video import family as hunyuan_video
 from fastvideo_grpo.models.hunyuan_video.family import SHARED, HunyuanVideo
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     **hunyuan_video.PUBLISHED,
@@ -65,7 +65,7 @@ FAMILY = SkyReelsI2V(
     name="SkyReels-V1-I2V",
     pipeline="HunyuanSkyreelsImageToVideoPipeline",
     trainer=f"{__package__}.trainer:SkyReelsI2VGRPOTrainer",
-    tiny=TinyCheckpoint(f"{__package__}.tiny:write_skyreels_i2v", "tiny-skyreels-i2v"),
+    tiny=TinyOffer(f"{__package__}.tiny:write_skyreels_i2v", "tiny-skyreels-i2v"),
     fastvideo_config=f"{__package__}.fastvideo_config:SkyReelsI2VConfig",
     configs=PUBLISHED,
     source=SOURCE,

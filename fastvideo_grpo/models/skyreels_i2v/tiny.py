@@ -3,14 +3,12 @@ which reads twice as many channels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastvideo_grpo.models.hunyuan_video import tiny as hunyuan_video
-from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import randomize
+from fastvideo_grpo.tiny.checkpoint_files import TinyCheckpoint
 
 MODEL_INDEX: dict[str, Any] = {**hunyuan_video.MODEL_INDEX, "_class_name": "HunyuanSkyreelsImageToVideoPipeline"}
 
@@ -22,17 +20,12 @@ def configs() -> dict[str, dict[str, Any]]:
     return {**config, "transformer": {**transformer, "in_channels": 2 * transformer["in_channels"]}}
 
 
+def checkpoint() -> TinyCheckpoint:
+    """Float32; sizes divisible by 16 pixels, frames 4 k + 1."""
+    return replace(hunyuan_video.checkpoint("random"), model="SkyReels-V1-I2V", index=MODEL_INDEX, configs=configs())
+
+
 def write_skyreels_i2v(folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> Path:
-    """Write a complete SkyReels-V1-I2V folder with random weights, float32, and return its path.
-
-    Sizes are divisible by 16 pixels, frames 4 k + 1. The same seed writes the same bytes.
-
-    Raises FileExistsError when the folder holds something and `overwrite` is False, or holds something else than a
-    SkyReels-V1-I2V checkpoint.
-    """
-    checkpoint_files.prepare(folder, "SkyReels-V1-I2V", MODEL_INDEX["_class_name"], overwrite=overwrite)
-    config = configs()
-    modules = hunyuan_video.build_from(config)
-    for index, name in enumerate(sorted(modules)):
-        randomize(modules[name], 1000 * seed + index)
-    return hunyuan_video.write_modules(folder, MODEL_INDEX, config, modules, dtype=torch.float32)
+    """Write a complete SkyReels-V1-I2V folder with random weights and return its path; see `checkpoint` and
+    `TinyCheckpoint.write_random`."""
+    return checkpoint().write_random(folder, seed=seed, overwrite=overwrite)

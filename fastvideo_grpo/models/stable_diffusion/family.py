@@ -14,7 +14,7 @@ from fastvideo_grpo.models.text_readers import text_length_key
 from fastvideo_grpo.prompts.cut import TextReader
 from fastvideo_grpo.sampling import schedules
 from fastvideo_grpo.sampling.schedules import Schedule
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": {
@@ -125,7 +125,7 @@ FAMILY = StableDiffusion(
     name="Stable Diffusion v1.4",
     pipeline="StableDiffusionPipeline",
     trainer=f"{__package__}.trainer:StableDiffusionGRPOTrainer",
-    tiny=TinyCheckpoint(
+    tiny=TinyOffer(
         f"{__package__}.tiny:write_stable_diffusion",
         "tiny-sd",
         pretraining=f"{__package__}.pretrain:pretrain_stable_diffusion",

@@ -48,11 +48,12 @@ def pretrain_stable_diffusion(
     Raises ValueError and FileExistsError as `stable_diffusion.write_stable_diffusion` does, before any work, and ValueError
     for a caption_noise out of range.
     """
-    stable_diffusion.prepare(folder, prediction_type=prediction_type, overwrite=overwrite)
+    checkpoint = stable_diffusion.checkpoint("demo", prediction_type)
+    checkpoint.prepare(folder, overwrite=overwrite)
     x, caption = draw_pictures(pictures, caption_noise=caption_noise, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        modules: dict[str, Any] = stable_diffusion.build("demo")
+        modules: dict[str, Any] = checkpoint.build()
         tell = teller(progress)
         with torch.random.fork_rng(devices=[]):  # what the UNet draws is not to depend on the autoencoder's steps
             train_autoencoder(modules["vae"], x, autoencoder_steps, tell)
@@ -63,15 +64,8 @@ def pretrain_stable_diffusion(
         latents = latents - mean.view(1, -1, 1, 1)
         scale = 1 / latents.std().item()
         _train_unet(modules, latents * scale, caption, unet_steps, prediction_type, tell)
-        return stable_diffusion.write(
-            folder,
-            modules,
-            preset="demo",
-            dtype=torch.float16,
-            prediction_type=prediction_type,
-            vae_config={"scaling_factor": round(scale, 4)},
-            overwrite=overwrite,
-        )
+        measured = checkpoint.with_config("vae", scaling_factor=round(scale, 4))
+        return measured.write(folder, modules, overwrite=overwrite)
 
 
 def _train_unet(

@@ -6,20 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import Component, clip_config, clip_keys, randomize
+from fastvideo_grpo.tiny.checkpoint_files import PRESETS, State, TinyCheckpoint, clip_config, clip_keys
 from fastvideo_grpo.tiny.clip import write_image_processor
 from fastvideo_grpo.tiny.shapes import SIZE
+from fastvideo_grpo.tiny.target_folder import check_choice
 from fastvideo_grpo.tiny.tokenizer_files import clip_vocabulary, write_clip_tokenizer
 
 from .family import PUBLISHED
-
-if TYPE_CHECKING:
-    from torch import nn
 
 PredictionType = Literal["epsilon", "v_prediction"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
@@ -62,7 +59,6 @@ _SIZES: dict[str, dict[str, Any]] = {
         "vision": None,
     },
 }  # fmt: skip
-PRESETS = tuple(_SIZES)
 
 LATENT_CHANNELS = 4
 
@@ -72,8 +68,7 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for an unknown preset.
     """
-    if preset not in _SIZES:
-        raise ValueError(f"tiny Stable Diffusion has no preset '{preset}'; allowed: {', '.join(PRESETS)}")
+    check_choice("Stable Diffusion", "preset", preset, tuple(_SIZES))
     sizes = _SIZES[preset]
     vae_levels, unet_levels = len(sizes["vae_channels"]), len(sizes["unet_channels"])
     config: dict[str, dict[str, Any]] = {
@@ -130,21 +125,33 @@ def configs(preset: str) -> dict[str, dict[str, Any]]:
     return config
 
 
-def build(preset: str) -> dict[str, nn.Module]:
-    """The modules of a preset with the libraries' own initial weights, float32, in evaluation mode."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+def checkpoint(preset: str = "random", prediction_type: PredictionType = "epsilon") -> TinyCheckpoint:
+    """The checkpoint of a preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (as the demo's
+    checkpoint, float16; 32x32 pixels).
 
+    prediction_type: what the scheduler's configuration says that the network predicts; "epsilon" as in Stable Diffusion 1,
+    "v_prediction" as in 2. The weights are the same. Raises ValueError for an unknown preset or prediction type.
+    """
+    check_choice("Stable Diffusion", "prediction_type", prediction_type, PREDICTION_TYPES)
     config = configs(preset)
-    modules = {
-        "unet": UNet2DConditionModel.from_config(config["unet"]),
-        "vae": AutoencoderKL.from_config(config["vae"]),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
-    }
+    scheduler = SCHEDULER if prediction_type == "epsilon" else {**SCHEDULER, **_V_PREDICTION}
+    index = {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    processors: dict[str, Callable[[Path], Any]] = {"tokenizer": write_clip_tokenizer}
     if "safety_checker" in config:
-        modules["safety_checker"] = StableDiffusionSafetyChecker(CLIPConfig(**config["safety_checker"]))
-    return {name: module.eval() for name, module in modules.items()}
+        image_size = config["safety_checker"]["vision_config"]["image_size"]
+        processors["feature_extractor"] = partial(write_image_processor, image_size=image_size)
+    else:
+        index["requires_safety_checker"] = False
+    return TinyCheckpoint(
+        model="Stable Diffusion",
+        index=index,
+        scheduler=scheduler,
+        configs=config,
+        processors=processors,
+        dtype=PRESETS[preset],
+        published_keys={"text_encoder": clip_keys, "vae": _published_vae, "safety_checker": _published_safety_checker},
+        after_drawing={"unet": _follow_input, "safety_checker": _never_object},
+    )
 
 
 def write_stable_diffusion(
@@ -155,84 +162,24 @@ def write_stable_diffusion(
     prediction_type: PredictionType = "epsilon",
     overwrite: bool = False,
 ) -> Path:
-    """Write a complete Stable Diffusion folder with random weights and return its path.
-
-    preset: "random" (for tests; float32; sizes divisible by 16 pixels) or "demo" (the shape of the demo's checkpoint,
-    float16; 32x32 pixels). prediction_type: what the scheduler's configuration says that the network predicts; "epsilon" as
-    in Stable Diffusion 1, "v_prediction" as in 2. The weights are the same. The same seed writes the same bytes.
-
-    Raises ValueError for an unknown preset or prediction type, FileExistsError when the folder holds something and
-    `overwrite` is False, or holds something else than a Stable Diffusion checkpoint.
-    """
-    prepare(folder, prediction_type=prediction_type, overwrite=overwrite)
-    modules = build(preset)
-    for index, name in enumerate(sorted(modules)):
-        randomize(modules[name], 1000 * seed + index)
-    _follow_input(modules["unet"])
-    if "safety_checker" in modules:
-        _never_object(modules["safety_checker"])
-    dtype = torch.float32 if preset == "random" else torch.float16
-    return write(folder, modules, preset=preset, dtype=dtype, prediction_type=prediction_type, overwrite=overwrite)
-
-
-def prepare(folder: str | Path, *, prediction_type: str = "epsilon", overwrite: bool = False) -> None:
-    """Raise ValueError for an unknown prediction type, and FileExistsError unless a checkpoint may be written to `folder`;
-    see `write_stable_diffusion`."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"tiny Stable Diffusion has no prediction_type '{prediction_type}'; allowed: {', '.join(PREDICTION_TYPES)}"
-        )
-    checkpoint_files.prepare(folder, "Stable Diffusion", MODEL_INDEX["_class_name"], overwrite=overwrite)
-
-
-def write(
-    folder: str | Path,
-    modules: dict[str, nn.Module],
-    *,
-    preset: str,
-    dtype: torch.dtype,
-    prediction_type: PredictionType = "epsilon",
-    vae_config: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write `modules` (as `build` makes them) in `dtype` as a complete checkpoint and return its path.
-
-    vae_config: values to put in place of the preset's, for the measured scaling factor. The folder appears when it is
-    complete. Raises what `write_stable_diffusion` raises.
-    """
-    prepare(folder, prediction_type=prediction_type, overwrite=overwrite)
-    config = configs(preset)
-    config["vae"].update(vae_config or {})
-    states = {name: module.state_dict() for name, module in modules.items()}
-    states["text_encoder"] = clip_keys(states["text_encoder"])
-    states["vae"] = {_published_vae_key(key): value for key, value in states["vae"].items()}
-    scheduler = SCHEDULER if prediction_type == "epsilon" else {**SCHEDULER, **_V_PREDICTION}
-    index = {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
-    processors: dict[str, Callable[[Path], None]] = {"tokenizer": write_clip_tokenizer}
-    if "safety_checker" in states:
-        # transformers 4 has the vision tower in a module of its own, as the text encoder's.
-        states["safety_checker"] = {
-            key.replace("vision_model.", "vision_model.vision_model."): value
-            for key, value in states["safety_checker"].items()
-        }
-        image_size = config["safety_checker"]["vision_config"]["image_size"]
-        processors["feature_extractor"] = partial(write_image_processor, image_size=image_size)
-    else:
-        index.update(feature_extractor=[None, None], safety_checker=[None, None], requires_safety_checker=False)
-    return checkpoint_files.write(
-        folder, index, scheduler, dtype=dtype, processors=processors,
-        components={name: Component(config[name], state) for name, state in states.items()},
-    )  # fmt: skip
+    """Write a complete Stable Diffusion folder with random weights and return its path; see `checkpoint` and
+    `TinyCheckpoint.write_random`."""
+    return checkpoint(preset, prediction_type).write_random(folder, seed=seed, overwrite=overwrite)
 
 
 # The names that attention in the autoencoder had when v1-4 was published; diffusers still reads them.
 _ATTENTION_KEYS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def _published_vae_key(key: str) -> str:
+def _published_vae(state: State) -> State:
     for new, old in _ATTENTION_KEYS.items():
-        key = key.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
-    return key
+        state = {key.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): value for key, value in state.items()}
+    return state
+
+
+def _published_safety_checker(state: State) -> State:
+    """transformers 4 has the vision tower in a module of its own, as the text encoder's."""
+    return {key.replace("vision_model.", "vision_model.vision_model."): value for key, value in state.items()}
 
 
 @torch.no_grad()

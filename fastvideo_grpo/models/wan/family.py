@@ -13,7 +13,7 @@ from fastvideo_grpo.models.family import Activations, no_embedded_guidance
 from fastvideo_grpo.models.text_readers import MOST_T5_TOKENS, text_length_key
 from fastvideo_grpo.models.video import VideoFamily
 from fastvideo_grpo.prompts.cut import TextReader
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
@@ -105,7 +105,7 @@ FAMILY = Wan(
     name="Wan 2.1 T2V 1.3B",
     pipeline="WanPipeline",
     trainer=f"{__package__}.trainer:WanGRPOTrainer",
-    tiny=TinyCheckpoint(f"{__package__}.tiny:write_wan", "tiny-wan"),
+    tiny=TinyOffer(f"{__package__}.tiny:write_wan", "tiny-wan"),
     fastvideo_config="fastvideo.configs.pipelines.wan:WanT2V480PConfig",
     folders=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
     configs=PUBLISHED,

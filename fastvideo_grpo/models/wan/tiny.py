@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from fastvideo_grpo.tiny import checkpoint_files
-from fastvideo_grpo.tiny.checkpoint_files import Component, randomize, t5_config, t5_keys
+from fastvideo_grpo.tiny.checkpoint_files import TinyCheckpoint, t5_config, t5_keys
 from fastvideo_grpo.tiny.tokenizer_files import UMT5_SPECIAL, VIDEO_WORDS, t5_pieces, t5_sentinels, write_t5_tokenizer
 
 from .family import VAE
-
-if TYPE_CHECKING:
-    from torch import nn
 
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "WanPipeline",
@@ -110,41 +104,21 @@ def configs() -> dict[str, dict[str, Any]]:
     }
 
 
-def build() -> dict[str, nn.Module]:
-    """The three modules with the libraries' own initial weights, float32, in evaluation mode."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    config = configs()
-    modules = {
-        "transformer": WanTransformer3DModel.from_config(config["transformer"]),
-        "vae": AutoencoderKLWan.from_config(config["vae"]),
-        "text_encoder": UMT5EncoderModel(UMT5Config(**config["text_encoder"])),
-    }
-    return {name: module.eval() for name, module in modules.items()}
+def checkpoint() -> TinyCheckpoint:
+    """Float32; sizes divisible by 16 pixels, frames 4 k + 1."""
+    return TinyCheckpoint(
+        model="Wan 2.1",
+        index=MODEL_INDEX,
+        scheduler=SCHEDULER,
+        configs=configs(),
+        # Published with 300 sentinels.
+        processors={"tokenizer": partial(write_t5_tokenizer, words=VIDEO_WORDS, special=UMT5_SPECIAL)},
+        published_keys={"text_encoder": t5_keys},
+        shards={"transformer": 2, "text_encoder": 2},
+    )
 
 
 def write_wan(folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> Path:
-    """Write a complete Wan 2.1 folder with random weights, float32, and return its path.
-
-    Sizes are divisible by 16 pixels, frames 4 k + 1. The same seed writes the same bytes.
-
-    Raises FileExistsError when the folder holds something and `overwrite` is False, or holds something else than a Wan
-    checkpoint.
-    """
-    checkpoint_files.prepare(folder, "Wan 2.1", MODEL_INDEX["_class_name"], overwrite=overwrite)
-    config, modules = configs(), build()
-    for index, name in enumerate(sorted(modules)):
-        randomize(modules[name], 1000 * seed + index)
-    states = {name: module.state_dict() for name, module in modules.items()}
-    states["text_encoder"] = t5_keys(states["text_encoder"])
-    shards = {"transformer": 2, "text_encoder": 2}
-    return checkpoint_files.write(
-        folder,
-        MODEL_INDEX,
-        SCHEDULER,
-        dtype=torch.float32,
-        # Published with 300 sentinels.
-        processors={"tokenizer": partial(write_t5_tokenizer, words=VIDEO_WORDS, special=UMT5_SPECIAL)},
-        components={name: Component(config[name], state, shards.get(name, 1)) for name, state in states.items()},
-    )
+    """Write a complete Wan 2.1 folder with random weights and return its path; see `checkpoint` and
+    `TinyCheckpoint.write_random`."""
+    return checkpoint().write_random(folder, seed=seed, overwrite=overwrite)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastvideo_grpo.rewards.base import RewardRequest
+
 # Of VideoAlign and of Qwen2-VL's own preprocessing: frames go through the network in pairs.
 PAIR = 2
 MIN_FRAMES = 4
@@ -20,6 +22,16 @@ class Clip(NamedTuple):
 
     frames: torch.Tensor
     fps: float
+
+
+def rate_of(request: RewardRequest, kind: str) -> float:
+    """The frames per second of the clips in `request`. Raises ValueError, with the reward's `kind`, when the media are
+    pictures, or the rate is not said."""
+    if request.media.shape[1] < PAIR:
+        raise ValueError(f"{kind} scores clips, but the samples have one frame; use a reward for images")
+    if request.fps is None:
+        raise ValueError(f"{kind} samples frames by time, but the request does not say the clips' fps")
+    return request.fps
 
 
 def frame_indices(count: int, source_fps: float, fps: float) -> list[int]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.media import frames as frame_choice
 from fastvideo_grpo.rewards.media.preprocessing import openai_preprocessing
 from fastvideo_grpo.rewards.models import sources
-from fastvideo_grpo.rewards.models.clip_backend import ClipBackend, ClipReward, Precision, check_batch_size, matrix_dtype
+from fastvideo_grpo.rewards.models.clip_backend import ClipBackend, ClipReward
 from fastvideo_grpo.rewards.models.clip_folders import ClipFolder
+from fastvideo_grpo.rewards.models.network_parameters import Precision, weight_dtype
 from fastvideo_grpo.rewards.models.score_head import linear_head
-from fastvideo_grpo.rewards.models.weight_files import naming, read_weights
+from fastvideo_grpo.rewards.models.weight_files import check_file, naming, read_weights
 from fastvideo_grpo.rewards.registry import register
 
 _GET_HEAD = (
@@ -58,13 +58,10 @@ class Aesthetic(ClipReward):
         precision: Precision = "fp32",
         frames: str = frame_choice.DEFAULT,
     ) -> None:
-        check_batch_size("aesthetic", batch_size)
-        dtype = matrix_dtype("aesthetic", precision)
-        self.frames = frame_choice.Frames(frames, "aesthetic")
+        super().__init__(batch_size, frames)
+        dtype = weight_dtype("aesthetic", precision)
         file = Path(checkpoint)
-        if not file.is_file():
-            found = f"the checkpoint {file} is a folder, it must be a file" if file.is_dir() else f"there is no file {file}"
-            raise FileNotFoundError(f"aesthetic: {found}; {_GET_HEAD}")
+        check_file("aesthetic", file, _GET_HEAD)
         folder = ClipFolder("aesthetic", Path(clip), _GET_CLIP)
         with naming("aesthetic", file, _GET_HEAD):
             weights = read_weights(file)
@@ -74,19 +71,13 @@ class Aesthetic(ClipReward):
         del model.text_model, model.text_projection
         self.clip = ClipBackend(model, openai_preprocessing(folder.image_size), batch_size=batch_size)
 
-    @torch.no_grad()
-    def score(self, request: RewardRequest) -> RewardResult:
-        media = self.frames.of(request.media)
-        ratings = self._ratings(self.clip.pictures(media.flatten(0, 1))).view(media.shape[:2])
-        return RewardResult({"aesthetic": ratings.mean(dim=1).cpu()}, torch.ones(len(request), dtype=torch.bool))
+    def frame_scores(self, prompts: list[str], media: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`; on the device."""
+        return self._ratings(self.clip.pictures(media.flatten(0, 1))).view(media.shape[:2])
 
-    def score_differentiably(
-        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        """See `DifferentiableReward`."""
-        chosen = self.frames.of(pixels)
-        ratings = self._ratings(self.clip.differentiable_pictures(chosen.flatten(0, 1))).view(chosen.shape[:2])
-        return {"aesthetic": ratings.mean(dim=1)}
+    def differentiable_frame_scores(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`."""
+        return self._ratings(self.clip.differentiable_pictures(pixels.flatten(0, 1))).view(pixels.shape[:2])
 
     def _ratings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """float32 [N, E] -> float32 [N, 1]."""

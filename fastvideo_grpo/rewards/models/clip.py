@@ -6,24 +6,11 @@ DFN5B ViT-H-14-378 (Fang et al., arXiv 2309.17425) and weights 0.7 for HPS, 1.4 
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
-from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.media import frames as frame_choice
 from fastvideo_grpo.rewards.models import sources
-from fastvideo_grpo.rewards.models.clip_backend import (
-    ClipBackend,
-    ClipReward,
-    Precision,
-    check_batch_size,
-    check_tokenizer,
-    check_vocabulary,
-    matrix_dtype,
-    read_tokenizer,
-)
-from fastvideo_grpo.rewards.models.clip_folders import ClipFolder
+from fastvideo_grpo.rewards.models.clip_backend import ClipReward
+from fastvideo_grpo.rewards.models.clip_folders import folder_backend
+from fastvideo_grpo.rewards.models.network_parameters import Precision
 from fastvideo_grpo.rewards.registry import register
 
 _GET_CHECKPOINT = f"the paper's is apple/DFN5B-CLIP-ViT-H-14-378 on Hugging Face: {sources.DFN5B.advice()}"
@@ -58,35 +45,5 @@ class Clip(ClipReward):
         precision: Precision = "fp32",
         frames: str = frame_choice.DEFAULT,
     ) -> None:
-        self.frames = frame_choice.Frames(frames, "clip")
+        super().__init__(batch_size, frames)
         self.clip = folder_backend("clip", checkpoint, tokenizer, batch_size, precision, advice=_GET_CHECKPOINT)
-
-    def score(self, request: RewardRequest) -> RewardResult:
-        cosines = self.clip.cosines(request.prompts, self.frames.of(request.media))
-        return RewardResult({"clip": cosines.mean(dim=1)}, torch.ones(len(request), dtype=torch.bool))
-
-
-def folder_backend(
-    kind: str,
-    checkpoint: str,
-    tokenizer: str | None,
-    batch_size: int,
-    precision: Precision,
-    *,
-    advice: str,
-    usual: bool = False,
-) -> ClipBackend:
-    """The backend of a reward of `kind` on a published folder. Raises what `Clip` raises.
-
-    advice: where to get the folder. usual: see `ClipFolder.preprocessing`.
-    """
-    check_batch_size(kind, batch_size)
-    dtype = matrix_dtype(kind, precision)
-    folder = ClipFolder(kind, Path(checkpoint), advice)
-    words = Path(tokenizer or checkpoint)
-    check_tokenizer(kind, words)
-    reads = read_tokenizer(kind, words)
-    prepare = folder.preprocessing(usual=usual)
-    model = folder.model(dtype)
-    check_vocabulary(kind, reads, words, model, checkpoint)
-    return ClipBackend(model, prepare, tokenizer=reads, clean=folder.clean, batch_size=batch_size)

@@ -6,39 +6,26 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from fastvideo_grpo.rewards.base import MediaKind, Reward
-from fastvideo_grpo.rewards.media.frames import Frames
+from fastvideo_grpo.rewards.base import Reward
 from fastvideo_grpo.rewards.media.preprocessing import Preparation
+from fastvideo_grpo.rewards.models.picture_reward import PictureReward, in_batches
+from fastvideo_grpo.rewards.models.prompt_tokens import load_tokenizer, tokenized
 from fastvideo_grpo.rewards.models.weight_files import checked, some
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-Precision = Literal["fp32", "bf16"]
-
 GET_TOKENIZER = (
     "set it to a folder with CLIP's vocab.json and merges.txt, such as the folder 'tokenizer' of a FLUX.1 or "
     "Stable Diffusion checkpoint (not 'tokenizer_2', which is T5's)"
 )
-
-
-def check_batch_size(kind: str, batch_size: int) -> None:
-    """Raises ValueError, with the reward's `kind`, unless `batch_size` is a whole number, at least 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"{kind}: batch_size is {batch_size!r}; it must be a whole number, at least 1")
-
-
-def matrix_dtype(kind: str, precision: Precision) -> torch.dtype:
-    """The dtype of `frozen_clip`'s matrices. Raises ValueError, with the reward's `kind`, for an unknown precision."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"{kind}: precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class ClipBackend:
@@ -73,6 +60,27 @@ class ClipBackend:
         self.text_length: int = config.text_config.max_position_embeddings
         self.scale = float(model.logit_scale.exp())  # what a cosine is multiplied by in CLIP's own training
 
+    @classmethod
+    def reading(
+        cls,
+        kind: str,
+        checkpoint: Path,
+        tokenizer: Path,
+        load: Callable[[], tuple[CLIPModel, Preparation]],
+        *,
+        clean: Callable[[str], str],
+        batch_size: int,
+    ) -> ClipBackend:
+        """The backend of a reward of `kind` that reads prompts.
+
+        checkpoint: for errors; `load` reads it, after the tokenizer. Raises FileNotFoundError for a folder `tokenizer` that is
+        not there, ValueError for damaged files, and for one of another vocabulary than the weights'.
+        """
+        reads = read_tokenizer(kind, tokenizer)
+        model, prepare = load()
+        _check_vocabulary(kind, reads, tokenizer, model, checkpoint)
+        return cls(model, prepare, tokenizer=reads, clean=clean, batch_size=batch_size)
+
     @torch.no_grad()
     def cosines(self, prompts: list[str], media: torch.Tensor) -> torch.Tensor:
         """B prompts, uint8 [B, F, H, W, 3] -> float32 [B, F] on the CPU, of each frame and its sample's prompt."""
@@ -82,19 +90,16 @@ class ClipBackend:
         """B prompts, float [B, F, H, W, 3] in 0..1 -> float32 [B, F] on the device, with gradients."""
         return self._cosines(prompts, pixels, self._differentiable_pictures)
 
-    def _cosines(
-        self, prompts: list[str], media: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _cosines(self, prompts: list[str], media: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         # All samples of a group have one prompt.
         position = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.texts(list(position))
         own = [position[prompt] for prompt in prompts for _ in range(media.shape[1])]
-        frames = media.flatten(0, 1)
-        cosines = [torch.empty(0, device=self.device)]
-        for start in range(0, len(own), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            cosines.append((embed(frames[batch]) * texts[own[batch]]).sum(dim=-1))
-        return torch.cat(cosines).view(media.shape[:2])
+
+        def judge(batch: slice, pictures: torch.Tensor) -> torch.Tensor:
+            return (embed(pictures) * texts[own[batch]]).sum(dim=-1)
+
+        return in_batches(judge, media, self.batch_size, self.device)
 
     @torch.no_grad()
     def pictures(self, media: torch.Tensor) -> torch.Tensor:
@@ -140,26 +145,22 @@ class ClipBackend:
         self.model = None
 
 
-class ClipReward:
-    """What rewards on a CLIP have in common: a backend, a choice of frames, and no more weights than the backend's. The
-    gradient is that of the one output, `factor` times the cosine."""
+class ClipReward(PictureReward):
+    """What rewards on a CLIP have in common: a backend with all their weights, and the cosine as a frame's score."""
 
-    media_kind: MediaKind = "any"
-    outputs: tuple[str, ...]
     clip: ClipBackend
-    frames: Frames
-    factor: float = 1.0
 
-    def score_differentiably(
-        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        """See `DifferentiableReward`."""
-        cosines = self.clip.differentiable_cosines(prompts, self.frames.of(pixels))
-        return {self.outputs[0]: self.factor * cosines.mean(dim=1)}
+    def frame_scores(self, prompts: list[str], media: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`; on the CPU."""
+        return self.clip.cosines(prompts, media)
+
+    def differentiable_frame_scores(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`."""
+        return self.clip.differentiable_cosines(prompts, pixels)
 
     def to(self, device: torch.device | str) -> Reward:
         self.clip.to(device)
-        return self  # type: ignore[return-value]  # with `outputs` and `score` it is one
+        return self
 
     def close(self) -> None:
         self.clip.close()
@@ -177,15 +178,7 @@ def clean_prompt(prompt: str) -> str:
 def tokens(tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
     """int64 [P, length]: begin of text, the prompt, end of text. A longer prompt loses its end, but keeps the end of text,
     where its embedding is read; what follows that does not count."""
-    encoded = tokenizer(
-        prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
-        split_special_tokens=True,
-    )  # a prompt that spells out a special token cannot end itself
-    return encoded["input_ids"]
+    return tokenized(tokenizer, prompts, length)["input_ids"]
 
 
 def frozen_clip(
@@ -233,29 +226,21 @@ def frozen_clip(
     return model.requires_grad_(False).eval()
 
 
-def check_tokenizer(kind: str, folder: Path) -> None:
-    """Raises FileNotFoundError, with the reward's `kind`, unless `folder` holds a CLIP tokenizer's files."""
+def read_tokenizer(kind: str, folder: Path) -> CLIPTokenizer:
+    """A CLIP's tokenizer. Raises FileNotFoundError, with the reward's `kind`, unless `folder` holds its files, ValueError for
+    damaged ones."""
     if not folder.is_dir():
         found = "is not a folder" if folder.exists() else "is not there"
         raise FileNotFoundError(f"{kind}: the tokenizer {folder} {found}; {GET_TOKENIZER}")
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{kind}: the tokenizer {folder} has no {name}; {GET_TOKENIZER}")
-
-
-def read_tokenizer(kind: str, folder: Path) -> CLIPTokenizer:
-    """Raises ValueError, with the reward's `kind`, for damaged files."""
     from transformers import CLIPTokenizer
 
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the libraries underneath raise for a damaged file
-        raise ValueError(
-            f"{kind}: the tokenizer {folder} cannot be read ({type(error).__name__}: {error}); {GET_TOKENIZER}"
-        ) from error
+    return load_tokenizer(kind, folder, partial(CLIPTokenizer.from_pretrained, local_files_only=True), GET_TOKENIZER)
 
 
-def check_vocabulary(kind: str, tokenizer: Any, folder: Path | str, model: Any, checkpoint: Path | str) -> None:
+def _check_vocabulary(kind: str, tokenizer: Any, folder: Path, model: Any, checkpoint: Path) -> None:
     """Raises ValueError, with the reward's `kind`, unless the tokens of `tokenizer` are those that `model` knows."""
     vocabulary, end = model.config.text_config.vocab_size, model.config.text_config.eos_token_id
     # The text is read at the largest id (also what 2 stands for in transformers), so the end of text must be that one.

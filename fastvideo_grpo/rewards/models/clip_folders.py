@@ -10,7 +10,8 @@ import torch
 
 from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.rewards.media.preprocessing import Preprocessing, open_clip_preprocessing, transformers_preprocessing
-from fastvideo_grpo.rewards.models.clip_backend import clean_prompt, frozen_clip
+from fastvideo_grpo.rewards.models.clip_backend import ClipBackend, clean_prompt, frozen_clip
+from fastvideo_grpo.rewards.models.network_parameters import Precision, weight_dtype
 from fastvideo_grpo.rewards.models.open_clip_weights import Heads, clip_model
 from fastvideo_grpo.rewards.models.weight_files import (
     OPEN_CLIP,
@@ -134,6 +135,33 @@ class ClipFolder:
             f"{self.folder} holds no CLIP: expected {OPEN_CLIP} with {OPEN_CLIP_STEMS[1]}.bin or {OPEN_CLIP_STEMS[0]}"
             f".safetensors (open_clip), or config.json with model.safetensors or pytorch_model.bin (transformers); {found}"
         )
+
+
+def folder_backend(
+    kind: str,
+    checkpoint: str,
+    tokenizer: str | None,
+    batch_size: int,
+    precision: Precision,
+    *,
+    advice: str,
+    usual: bool = False,
+) -> ClipBackend:
+    """The backend of a reward of `kind` on a published folder, which reads prompts with its own tokenizer or that of another
+    folder.
+
+    advice: where to get the folder. usual: see `ClipFolder.preprocessing`. Raises what `ClipFolder` and `ClipBackend.reading`
+    raise, and ValueError for an unknown precision.
+    """
+    dtype = weight_dtype(kind, precision)
+    folder = ClipFolder(kind, Path(checkpoint), advice)
+
+    def load() -> tuple[CLIPModel, Preprocessing]:
+        prepare = folder.preprocessing(usual=usual)  # before the weights: they take longer
+        return folder.model(dtype), prepare
+
+    words = Path(tokenizer or checkpoint)
+    return ClipBackend.reading(kind, Path(checkpoint), words, load, clean=folder.clean, batch_size=batch_size)
 
 
 def _open_clip_config(content: Mapping[str, Any]) -> dict[str, Any]:

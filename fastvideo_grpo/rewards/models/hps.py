@@ -7,30 +7,24 @@ group lie close together, so that a small difference in the preparation counts.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvideo_grpo.model_files.torch_files import read_torch
-from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.media import frames as frame_choice
 from fastvideo_grpo.rewards.media.preprocessing import HPSPreprocessing
 from fastvideo_grpo.rewards.models import sources
-from fastvideo_grpo.rewards.models.clip_backend import (
-    ClipBackend,
-    ClipReward,
-    Precision,
-    check_batch_size,
-    check_tokenizer,
-    check_vocabulary,
-    clean_prompt,
-    matrix_dtype,
-    read_tokenizer,
-)
+from fastvideo_grpo.rewards.models.clip_backend import ClipBackend, ClipReward, clean_prompt
+from fastvideo_grpo.rewards.models.network_parameters import Precision, weight_dtype
 from fastvideo_grpo.rewards.models.open_clip_weights import clip_model
 from fastvideo_grpo.rewards.models.weight_files import describe, holds_tensors, naming
 from fastvideo_grpo.rewards.registry import register
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 _FILE = "HPS_v2.1_compressed.pt"
 _GET_CHECKPOINT = f"the weights are {_FILE} of xswu/HPSv2 on Hugging Face: {sources.HPS_V2_1.advice()}"
@@ -64,27 +58,11 @@ class HPS(ClipReward):
         precision: Precision = "fp32",
         frames: str = frame_choice.DEFAULT,
     ) -> None:
-        check_batch_size("hps", batch_size)
-        dtype = matrix_dtype("hps", precision)
-        self.frames = frame_choice.Frames(frames, "hps")
-        _check_checkpoint(Path(checkpoint))
-        check_tokenizer("hps", Path(tokenizer))
-        reads = read_tokenizer("hps", Path(tokenizer))
-        with naming("hps", Path(checkpoint), _GET_CHECKPOINT):
-            model: Any = clip_model(_read_state_dict(Path(checkpoint)), matrix_dtype=dtype)
-        check_vocabulary("hps", reads, tokenizer, model, checkpoint)
-        size: int = model.config.vision_config.image_size
-        self.clip = ClipBackend(
-            model,
-            HPSPreprocessing(size),
-            tokenizer=reads,
-            clean=clean_prompt,
-            batch_size=batch_size,
-        )
-
-    def score(self, request: RewardRequest) -> RewardResult:
-        cosines = self.clip.cosines(request.prompts, self.frames.of(request.media))
-        return RewardResult({"hps": cosines.mean(dim=1)}, torch.ones(len(request), dtype=torch.bool))
+        super().__init__(batch_size, frames)
+        file = Path(checkpoint)
+        load = partial(_load, file, weight_dtype("hps", precision))
+        _check_checkpoint(file)
+        self.clip = ClipBackend.reading("hps", file, Path(tokenizer), load, clean=clean_prompt, batch_size=batch_size)
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -96,6 +74,12 @@ def _check_checkpoint(path: Path) -> None:
         )
     if not path.is_file():
         raise FileNotFoundError(f"hps: there is no checkpoint {path}; {_GET_CHECKPOINT}")
+
+
+def _load(path: Path, dtype: torch.dtype) -> tuple[CLIPModel, HPSPreprocessing]:
+    with naming("hps", path, _GET_CHECKPOINT):
+        model: Any = clip_model(_read_state_dict(path), matrix_dtype=dtype)
+    return model, HPSPreprocessing(model.config.vision_config.image_size)
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:

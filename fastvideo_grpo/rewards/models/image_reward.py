@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
+from fastvideo_grpo.rewards.base import Reward
 from fastvideo_grpo.rewards.media import frames as frame_choice
 from fastvideo_grpo.rewards.media.preprocessing import openai_preprocessing
 from fastvideo_grpo.rewards.models import sources
-from fastvideo_grpo.rewards.models.clip_backend import check_batch_size
+from fastvideo_grpo.rewards.models.picture_reward import PictureReward, in_batches
+from fastvideo_grpo.rewards.models.prompt_tokens import load_tokenizer, tokenized
 from fastvideo_grpo.rewards.models.score_head import linear_head
-from fastvideo_grpo.rewards.models.weight_files import checked, naming, read_weights
+from fastvideo_grpo.rewards.models.weight_files import check_file, checked, naming, read_weights
 from fastvideo_grpo.rewards.registry import register
 
 if TYPE_CHECKING:
-    from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+    from transformers import BlipTextConfig, BlipVisionConfig
 
 _GET_CHECKPOINT = f"the weights are ImageReward.pt of THUDM/ImageReward on Hugging Face: {sources.IMAGE_REWARD.advice()}"
 _GET_TOKENIZER = f"set it to a folder with the vocab.txt of bert-base-uncased: {sources.BERT_VOCABULARY.advice()}"
@@ -60,7 +62,7 @@ StateDict = Mapping[str, torch.Tensor]
 
 
 @register("image_reward")
-class ImageReward:
+class ImageReward(PictureReward):
     """The published score, (head - 0.167) / 1.033: mean 0 and deviation 1 over the paper's validation prompts, about -2 to 2;
     the mean over the frames. Everything is float32, as published (1.8 GB).
 
@@ -78,19 +80,17 @@ class ImageReward:
     source = sources.IMAGE_REWARD
     outputs: tuple[str, ...] = ("image_reward",)
     paths: tuple[str, ...] = ("tokenizer",)
-    media_kind: MediaKind = "any"
 
     def __init__(self, *, checkpoint: str, tokenizer: str, batch_size: int = 8, frames: str = frame_choice.DEFAULT) -> None:
-        check_batch_size("image_reward", batch_size)
-        self.frames = frame_choice.Frames(frames, "image_reward")
+        super().__init__(batch_size, frames)
         file, words = Path(checkpoint), Path(tokenizer)
-        if not file.is_file():
-            found = f"the checkpoint {file} is a folder, it must be a file" if file.is_dir() else f"there is no file {file}"
-            raise FileNotFoundError(f"image_reward: {found}; {_GET_CHECKPOINT}")
+        check_file("image_reward", file, _GET_CHECKPOINT)
         if not (words / "vocab.txt").is_file():
             raise FileNotFoundError(f"image_reward: the tokenizer {words} has no vocab.txt; {_GET_TOKENIZER}")
-        self.tokenizer = _read_tokenizer(words)
-        self.batch_size = batch_size
+        from transformers import BertTokenizer
+
+        load = partial(BertTokenizer.from_pretrained, local_files_only=True, do_lower_case=True)
+        self.tokenizer = load_tokenizer("image_reward", words, load, _GET_TOKENIZER)
         self.device = torch.device("cpu")
         with naming("image_reward", file, _GET_CHECKPOINT):
             weights = read_weights(file)
@@ -105,41 +105,27 @@ class ImageReward:
             )
         self.prepare = openai_preprocessing(self.vision.config.image_size)
 
-    @torch.no_grad()
-    def score(self, request: RewardRequest) -> RewardResult:
-        media = self.frames.of(request.media)
-        prompts = [prompt for prompt in request.prompts for _ in range(media.shape[1])]
-        pictures = media.flatten(0, 1)
-        scores = torch.empty(len(prompts))
-        for start in range(0, len(prompts), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            scores[batch] = self._scores(prompts[batch], self.prepare(pictures[batch], self.device)).cpu()
-        mean = scores.view(media.shape[:2]).mean(dim=1)
-        return RewardResult({"image_reward": mean}, torch.ones(len(request), dtype=torch.bool))
+    def frame_scores(self, prompts: list[str], media: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`; on the CPU."""
+        return self._frame_scores(prompts, media, partial(self.prepare, device=self.device)).cpu()
 
-    def score_differentiably(
-        self, pixels: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        """See `DifferentiableReward`."""
-        chosen = self.frames.of(pixels)
-        repeated = [prompt for prompt in prompts for _ in range(chosen.shape[1])]
-        pictures = chosen.flatten(0, 1)
-        scores = [torch.empty(0, device=self.device)]
-        for start in range(0, len(repeated), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            scores.append(self._scores(repeated[batch], self.prepare.differentiable(pictures[batch])))
-        return {"image_reward": torch.cat(scores).view(chosen.shape[:2]).mean(dim=1)}
+    def differentiable_frame_scores(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
+        """See `PictureReward`."""
+        return self._frame_scores(prompts, pixels, self.prepare.differentiable)
+
+    def _frame_scores(
+        self, prompts: list[str], media: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        own = [prompt for prompt in prompts for _ in range(media.shape[1])]
+
+        def judge(batch: slice, pictures: torch.Tensor) -> torch.Tensor:
+            return self._scores(own[batch], prepare(pictures))
+
+        return in_batches(judge, media, self.batch_size, self.device)
 
     def _scores(self, prompts: list[str], pixels: torch.Tensor) -> torch.Tensor:
         """B prompts, prepared pictures float32 [B, 3, S, S] -> float32 [B]."""
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=TEXT_LENGTH,
-            return_tensors="pt",
-            split_special_tokens=True,  # a prompt that spells out a special token cannot end itself
-        ).to(self.device)
+        tokens = tokenized(self.tokenizer, prompts, TEXT_LENGTH).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             seen = self.vision(pixel_values=pixels).last_hidden_state
             read = self.text(
@@ -258,14 +244,3 @@ def _shape(weights: StateDict, name: str, dimensions: int, prefix: str) -> tuple
     if len(shape) != dimensions:
         raise ValueError(f"'{prefix}{name}' is {list(shape)}; in ImageReward it has {dimensions} dimensions")
     return shape
-
-
-def _read_tokenizer(folder: Path) -> BertTokenizer:
-    from transformers import BertTokenizer
-
-    try:
-        return BertTokenizer.from_pretrained(str(folder), local_files_only=True, do_lower_case=True)
-    except Exception as error:  # whatever the libraries underneath raise for a damaged file
-        raise ValueError(
-            f"image_reward: the tokenizer {folder} cannot be read ({type(error).__name__}: {error}); {_GET_TOKENIZER}"
-        ) from error

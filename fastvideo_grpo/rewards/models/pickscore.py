@@ -5,13 +5,11 @@ Kirstain et al., arXiv 2305.01569.
 
 from __future__ import annotations
 
-import torch
-
-from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
 from fastvideo_grpo.rewards.media import frames as frame_choice
 from fastvideo_grpo.rewards.models import sources
-from fastvideo_grpo.rewards.models.clip import folder_backend
-from fastvideo_grpo.rewards.models.clip_backend import ClipReward, Precision
+from fastvideo_grpo.rewards.models.clip_backend import ClipReward
+from fastvideo_grpo.rewards.models.clip_folders import folder_backend
+from fastvideo_grpo.rewards.models.network_parameters import Precision
 from fastvideo_grpo.rewards.registry import register
 
 _GET_CHECKPOINT = f"the weights are yuvalkirstain/PickScore_v1 on Hugging Face: {sources.PICKSCORE.advice()}"
@@ -52,12 +50,8 @@ class PickScore(ClipReward):
     ) -> None:
         if not isinstance(logit_scale, bool):
             raise ValueError(f"pickscore: logit_scale is {logit_scale!r}; it must be true or false")
-        self.frames = frame_choice.Frames(frames, "pickscore")
+        super().__init__(batch_size, frames)
         self.clip = folder_backend(
             "pickscore", checkpoint, tokenizer, batch_size, precision, advice=_GET_CHECKPOINT, usual=True
         )
         self.factor = self.clip.scale if logit_scale else 1.0
-
-    def score(self, request: RewardRequest) -> RewardResult:
-        scores = self.factor * self.clip.cosines(request.prompts, self.frames.of(request.media)).mean(dim=1)
-        return RewardResult({"pickscore": scores}, torch.ones(len(request), dtype=torch.bool))

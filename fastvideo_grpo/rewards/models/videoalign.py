@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
-from fastvideo_grpo.rewards.media.clips import frame_indices, mp4_round_trip
+from fastvideo_grpo.rewards.media.clips import frame_indices, mp4_round_trip, rate_of
 from fastvideo_grpo.rewards.models import sources
 from fastvideo_grpo.rewards.models import videoalign_weights as weights
+from fastvideo_grpo.rewards.models.network_parameters import Precision, check_batch_size, weight_dtype
 from fastvideo_grpo.rewards.models.videoalign_template import FIELD, TOKENS, read_template
 from fastvideo_grpo.rewards.registry import register
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig, Qwen2VLProcessor
-
-Precision = Literal["fp32", "bf16"]
 
 OUTPUTS = ("VQ", "MQ", "TA")
 
@@ -78,7 +77,7 @@ class VideoAlign:
         precision: Precision = "bf16",
         mp4: bool = False,
     ) -> None:
-        _check_parameters(step, fps, normalize, batch_size, precision, mp4)
+        dtype = _check_parameters(step, fps, normalize, batch_size, precision, mp4)
         folder = Path(checkpoint)
         config = weights.read_config(folder)
         data = config["data_config"]
@@ -110,24 +109,20 @@ class VideoAlign:
             backbone,
             base_folder,
             self.processor.tokenizer.convert_tokens_to_ids(list(TOKENS)),
-            torch.bfloat16 if precision == "bf16" else torch.float32,
+            dtype,
         )
 
     @torch.no_grad()
     def score(self, request: RewardRequest) -> RewardResult:
         """Raises ValueError when the media are pictures, or how many frames a second they have is not said."""
-        frames = request.media.shape[1]
-        if frames < 2:
-            raise ValueError("videoalign scores clips, but the samples have one frame; use a reward for images")
-        if request.fps is None:
-            raise ValueError("videoalign samples frames by time, but the request does not say the clips' fps")
+        fps = rate_of(request, "videoalign")
         readable = [not any(token in prompt for token in self.reserved) for prompt in request.prompts]
         scores = torch.full((len(request), len(OUTPUTS)), float("nan"))
         places = [index for index, good in enumerate(readable) if good]
         for start in range(0, len(places), self.batch_size):
             chosen = places[start : start + self.batch_size]
             prompts = [request.prompts[index] for index in chosen]
-            scores[chosen] = self.logits(prompts, [request.media[index] for index in chosen], request.fps)
+            scores[chosen] = self.logits(prompts, [request.media[index] for index in chosen], fps)
         if self.normalize:
             scores = (scores - self.mean) / self.std
         return RewardResult(
@@ -186,21 +181,18 @@ class VideoAlign:
         self.model = None
 
 
-def _check_parameters(step: Any, fps: Any, normalize: Any, batch_size: Any, precision: Any, mp4: Any) -> None:
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    if step is not None and not whole(step):
+def _check_parameters(step: Any, fps: Any, normalize: Any, batch_size: Any, precision: Any, mp4: Any) -> torch.dtype:
+    """The dtype of `precision`. Raises ValueError for a parameter out of range."""
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise ValueError(f"videoalign: step is {step!r}; it must be the number N of a checkpoint-N folder")
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
         raise ValueError(f"videoalign: fps is {fps!r}; it must be a number above 0")
-    if not whole(batch_size) or batch_size < 1:
-        raise ValueError(f"videoalign: batch_size is {batch_size!r}; it must be a whole number, at least 1")
-    if precision not in get_args(Precision):
-        raise ValueError(f"videoalign: precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
+    check_batch_size("videoalign", batch_size)
+    dtype = weight_dtype("videoalign", precision)
     for name, value in (("normalize", normalize), ("mp4", mp4)):
         if not isinstance(value, bool):
             raise ValueError(f"videoalign: {name} is {value!r}; it must be true or false")
+    return dtype
 
 
 def _base_folder(checkpoint: Path, name: str, base: str | None) -> Path:

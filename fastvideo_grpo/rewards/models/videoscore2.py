@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastvideo_grpo.rewards.base import MediaKind, Reward, RewardRequest, RewardResult
+from fastvideo_grpo.rewards.media.clips import rate_of
 from fastvideo_grpo.rewards.models import sources
 from fastvideo_grpo.rewards.registry import register
 
@@ -56,15 +57,11 @@ class VideoScore2:
     @torch.no_grad()
     def score(self, request: RewardRequest) -> RewardResult:
         """Raises ValueError when the media are pictures, or how many frames a second they have is not said."""
-        frames = request.media.shape[1]
-        if frames < 2:
-            raise ValueError("videoscore2 scores clips, but the samples have one frame; use a reward for images")
-        if request.fps is None:
-            raise ValueError("videoscore2 samples frames by time, but the request does not say the clips' fps")
+        fps = rate_of(request, "videoscore2")
         scores = torch.full((len(request), len(self.outputs)), float("nan"))
         for index, (prompt, clip) in enumerate(zip(request.prompts, request.media, strict=True)):
             video = clip.permute(0, 3, 1, 2).float() / 255
-            details = self.metric.compute({"video": video, "text_prompt": prompt, "fps": request.fps}).details
+            details = self.metric.compute({"video": video, "text_prompt": prompt, "fps": fps}).details
             # Not the metric's own total, which is 0 for an assessment without marks.
             marks = [details[output] for output in self.outputs]
             if None not in marks:

@@ -34,6 +34,13 @@ def naming(kind: str, path: Path, advice: str) -> Iterator[None]:
         raise sort(f"{kind}: {path}: {error}; {advice}") from error
 
 
+def check_file(kind: str, path: Path, advice: str) -> None:
+    """Raises FileNotFoundError, with the reward's `kind` and with `advice`, where to get it, unless `path` is a file."""
+    if not path.is_file():
+        found = f"the checkpoint {path} is a folder, it must be a file" if path.is_dir() else f"there is no file {path}"
+        raise FileNotFoundError(f"{kind}: {found}; {advice}")
+
+
 def find_weights(folder: Path, stems: Sequence[str]) -> Path | None:
     """The first file of `folder` called STEM.safetensors, .bin, .pt or .pth, or the index of its shards; None without one."""
     candidates = (folder / (stem + ending) for stem in stems for ending in _ENDINGS)

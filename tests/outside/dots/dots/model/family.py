@@ -3,7 +3,7 @@
 import torch
 
 from fastvideo_grpo.models.family import Family, PassBytes
-from fastvideo_grpo.tiny.checkpoint import TinyCheckpoint
+from fastvideo_grpo.tiny.offer import TinyOffer
 
 from .network import CONFIGS, make
 
@@ -43,7 +43,7 @@ FAMILY = Dots(
     name="Dots",
     pipeline="DotsPipeline",
     trainer=f"{__package__}.trainer:DotsGRPOTrainer",
-    tiny=TinyCheckpoint(f"{__package__}.tiny:write_dots", "tiny-dots"),
+    tiny=TinyOffer(f"{__package__}.tiny:write_dots", "tiny-dots"),
     folders=tuple(CONFIGS),
     configs=CONFIGS,
     sequence_encoder=("text_encoder", "hidden_size"),

@@ -1,4 +1,4 @@
-"""What ``fastvideo-grpo tiny`` has to know of a tiny checkpoint that it can write."""
+"""What ``fastvideo-grpo tiny`` has to know of a model's tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class TinyCheckpoint:
-    """How a model's tiny checkpoints are written.
+class TinyOffer:
+    """How they are written.
 
     Attributes:
         writer: of a random one, as "module:function", imported when it is run and called with ``(folder, *, seed, overwrite)``.
