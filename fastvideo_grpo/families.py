@@ -117,8 +117,9 @@ def _read(file: Path, advice: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Activations:
-    """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
-    tests/promises/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a process takes.
+    """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed: by
+    ``fastvideo-grpo measure-family``. tests/promises/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a
+    process takes.
 
     Attributes:
         double, single: kept by a double (text and image apart) and a single block for the backward pass.
@@ -128,6 +129,8 @@ class Activations:
             multiple of the hidden width).
         text: kept by a block per text token, where blocks read the text by cross-attention; None: as much as of an image token.
         refiner: kept by a block that refines the text before the others, per text token.
+        adapters: kept by the adapters of a double and of a single block, per token (per image token where ``text`` is given),
+            in multiples of their rank.
     """
 
     double: float
@@ -137,6 +140,7 @@ class Activations:
     mlp: float = 0
     text: float | None = None
     refiner: float = 0
+    adapters: tuple[float, float] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ class Family(ABC):
         configs: the published configuration files of those components whose sizes matter here.
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
         lora_targets: the attention projections, as the loaded network names them.
-        activations: dtype -> what the blocks hold; None: see :meth:`pass_bytes`.
+        activations: dtype -> what the blocks hold where all weights are trained; None: see :meth:`pass_bytes`.
+        lora_activations: likewise, where adapters on ``lora_targets`` are trained: a frozen layer keeps no input for the
+            gradient of its weight. None: as much as where all weights are trained.
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (``facts.vae_width`` x bytes
             of the dtype).
         decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
@@ -183,6 +189,7 @@ class Family(ABC):
     decode: float
     decode_kept: float
     parameters: dict[str, float]
+    lora_activations: dict[str, Activations] | None = None
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
     source: Source | None = None
@@ -214,6 +221,14 @@ class Family(ABC):
     def heads(self, facts: ModelFacts) -> int:
         """Attention heads, which sequence parallelism deals to processes; 1 where a sample's tokens cannot be shared."""
         return int(facts.denoiser["num_attention_heads"])
+
+    def conditioning_shapes(self, facts: ModelFacts, sample: SampleConfig, text_length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a prompt is encoded to, without the batch, with which ``fastvideo-grpo measure-family``
+        calls the network: the sequence, and a pooled embedding where the network reads one."""
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (text_length, self.text_width(facts))}
+        if facts.denoiser.get("pooled_projection_dim"):
+            shapes["pooled_projections"] = (int(facts.denoiser["pooled_projection_dim"]),)
+        return shapes
 
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         """What this model rules out in a configuration, each with a way out."""
@@ -325,6 +340,7 @@ class Family(ABC):
             every,
             blocks=self.blocks,
             not_recomputed=self.not_recomputed,
+            lora=None if config.model.lora is None else lora_settings(config),
         )
 
     def text_width(self, facts: ModelFacts) -> int:
@@ -472,6 +488,11 @@ class _SkyReelsI2V(_HunyuanVideo):
         channels, *rest = super().latent_shape(facts, sample)
         return channels // 2, *rest  # the network reads the noise and the image's latents, and answers for the noise
 
+    def conditioning_shapes(self, facts: ModelFacts, sample: SampleConfig, text_length: int) -> dict[str, tuple[int, ...]]:
+        channels, _, height, width = self.latent_shape(facts, sample)
+        shapes = super().conditioning_shapes(facts, sample, text_length)
+        return {**shapes, "image_latents": (channels, 1, height, width)}
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
         found, latents = int(facts.denoiser["in_channels"]), int(facts.vae["latent_channels"])
@@ -580,7 +601,11 @@ _HUNYUAN: dict[str, Any] = {
         "fp32": Activations(26, 22, (4, 1.5), 28, refiner=18),
         "bf16": Activations(27, 26, (4, 1.5), 36, refiner=18),
     },
-    "decode": 9.4,
+    "lora_activations": {
+        "fp32": Activations(15, 18, (1.1, 1), 28, adapters=(2, 2)),
+        "bf16": Activations(16, 22, (1.2, 1), 36, adapters=(2, 2)),
+    },
+    "decode": 9.1,  # of a clip; of an image 11.6
     "decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
     "decodes_singly": True,
@@ -600,7 +625,11 @@ _OWN: dict[str, Family] = {
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
-        decode=9.4,
+        lora_activations={
+            "fp32": Activations(14, 12, (1.2, 1.2), 18, adapters=(4, 3)),
+            "bf16": Activations(16, 14, (1.3, 1.3), 24, adapters=(4, 3)),
+        },
+        decode=6,
         decode_kept=45,
         parameters={"vae": 83.8e6, "text_encoder": 123e6, "text_encoder_2": 4.762e9},
     ),
@@ -640,11 +669,15 @@ _OWN: dict[str, Family] = {
         lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
         blocks=("WanTransformerBlock",),
         activations={
-            "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
+            "fp32": Activations(23, 0, (4, 4), 19, mlp=2, text=4),
             "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
         },
+        lora_activations={
+            "fp32": Activations(15, 0, (1.5, 1), 19, mlp=1, text=3, adapters=(6, 0)),
+            "bf16": Activations(21, 0, (3, 1), 29, mlp=1, text=4, adapters=(6, 0)),
+        },
         decode=18,  # of an image, and of a clip's frames 13: the larger
-        decode_kept=70,  # likewise, of a clip 48
+        decode_kept=70,  # of an image 65 in fp32 and 77 in bf16, of a clip 44 and 55
         parameters={"vae": 126.9e6, "text_encoder": 5.681e9},
         decodes_singly=True,
         decodes_frames=4,
@@ -663,7 +696,7 @@ _OWN: dict[str, Family] = {
         blocks=("ResnetBlock2D", "Transformer2DModel"),
         not_recomputed=("Downsample2D", "Upsample2D"),
         activations=None,
-        decode=9.4,
+        decode=6,
         decode_kept=45,
         parameters={"vae": 83.7e6, "text_encoder": 123e6},
         denoiser="unet",

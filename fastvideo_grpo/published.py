@@ -20,10 +20,15 @@ FLUX_1_DEV: dict[str, dict[str, Any]] = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
         "force_upcast": True,
         "latent_channels": 16,
+        "layers_per_block": 2,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
     },
     "text_encoder_2": {"d_model": 4096, "num_layers": 24},
 }
@@ -135,7 +140,10 @@ STABLE_DIFFUSION_V1_4: dict[str, dict[str, Any]] = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
         "latent_channels": 4,
+        "layers_per_block": 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
     },
     "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
     "scheduler": {
