@@ -74,7 +74,7 @@ class FamilyCounter:
         say: told what is being counted, for a person.
 
     Raises:
-        UserError: no such family, or its trainer cannot be imported.
+        ValueError: no such family.
     """
 
     def __init__(self, kind: str, say: Callable[[str], None]) -> None:
@@ -87,7 +87,7 @@ class FamilyCounter:
         """The factors of the family's blocks in this dtype, all weights trained or adapters on its ``lora_targets``."""
         self.say(f"{precision}, {_trained(lora)}: networks of one and two blocks of a kind")
         denoiser, width = self.published.denoiser, self.published.hidden_width
-        config = self._config(precision, lora=lora)
+        config = self.settings(precision, lora=lora)
         ones = {name: 1 for name in _LAYERS if denoiser.get(name)}
 
         def of_block(layers: str, slope: _Slope, config: Config = config, **changed: int) -> float:
@@ -97,7 +97,7 @@ class FamilyCounter:
 
         image = [of_block(layers, self._image) for layers in _LAYERS]
         text = [of_block(layers, self._text) for layers in _LAYERS]
-        recomputed = self._config(precision, lora=lora, recomputed="full")
+        recomputed = self.settings(precision, lora=lora, recomputed="full")
         inputs = [of_block(layers, slope, recomputed) for layers in _LAYERS for slope in (self._image, self._text)]
         rest = self._image(recomputed, ones) - sum(inputs[::2]), self._text(recomputed, ones) - sum(inputs[1::2])
         mlp, mlp_width = 0.0, int(denoiser.get(_MLP_WIDTH) or 0)
@@ -106,7 +106,7 @@ class FamilyCounter:
             mlp = (wider - image[0]) * width / mlp_width
         adapters = [0.0, 0.0]
         if lora:
-            more = self._config(precision, lora=True, rank=2 * RANK)
+            more = self.settings(precision, lora=True, rank=2 * RANK)
             changes = [of_block(layers, self._image, more) for layers in _LAYERS[:2]]
             adapters = [(change - one) * width / RANK for change, one in zip(changes, image, strict=False)]
         double, single = (one - count * RANK / width for one, count in zip(image, adapters, strict=False))
@@ -128,12 +128,12 @@ class FamilyCounter:
         own = None if measured is None else measured[precision]
         blocks = {name: int(self.published.denoiser.get(name) or 0) for name in _LAYERS}
         changed = {name: min(_CHECKED_LAYERS, count) for name, count in blocks.items() if count}
-        facts, plain = self._facts(changed), self._config(precision, lora=lora, check=True)
-        recomputed = self._config(precision, lora=lora, check=True, recomputed="full")
+        facts, plain = self._facts(changed), self.settings(precision, lora=lora, check=True)
+        recomputed = self.settings(precision, lora=lora, check=True, recomputed="full")
         rows = (
-            ("kept, nothing recomputed", plain, self._kept_bytes, kept_by_forward, 0.03),
-            ("kept, every block recomputed", recomputed, self._kept_bytes, kept_by_forward, 0.03),
-            ("held by a forward", plain, self._forward_bytes, held_by_forward, 0.1),
+            ("kept, nothing recomputed", plain, self.kept_bytes, kept_by_forward, 0.03),
+            ("kept, every block recomputed", recomputed, self.kept_bytes, kept_by_forward, 0.03),
+            ("held by a forward", plain, self.forward_bytes, held_by_forward, 0.1),
         )
         return [
             Checked(
@@ -190,8 +190,10 @@ class FamilyCounter:
 
     # --- one pass
 
-    def _config(self, precision: str, *, lora: bool, rank: int = RANK, recomputed: str = "none", check: bool = False) -> Config:
-        """A run's settings; the sizes are those that factors are checked at, or the smallest that they are measured at."""
+    def settings(
+        self, precision: str, *, lora: bool, rank: int = RANK, recomputed: str = "none", check: bool = False
+    ) -> Config:
+        """A run's configuration; its sizes are those that factors are checked at, or the smallest that they are measured at."""
         multiple = self.family.size_multiple(self.published)
         side = -(-(320 if check else 256) // multiple) * multiple
         clip = check and self.makes_clips
@@ -218,11 +220,11 @@ class FamilyCounter:
 
     def _image(self, config: Config, changed: dict[str, int]) -> float:
         """What a network keeps more for each further image token, in hidden vectors of its dtype."""
-        return self._per_image_token(self._kept_bytes, config, changed)
+        return self._per_image_token(self.kept_bytes, config, changed)
 
     def _forward(self, config: Config, changed: dict[str, int]) -> float:
         """Likewise, what it holds at once without gradients."""
-        return self._per_image_token(self._forward_bytes, config, changed)
+        return self._per_image_token(self.forward_bytes, config, changed)
 
     def _per_image_token(self, count: _Count, config: Config, changed: dict[str, int]) -> float:
         wide = replace(config, sample=replace(config.sample, width=2 * config.sample.width))
@@ -233,7 +235,7 @@ class FamilyCounter:
         """What a network keeps more for each further text token, in hidden vectors of its dtype."""
         length = config.prompts.text_length
         long = replace(config, prompts=replace(config.prompts, text_length=2 * length))
-        return (self._kept_bytes(long, changed) - self._kept_bytes(config, changed)) / length / self._unit(config)
+        return (self.kept_bytes(long, changed) - self.kept_bytes(config, changed)) / length / self._unit(config)
 
     def _unit(self, config: Config) -> int:
         return self.published.hidden_width * DTYPES[config.model.precision].itemsize
@@ -242,7 +244,9 @@ class FamilyCounter:
         denoiser = {**self.published.denoiser, **changed}
         return replace(self.published, components={**self.published.components, self.family.denoiser: denoiser})
 
-    def _kept_bytes(self, config: Config, changed: dict[str, int]) -> int:
+    def kept_bytes(self, config: Config, changed: dict[str, int]) -> int:
+        """What a pass of the published network, some sizes of its configuration ``changed``, keeps for its backward pass over a
+        sample of ``config``'s size; weights and inputs are not counted."""
         key = (str(config), *changed.items())
         if key not in self._kept:
             with self._pass(config, changed) as (there, once), LiveBytes(there) as live:
@@ -250,7 +254,8 @@ class FamilyCounter:
                 self._kept[key] = live.now - output.untyped_storage().nbytes()
         return self._kept[key]
 
-    def _forward_bytes(self, config: Config, changed: dict[str, int]) -> int:
+    def forward_bytes(self, config: Config, changed: dict[str, int]) -> int:
+        """Likewise, what it holds at once without gradients."""
         with self._pass(config, changed) as (there, once), torch.no_grad(), LiveBytes(there) as live:
             once()
             return live.peak

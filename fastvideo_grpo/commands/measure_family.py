@@ -33,16 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, print what to paste and how far off it is; 1 where that is too far."""
-    from fastvideo_grpo.families import FAMILIES
-
-    if arguments.kind not in FAMILIES.names():
-        raise UserError(f"unknown model '{arguments.kind}'; known: {', '.join(FAMILIES.names())}")
     from fastvideo_grpo.activation_counting import FamilyCounter
 
     started = time.monotonic()
-    counter = FamilyCounter(
-        arguments.kind, lambda text: print(f"{time.monotonic() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
-    )
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    try:
+        counter = FamilyCounter(arguments.kind, say)
+    except ValueError as error:  # no such model
+        raise UserError(str(error)) from error
     precisions = [arguments.precision] if arguments.precision else ["fp32", "bf16"]
     checks: list[Checked] = []
     if counter.counts_blocks:
