@@ -184,7 +184,7 @@ def test_adapters_elsewhere_keep_what_trained_layers_do(planned):
     settings = {"trained": 0, "model__lora__rank": 4}
     own = planned(8, **settings)[1].phases["update"]
     full = planned(8, trained=0)[1].phases["update"]
-    assert own < 0.75 * full
+    assert own < 0.8 * full
     assert planned(8, **settings, model__lora__targets="[single_blocks.3.linear1]")[1].phases["update"] == own
     elsewhere = planned(8, **settings, model__lora__targets="[linear1, img_mlp.fc_in]")[1].phases["update"]
     assert full <= elsewhere < 1.01 * full
