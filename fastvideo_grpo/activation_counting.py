@@ -30,11 +30,13 @@ from fastvideo_grpo.unet_memory import LiveBytes
 
 RANK = 16
 """Of the adapters that are counted."""
+CLIP_FRAMES = 17
+"""Of the clip whose decoding is counted: those of one tile of FastVideo's video VAEs."""
 
 _LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers")
 _MLP_WIDTH = "ffn_dim"
 _CHECKED_LAYERS = 8
-_DECODED_FRAMES, _DECODED_SIDE = 17, 256  # one tile of FastVideo's video VAEs
+_DECODED_SIDE = 256  # pixels, of one tile
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,12 @@ def as_written(activations: Activations) -> str:
 
 def _decoding(counter: FamilyCounter, precisions: list[str]) -> Iterator[str]:
     """``decode`` and ``decode_kept``, the larger of the precisions: of an image, and of a clip where the model makes some."""
+    from fastvideo_grpo.activation_counting import CLIP_FRAMES
+
     image = [max(figures) for figures in zip(*(counter.decoding(each, 1) for each in precisions), strict=True)]
     of_clip: list[float | None] = [None, None]
     if counter.makes_clips:
-        of_clip = [max(figures) for figures in zip(*(counter.decoding(each, 17) for each in precisions), strict=True)]
+        of_clip = [max(figures) for figures in zip(*(counter.decoding(each, CLIP_FRAMES) for each in precisions), strict=True)]
     for name, of_image, clip in zip(("decode", "decode_kept"), image, of_clip, strict=True):
         yield f"{name}={of_image}," if clip is None else f"{name}={clip},  # of a clip; of an image {of_image}"
 
