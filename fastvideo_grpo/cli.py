@@ -26,6 +26,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX or HunyuanVideo, on one CPU core, in minutes"),
     "study": ("fastvideo_grpo.commands.study", "the paper's comparisons on tiny models, with several seeds on all cores"),
     "tiny": ("fastvideo_grpo.commands.tiny", "write a tiny checkpoint in the real on-disk format"),
+    "measure-family": ("fastvideo_grpo.commands.measure_family", "count what a model holds, for the estimate of memory"),
     "patch": ("fastvideo_grpo.commands.patch", "apply, check or revert this project's patches to FastVideo"),
     "doctor": ("fastvideo_grpo.commands.doctor", "say what this machine has, and what is missing"),
 }

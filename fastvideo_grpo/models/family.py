@@ -23,8 +23,9 @@ from fastvideo_grpo.tiny.offer import TinyOffer
 
 @dataclass(frozen=True)
 class Activations:
-    """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed:
-    tests/promises/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a process takes.
+    """What FastVideo's blocks hold per token, in multiples of (hidden width x bytes of the dtype); counted, not guessed: by
+    ``fastvideo-grpo measure-family``. tests/promises/test_memory.py counts again, ``benchmarks/memory.py`` compares with what a
+    process takes.
 
     Attributes:
         double, single: kept by a double (text and image apart) and a single block for the backward pass.
@@ -34,6 +35,8 @@ class Activations:
             multiple of the hidden width).
         text: kept by a block per text token, where blocks read the text by cross-attention; None: as much as of an image token.
         refiner: kept by a block that refines the text before the others, per text token.
+        adapters: kept by the adapters of a double and of a single block, per token (per image token where ``text`` is given),
+            in multiples of their rank.
     """
 
     double: float
@@ -43,6 +46,7 @@ class Activations:
     mlp: float = 0
     text: float | None = None
     refiner: float = 0
+    adapters: tuple[float, float] = (0, 0)
 
 
 class PassBytes(NamedTuple):
@@ -72,7 +76,9 @@ class Family(ABC):
         configs: the published configuration files of those components whose sizes matter here.
         sequence_encoder: the text encoder whose sequence the network reads, and in its config the key of its width.
         lora_targets: the attention projections, as the loaded network names them.
-        activations: dtype -> what the blocks hold; None: see :meth:`pass_bytes`.
+        activations: dtype -> what the blocks hold where all weights are trained; None: see :meth:`pass_bytes`.
+        lora_activations: likewise, where adapters on ``lora_targets`` are trained: a frozen layer keeps no input for the
+            gradient of its weight. None: as much as where all weights are trained.
         decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (``facts.vae_width`` x bytes
             of the dtype).
         decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
@@ -109,6 +115,7 @@ class Family(ABC):
     decode: float
     decode_kept: float
     parameters: dict[str, float]
+    lora_activations: dict[str, Activations] | None = None
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"
     tiny: TinyOffer | None = None
@@ -144,6 +151,14 @@ class Family(ABC):
     def heads(self, facts: ModelFacts) -> int:
         """Attention heads, which sequence parallelism deals to processes; 1 where a sample's tokens cannot be shared."""
         return int(facts.denoiser["num_attention_heads"])
+
+    def conditioning_shapes(self, facts: ModelFacts, sample: SampleConfig, text_length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a prompt is encoded to, without the batch, with which ``fastvideo-grpo measure-family``
+        calls the network: the sequence, and a pooled embedding where the network reads one."""
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (text_length, self.text_width(facts))}
+        if facts.denoiser.get("pooled_projection_dim"):
+            shapes["pooled_projections"] = (int(facts.denoiser["pooled_projection_dim"]),)
+        return shapes
 
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         """What this model rules out in a configuration, each with a way out."""

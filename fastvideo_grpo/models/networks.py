@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,23 +51,42 @@ def fastvideo_transformer(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"), _process_groups():
+        with torch.device("meta"), one_process():
             return cls(config=dit_config, hf_config=dict(transformer_config))
     finally:
         torch.set_default_dtype(before)
 
 
 @contextmanager
-def _process_groups() -> Iterator[None]:
-    """Entered around the making of a transformer: FastVideo's Wan looks up then how many processes share a sample, where there
-    may be no process groups yet. (Whether that many divide its heads is checked by ``plan.check_run``.)"""
+def one_process() -> Iterator[None]:
+    """Entered around the making of a transformer and its passes: FastVideo looks up how many processes share a sample, where
+    there may be no process groups yet. (Whether that many divide its heads is checked by ``plan.check_run``.)"""
     from fastvideo.distributed import parallel_state
 
     if parallel_state._SP is not None:
         yield
         return
-    parallel_state._SP = SimpleNamespace(world_size=1)
+    # With one process in it a group hands back what it is given, and needs nothing but its sizes for that.
+    group = parallel_state.GroupCoordinator.__new__(parallel_state.GroupCoordinator)
+    group.world_size, group.rank_in_group = 1, 0
+    parallel_state._SP = group
     try:
         yield
     finally:
         parallel_state._SP = None
+
+
+@contextmanager
+def own_tables() -> Iterator[None]:
+    """Entered around passes of tensors without storage: FastVideo keeps tables of positions from pass to pass, and these would
+    be of no use to others."""
+    from fastvideo.layers import rotary_embedding
+
+    kept = rotary_embedding._ROTARY_POS_EMBED_CACHE
+    before = dict(kept)
+    kept.clear()
+    try:
+        yield
+    finally:
+        kept.clear()
+        kept.update(before)

@@ -9,13 +9,14 @@ counted on the network itself (:mod:`fastvideo_grpo.planning.unet_memory`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_objective
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, PassBytes
-from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.planning.unet_memory import unet_bytes
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.printed_sizes import gib
@@ -208,8 +209,21 @@ def _unit(config: Config, facts: ModelFacts) -> float:
 
 
 def _activations(config: Config) -> Activations | None:
-    known = FAMILIES[config.model.kind].activations
-    return None if known is None else known[config.model.precision]
+    family = FAMILIES[config.model.kind]
+    if family.activations is None:
+        return None
+    full, lora = family.activations[config.model.precision], config.model.lora
+    if lora is None or family.lora_activations is None:
+        return full
+    frozen = family.lora_activations[config.model.precision]
+    if _among(lora.targets or (), family.lora_targets):
+        return frozen
+    return replace(full, adapters=frozen.adapters)  # of other layers: no adapter needs an input that a trained layer does not
+
+
+def _among(targets: Sequence[str], known: Sequence[str]) -> bool:
+    """Whether all layers that ``targets`` name are among those that ``known`` name, by how a layer's name ends."""
+    return all(any(target == name or target.endswith(f".{name}") for name in known) for target in targets)
 
 
 def _unet(config: Config, facts: ModelFacts) -> PassBytes:
@@ -226,6 +240,7 @@ def _unet(config: Config, facts: ModelFacts) -> PassBytes:
         checkpointed_blocks(config.engine.activation_checkpointing),
         blocks=family.blocks,
         not_recomputed=family.not_recomputed,
+        lora=None if config.model.lora is None else lora_settings(config),
     )
 
 
@@ -240,34 +255,49 @@ def _passes_kept(config: Config) -> int:
 
 def _forward_bytes(config: Config, facts: ModelFacts) -> float:
     kept = _activations(config)
-    if kept is None:
-        return _passes_at_once(config) * _unet(config, facts).forward
-    return _passes_at_once(config) * kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
+    once = _unet(config, facts).forward if kept is None else held_by_forward(kept, config, facts)
+    return _passes_at_once(config) * once
+
+
+def held_by_forward(kept: Activations, config: Config, facts: ModelFacts) -> float:
+    """Bytes that a transformer's forward of a micro-batch holds at once, without gradients."""
+    return kept.forward * sum(_tokens(config, facts)) * _unit(config, facts)
 
 
 def _kept_bytes(config: Config, facts: ModelFacts) -> float:
     """What a forward of a micro-batch keeps for its backward pass; with classifier-free guidance there are two."""
     kept = _activations(config)
-    if kept is None:
-        return _passes_kept(config) * _unet(config, facts).kept
+    once = _unet(config, facts).kept if kept is None else kept_by_forward(kept, config, facts)
+    return _passes_kept(config) * once
+
+
+def kept_by_forward(kept: Activations, config: Config, facts: ModelFacts) -> float:
+    """Bytes that a transformer's forward of a micro-batch keeps for its backward pass."""
     image, text = _tokens(config, facts)
     every = checkpointed_blocks(config.engine.activation_checkpointing)
     units = kept.rest[0] * image + kept.rest[1] * text
-    for layers, factor in (("num_layers", kept.double), ("num_single_layers", kept.single)):
+    for layers, of_block in zip(("num_layers", "num_single_layers"), _block_units(kept, config, facts), strict=True):
         count = int(facts.denoiser.get(layers, 0))
         checkpointed = -(-count // every) if every else 0
-        units += (count - checkpointed) * _block_units(kept, factor, facts, image, text)
+        units += (count - checkpointed) * of_block
         units += checkpointed * (image + (text if kept.text is None else 0))  # a checkpointed block keeps its input
     count = int(facts.denoiser.get("num_refiner_layers", 0))
     checkpointed = -(-count // every) if every else 0
     units += ((count - checkpointed) * kept.refiner + checkpointed) * text
-    return _passes_kept(config) * units * _unit(config, facts)
+    return units * _unit(config, facts)
 
 
-def _block_units(kept: Activations, factor: float, facts: ModelFacts, image: float, text: float) -> float:
-    """Hidden vectors that a block keeps which keeps ``factor`` of them per token."""
+def _block_units(kept: Activations, config: Config, facts: ModelFacts) -> tuple[float, float]:
+    """Hidden vectors that a double and a single block keep."""
+    image, text = _tokens(config, facts)
     mlp = kept.mlp * int(facts.denoiser["ffn_dim"]) / facts.hidden_width if kept.mlp else 0.0
-    return (factor + mlp) * image + (factor if kept.text is None else kept.text) * text
+    rank = 0 if config.model.lora is None else config.model.lora.rank
+    double, single = (
+        (factor + mlp + adapters * rank / facts.hidden_width) * image
+        + (factor + adapters * rank / facts.hidden_width if kept.text is None else kept.text) * text
+        for factor, adapters in zip((kept.double, kept.single), kept.adapters, strict=True)
+    )
+    return double, single
 
 
 def _update_bytes(config: Config, facts: ModelFacts) -> float:
@@ -277,8 +307,7 @@ def _update_bytes(config: Config, facts: ModelFacts) -> float:
     if kept is None:
         return _kept_bytes(config, facts) + _passes_at_once(config) * _unet(config, facts).working
     share = 1.0 if config.engine.activation_checkpointing != "none" else 0.3
-    units = max(_block_units(kept, factor, facts, *_tokens(config, facts)) for factor in (kept.double, kept.single))
-    block = share * units * _unit(config, facts)
+    block = share * max(_block_units(kept, config, facts)) * _unit(config, facts)
     return _kept_bytes(config, facts) + _passes_at_once(config) * block
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvideo_grpo.config.keys import LoRAConfig
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
+from fastvideo_grpo.engines.lora import add_lora
 from fastvideo_grpo.models.family import PassBytes
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Within, the storages that operations make: ``now``, and the ``peak`` of it; those of ``weights`` do not count."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -58,6 +60,7 @@ def unet_bytes(
     *,
     blocks: tuple[str, ...],
     not_recomputed: tuple[str, ...],
+    lora: LoRAConfig | None = None,
 ) -> PassBytes:
     """Count a pass of diffusers' ``UNet2DConditionModel``.
 
@@ -67,8 +70,10 @@ def unet_bytes(
         dtype: of weights and activations.
         checkpoint_every: every such block is checkpointed; 0: none.
         blocks, not_recomputed: see :func:`~fastvideo_grpo.engines.activation_checkpointing.find_blocks`.
+        lora: adapters that are trained, with their targets named; None: all weights are.
     """
-    return _unet_bytes(json.dumps(config), shape, text_tokens, dtype, checkpoint_every, blocks, not_recomputed)
+    adapters = None if lora is None else json.dumps(vars(lora))
+    return _unet_bytes(json.dumps(config), shape, text_tokens, dtype, checkpoint_every, blocks, not_recomputed, adapters)
 
 
 @cache
@@ -80,6 +85,7 @@ def _unet_bytes(
     every: int,
     blocks: tuple[str, ...],
     not_recomputed: tuple[str, ...],
+    lora: str | None,
 ) -> PassBytes:
     from diffusers import UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,16 +102,18 @@ def _unet_bytes(
         found = find_blocks(unet, blocks, not_recomputed)
         each = [unet.get_submodule(name) for names in found.values() for name in names]
         largest = max(sum(p.numel() for p in block.parameters()) for block in each)
+        if lora is not None:
+            add_lora(unet, LoRAConfig(**json.loads(lora)), seed=0)
         if every:
             checkpoint_blocks(unet, found, every)
         sample = torch.randn(shape, dtype=dtype)
         inputs = torch.full((shape[0],), 981.0), torch.randn(shape[0], tokens, facts["cross_attention_dim"], dtype=dtype)
-        with torch.no_grad(), _LiveBytes(unet.parameters()) as forward:
+        with torch.no_grad(), LiveBytes(unet.parameters()) as forward:
             unet(sample, *inputs)
-        sample.requires_grad_(True)
-        with _LiveBytes(unet.parameters()) as backward:
+        # Of the input alone: the weights' gradients are counted elsewhere. Nothing before the first adapter needs one.
+        leaves = [sample.requires_grad_(True)] if lora is None else [p for p in unet.parameters() if p.requires_grad]
+        with LiveBytes(unet.parameters()) as backward:
             output = unet(sample, *inputs).sample
             kept = backward.now
-            # Of the input alone: the weights' gradients are counted elsewhere.
-            torch.autograd.grad(output.float().square().mean(), sample)
+            torch.autograd.grad(output.float().square().mean(), leaves)
     return PassBytes(forward.peak, kept, max(0, backward.peak - kept), largest)

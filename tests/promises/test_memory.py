@@ -39,6 +39,18 @@ def test_activations_are_those_that_the_estimate_counts(make_trainer, tmp_path, 
     assert estimated == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_activations_of_adapters_are_those_that_the_estimate_counts(make_trainer, tmp_path, model):
+    """A frozen layer keeps no input for the gradient of its weight."""
+    settings = model.run(**LARGE, **GUIDANCE["no guidance"])
+    prompt = model.prompt(tmp_path)
+    trainer = make_trainer(train=False, **settings, model__lora__rank=4, model__lora__alpha=8.0)
+    counted, estimated = counted_and_estimated(trainer, prompt)
+    assert estimated == pytest.approx(counted, rel=0.1)
+    trainer.config.model.lora = None
+    assert counted < 0.9 * memory._kept_bytes(trainer.config, model_facts(trainer.config))
+
+
 RECOMPUTED = {"full": 1, "every:2": 2}
 
 

@@ -32,10 +32,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
         "force_upcast": True,
         "latent_channels": 16,
+        "layers_per_block": 2,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
     },
     "text_encoder_2": {"d_model": 4096, "num_layers": 24},
 }
@@ -96,8 +101,12 @@ FAMILY = Flux(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     activations={"fp32": Activations(25, 21, (4, 2), 18), "bf16": Activations(29, 25, (4.5, 2.5), 24)},
+    lora_activations={
+        "fp32": Activations(14, 12, (1.2, 1.2), 18, adapters=(4, 3)),
+        "bf16": Activations(16, 14, (1.3, 1.3), 24, adapters=(4, 3)),
+    },
     reference_images={"sample": {"steps": 28, "shift": 3.0, "guidance_scale": 3.5}, "prompts": {"text_length": 512}},
-    decode=9.4,
+    decode=6,
     decode_kept=45,
     parameters={"vae": 83.8e6, "text_encoder": 123e6, "text_encoder_2": 4.762e9},
 )

@@ -48,6 +48,11 @@ class SkyReelsI2V(HunyuanVideo):
         channels, *rest = super().latent_shape(facts, sample)
         return channels // 2, *rest  # the network reads the noise and the image's latents, and answers for the noise
 
+    def conditioning_shapes(self, facts: ModelFacts, sample: SampleConfig, text_length: int) -> dict[str, tuple[int, ...]]:
+        channels, _, height, width = self.latent_shape(facts, sample)
+        shapes = super().conditioning_shapes(facts, sample, text_length)
+        return {**shapes, "image_latents": (channels, 1, height, width)}
+
     def problems(self, config: Config, facts: ModelFacts) -> Iterator[str]:
         yield from super().problems(config, facts)
         found, latents = int(facts.denoiser["in_channels"]), int(facts.vae["latent_channels"])

@@ -40,7 +40,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
         "latent_channels": 4,
+        "layers_per_block": 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
     },
     "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
     "scheduler": {
@@ -144,7 +147,7 @@ FAMILY = StableDiffusion(
     blocks=("ResnetBlock2D", "Transformer2DModel"),
     not_recomputed=("Downsample2D", "Upsample2D"),
     activations=None,
-    decode=9.4,
+    decode=6,
     decode_kept=45,
     parameters={"vae": 83.7e6, "text_encoder": 123e6},
     denoiser="unet",

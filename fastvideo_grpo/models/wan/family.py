@@ -114,11 +114,15 @@ FAMILY = Wan(
     lora_targets=("to_q", "to_k", "to_v", "to_out"),  # of the attention to itself and to the text
     blocks=("WanTransformerBlock",),
     activations={
-        "fp32": Activations(23, 0, (4, 4), 17, mlp=2, text=4),
+        "fp32": Activations(23, 0, (4, 4), 19, mlp=2, text=4),
         "bf16": Activations(30, 0, (6, 4), 29, mlp=2, text=5),
     },
+    lora_activations={
+        "fp32": Activations(15, 0, (1.5, 1), 19, mlp=1, text=3, adapters=(6, 0)),
+        "bf16": Activations(21, 0, (3, 1), 29, mlp=1, text=4, adapters=(6, 0)),
+    },
     decode=18,  # of an image, and of a clip's frames 13: the larger
-    decode_kept=70,  # likewise, of a clip 48
+    decode_kept=70,  # of an image 65 in fp32 and 77 in bf16, of a clip 44 and 55
     parameters={"vae": 126.9e6, "text_encoder": 5.681e9},
     decodes_singly=True,
     decodes_frames=4,
