@@ -176,7 +176,7 @@ def planned(size: Size, way: Way, gpus: int, lora: bool = False) -> MemoryEstima
     """The estimate for one process of so many."""
     config, facts, parameters = _loaded(size, lora)
     config = replace(config, engine=replace(config.engine, **way.settings))
-    check(config)
+    check(config, FAMILIES.names())
     return estimate(config, facts, gpus, parameters)
 
 

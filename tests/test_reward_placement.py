@@ -212,7 +212,7 @@ def test_a_process_ends_with_the_one_that_started_it(faulty):
 import sys
 from fastvideo_grpo.rewards.placement.process import ProcessReward
 import torch
-from fastvideo_grpo.rewards import RewardRequest
+from fastvideo_grpo.rewards.base import RewardRequest
 reward = ProcessReward("faulty", params={{"folder": {str(faulty)!r}}})
 print(reward._process.pid, flush=True)
 media = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)

@@ -85,7 +85,9 @@ def test_a_process_that_is_ended_from_within_leaves_what_it_was_doing(tmp_path):
 import os, torch
 from pathlib import Path
 from fastvideo_grpo.checkpoints.run_status import RunStatus
-from fastvideo_grpo.rewards import RewardRequest, RewardSet, register
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import register
+from fastvideo_grpo.rewards.reward_set import RewardSet
 class Ends:
     outputs, media_kind = ("quality",), "any"
     def score(self, request):

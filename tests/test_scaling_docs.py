@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling_table
-from fastvideo_grpo.config import known_keys
+from fastvideo_grpo.config.values import known_keys
 from fastvideo_grpo.config.keys import Config
 
 ROOT = Path(__file__).parents[1]
