@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo/config*.py)
+CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo/config)
 
 DEMO_ARGUMENTS = $(if $(REWARD),--reward $(REWARD)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(SEED),--seed $(SEED))
 
@@ -48,7 +48,7 @@ $(READY): $(BIN)/uv requirements/lock.txt requirements/base.in requirements/dev.
 	@echo "Installing the locked versions (2 to 3 minutes the first time, about 6 GB)"
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/lock.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --quiet -e .
-	$(BIN)/python -m fastvideo_grpo.patching apply
+	$(BIN)/python -m fastvideo_grpo.cli patch apply
 	@touch $@
 
 $(BIN)/uv:

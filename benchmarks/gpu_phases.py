@@ -180,11 +180,11 @@ def write_real_vae(checkpoint: Path) -> None:
     import torch
     from diffusers import AutoencoderKLHunyuanVideo
 
-    from fastvideo_grpo.published import HUNYUAN_VIDEO
+    from fastvideo_grpo.models.hunyuan_video.family import PUBLISHED
 
     facts = json.loads((checkpoint / "vae" / "config.json").read_text())
     for key in ("block_out_channels", "layers_per_block", "norm_num_groups"):
-        facts[key] = HUNYUAN_VIDEO["vae"][key]
+        facts[key] = PUBLISHED["vae"][key]
     torch.manual_seed(0)
     vae = AutoencoderKLHunyuanVideo.from_config(facts)
     for file in (checkpoint / "vae").iterdir():
@@ -196,10 +196,10 @@ def choose(machine: dict[str, Any], seconds: float) -> tuple[tuple[int, int, int
     """The largest model that leaves half of the memory to activations, and the largest sample that fits in memory and time."""
     import shutil
 
-    from fastvideo_grpo.families import ModelFacts
-    from fastvideo_grpo.memory import estimate
-    from fastvideo_grpo.plan import count_parameters
-    from fastvideo_grpo.published import HUNYUAN_VIDEO
+    from fastvideo_grpo.models.facts import ModelFacts
+    from fastvideo_grpo.models.hunyuan_video.family import PUBLISHED
+    from fastvideo_grpo.planning.memory import estimate
+    from fastvideo_grpo.planning.plan import count_parameters
 
     room = 0.85 * machine["free"] - 2 * GIB
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -209,14 +209,14 @@ def choose(machine: dict[str, Any], seconds: float) -> tuple[tuple[int, int, int
     forwards = 2 * len(PROMPTS) * GROUP * (STEPS + 3 * TRAINED)
     for width, doubles, singles in MODELS:
         transformer = {
-            **HUNYUAN_VIDEO["transformer"],
+            **PUBLISHED["transformer"],
             "num_attention_heads": width // 64,
             "attention_head_dim": 64,
             "rope_axes_dim": [16, 24, 24],
             "num_layers": doubles,
             "num_single_layers": singles,
         }
-        facts = ModelFacts("scaled", {**HUNYUAN_VIDEO, "transformer": transformer}, trained="transformer")
+        facts = ModelFacts("scaled", {**PUBLISHED, "transformer": transformer}, trained="transformer")
         for sample in SAMPLES:
             config = load_config(Case("published", "published", "cuda", (width, doubles, singles), sample))
             config.prompts.embeddings = "cached"  # the text encoders are tiny here, and do not count
@@ -239,7 +239,7 @@ def tokens(sample: tuple[int, int, int]) -> int:
 
 def load_config(case: Case) -> Any:
     """The run's configuration."""
-    from fastvideo_grpo import config as configuration
+    from fastvideo_grpo.models import run_config
 
     folder = Path(case.folder)
     frames, height, width = case.sample
@@ -271,7 +271,7 @@ def load_config(case: Case) -> Any:
     }
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / "empty.yaml").write_text("{}")
-        return configuration.load(Path(empty) / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+        return run_config.load(Path(empty) / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
 def run_case(case: Case, deadline: float) -> dict[str, Any]:
@@ -315,9 +315,10 @@ def measure(case: Case) -> None:
     """Two iterations; rank 0 prints ``RESULT`` and, as JSON, [measured, estimated] bytes, seconds and the ratio's deviation."""
     import torch
 
-    from fastvideo_grpo import families, memory, plan
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.grpo.advantages import group_advantages
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import memory, plan
     from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
 
@@ -325,17 +326,17 @@ def measure(case: Case) -> None:
     if case.device == "cpu":
         torch.set_num_threads(1)
     world = World.current(case.device, sequence_parallel=case.shared)
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     trainer = load_trainer(config, world)
     trainer.setup_training()
     device = trainer.world.device
 
     def iteration(number: int, clock: Clock) -> Any:
-        rollout = trainer.rollout(number, list(trainer.prompts), clock)
+        rollout = trainer.rollout(number, list(trainer.run.prompts), clock)
         # Random scores: jpeg_size may call all of them equal, and equal scores train nothing.
         generator = torch.Generator().manual_seed(number)
         scores = {name: torch.rand(valid.shape, generator=generator) for name, valid in rollout.valid.items()}
-        return rollout, group_advantages(scores, rollout.valid, trainer.rewards.weights)
+        return rollout, group_advantages(scores, rollout.valid, trainer.run.scoring.rewards.weights)
 
     rollout, advantages = iteration(0, Clock())
     trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
@@ -345,7 +346,7 @@ def measure(case: Case) -> None:
         rollout, advantages = iteration(1, clock)
     sample = trainer.pack(torch.randn(1, *trainer.latent_shape())).to(device)
     level = trainer.schedule.at(torch.zeros(1, dtype=torch.long))
-    conditioning = trainer.conditioning(trainer.prompts[0], 1)
+    conditioning = trainer.conditioning(trainer.run.prompts[0], 1)
     with Peak(device) as forward, torch.no_grad(), trainer.forward_context(conditioning):
         start = time.perf_counter()
         trainer.predict(sample, level, conditioning)

@@ -95,7 +95,7 @@ def write_scaled(folder: Path, width: int, doubles: int, singles: int) -> Path:
     import torch
     from diffusers import HunyuanVideoTransformer3DModel
 
-    from fastvideo_grpo.tiny.hunyuan_video import configs, write_hunyuan_video
+    from fastvideo_grpo.models.hunyuan_video.tiny import configs, write_hunyuan_video
 
     checkpoint = write_hunyuan_video(folder / "scaled")
     sizes = {
@@ -152,9 +152,10 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
     """[measured, estimated] bytes of each phase, or of a whole iteration where a group size is given."""
     import torch
 
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, memory, plan
     from fastvideo_grpo.engines.parallel import World
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import memory, plan
     from fastvideo_grpo.sampling.noise import SampleKey
     from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
@@ -185,26 +186,26 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
         "run.eval_every": 0,
         "run.sample_every": 0,
     }
-    config = configuration.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-    facts = families.model_facts(config)
+    config = run_config.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+    facts = model_facts(config)
     trainer = load_trainer(config, World.current())
     trainer.setup_training()
     device = trainer.world.device
-    prompt = trainer.prompts[0]
+    prompt = trainer.run.prompts[0]
     # As many text tokens as the estimate is told of.
     config.prompts.text_length = trainer.conditioning(prompt, 1)["encoder_hidden_states"].shape[1]
     planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
     if "group" in case:
         trainer.train()  # the first iteration makes AdamW's state and the allocator's pools
         with Peak(device) as peak:
-            rollout = trainer.rollout(1, list(trainer.prompts), Clock())
+            rollout = trainer.rollout(1, list(trainer.run.prompts), Clock())
             advantages = torch.zeros(2, config.grpo.group_size)
             advantages[:, 0] = 1.0
             from fastvideo_grpo.grpo.advantages import group_advantages
 
-            scores = {name: torch.rand(2, config.grpo.group_size) for name in trainer.rewards.names}
+            scores = {name: torch.rand(2, config.grpo.group_size) for name in trainer.run.scoring.rewards.names}
             valid = {name: torch.ones(2, config.grpo.group_size, dtype=torch.bool) for name in scores}
-            values_ = group_advantages(scores, valid, trainer.rewards.weights)
+            values_ = group_advantages(scores, valid, trainer.run.scoring.rewards.weights)
             trainer.update(1, rollout, values_, trainer.select(values_), Clock())
         held = sum(t.nbytes for t in rollout.latents.values())
         # On a CPU, trajectories lie in the memory that is measured.

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from fastvideo_grpo import config as configuration
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.tiny.flux import write_flux
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.flux.tiny import write_flux
 from fastvideo_grpo.tracking.statistics import Clock
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.load import load_trainer
@@ -67,7 +67,7 @@ def _measure(folder: Path, checkpoint: Path, tokens: int, size: int, iterations:
     side = int(tokens**0.5) * 16
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     (folder / "empty.yaml").write_text("{}")
-    config = configuration.load(
+    config = run_config.load(
         folder / "empty.yaml",
         [
             f"model.path={checkpoint}",
@@ -96,7 +96,7 @@ def _seconds(trainer: GRPOTrainer, size: int, iterations: int) -> tuple[float, f
     totals = [0.0, 0.0]
     for iteration in range(iterations + 1):
         clock = Clock()
-        rollout = trainer.rollout(iteration, trainer.prompts, clock)
+        rollout = trainer.rollout(iteration, trainer.run.prompts, clock)
         advantages = _advantages(trainer, rollout)
         trainer.update(iteration, rollout, advantages, trainer.select(advantages), clock)
         if iteration:
@@ -110,12 +110,12 @@ def _seconds(trainer: GRPOTrainer, size: int, iterations: int) -> tuple[float, f
 def _advantages(trainer, rollout):
     from fastvideo_grpo.grpo.advantages import group_advantages
 
-    return group_advantages(rollout.scores, rollout.valid, trainer.rewards.weights)
+    return group_advantages(rollout.scores, rollout.valid, trainer.run.scoring.rewards.weights)
 
 
 def _bare(trainer, size: int, repeats: int) -> tuple[float, float, float]:
     """Seconds per sample of a forward without gradients, of a forward and backward, and of decoding."""
-    conditioning = trainer.conditioning(trainer.prompts[0], size)
+    conditioning = trainer.conditioning(trainer.run.prompts[0], size)
     sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(trainer.world.device)
     level = trainer.schedule.at(torch.zeros(size, dtype=torch.int64))
 

@@ -17,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import Config
-from fastvideo_grpo.config_checks import check
-from fastvideo_grpo.families import FAMILIES, ModelFacts
-from fastvideo_grpo.memory import MemoryEstimate, estimate
-from fastvideo_grpo.plan import count_parameters
+from fastvideo_grpo.config.checks import check
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.facts import ModelFacts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning.memory import MemoryEstimate, estimate
+from fastvideo_grpo.planning.plan import count_parameters
 
 GIB = 2**30
 GPUS = (8, 16, 32, 64)
@@ -165,7 +166,7 @@ def _loaded(size: Size, lora: bool) -> tuple[Config, ModelFacts, tuple[int, int]
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty.yaml"
         empty.write_text("{}")
-        config = configuration.load(empty, [f"{key}={value}" for key, value in values.items()])
+        config = run_config.load(empty, [f"{key}={value}" for key, value in values.items()])
     family = FAMILIES[size.kind]
     facts = ModelFacts(family.name, family.configs, family.denoiser)
     return config, facts, count_parameters(config, facts)
@@ -175,7 +176,7 @@ def planned(size: Size, way: Way, gpus: int, lora: bool = False) -> MemoryEstima
     """The estimate for one process of so many."""
     config, facts, parameters = _loaded(size, lora)
     config = replace(config, engine=replace(config.engine, **way.settings))
-    check(config)
+    check(config, FAMILIES.names())
     return estimate(config, facts, gpus, parameters)
 
 

@@ -4,6 +4,7 @@ writes the tables of docs/architecture.md and its picture anew."""
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ UPDATE = (
 Graph = dict[str, dict[str, set[str]]]
 """Part -> {"loading": parts it imports when it is loaded, "use": those that a function imports when it is called}."""
 
+Edges = dict[str, set[str]]
+"""Who imports whom, whenever: on loading, inside a function, or for type checkers."""
+
 
 def files() -> list[Path]:
     """Every file of the package."""
@@ -66,8 +70,11 @@ def lines(file: Path) -> int:
 
 
 def part_of(module: str) -> str:
-    """``fastvideo_grpo.trainers.base`` -> "trainers/"; a file beside the folders stands for itself: "config.py"."""
-    name = module.split(".")[1]
+    """``fastvideo_grpo.trainers.base`` -> "trainers/", ``fastvideo_grpo.models.wan.trainer`` -> "models/wan/"; a file beside
+    the folders stands for itself: "cli.py"."""
+    name, *rest = module.split(".")[1:]
+    if name == "models" and rest and (PACKAGE / name / rest[0]).is_dir():
+        return f"{name}/{rest[0]}/"  # each model has what it needs of all else; nobody needs a model
     return f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
 
 
@@ -77,24 +84,33 @@ def module_of(file: Path) -> str:
 
 
 def imported(file: Path) -> Iterator[tuple[str, str]]:
-    """(module of this package, "loading" or "use") of each import statement; those for type checkers are left out."""
-    inside = set()
+    """(module of this package, or a name in it; when) of each import statement: on "loading", on "use" inside a function, or
+    for "type checking" alone."""
     tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
+    when: dict[int, str] = {}
+    for node in ast.walk(tree):  # from the outside in: the innermost counts
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inside |= {id(below) for below in ast.walk(node)}
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for below in ast.walk(node):
-                below.body = [] if isinstance(below, ast.If) else getattr(below, "body", [])
+            when.update((id(below), "use") for below in ast.walk(node))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            when.update((id(below), "type checking") for statement in node.body for below in ast.walk(statement))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvideo_grpo"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{_absolute(node, file)}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("fastvideo_grpo.")]
+            names = [alias.name for alias in node.names]
         else:
             continue
         for name in names:
-            yield name, "use" if id(node) in inside else "loading"
+            if name.startswith("fastvideo_grpo."):
+                yield name, when.get(id(node), "loading")
+
+
+def _absolute(node: ast.ImportFrom, file: Path) -> str:
+    """The module that names are imported from: for ``from .family import X`` in models/wan/ the family of that folder."""
+    if node.level == 0:
+        return node.module or ""
+    package = file.relative_to(ROOT).parts[: -node.level]
+    return ".".join([*package, *([node.module] if node.module else [])])
 
 
 def graph() -> Graph:
@@ -107,7 +123,7 @@ def graph() -> Graph:
         own = part_of(module)
         found[own]  # a part that imports nothing is one, too
         for name, when in imported(file):
-            if name.count(".") >= 1 and (other := part_of(name)) != own and (PACKAGE / other).exists():
+            if when != "type checking" and (other := part_of(name)) != own and (PACKAGE / other).exists():
                 found[own][when].add(other)
     for edges in found.values():
         edges["use"] -= edges["loading"]
@@ -129,6 +145,53 @@ def layers(edges: Graph) -> list[list[str]]:
         for part in free:
             del left[part]
     return order
+
+
+def file_edges() -> Edges:
+    """File -> the others that it imports, whenever. (That an import loads the folder's ``__init__.py`` first is left out.)"""
+    return {
+        _name(file): {_name(other) for name, _ in imported(file) if (other := _file_of(name)) is not None} - {_name(file)}
+        for file in files()
+    }
+
+
+def part_edges() -> Edges:
+    """Part -> the others that its files import, whenever."""
+    modules = {_name(file): module for file in files() if (module := module_of(file)) != PACKAGE.name}
+    found: Edges = {part_of(module): set() for module in modules.values()}
+    for file, others in file_edges().items():
+        if file in modules:
+            own = part_of(modules[file])
+            found[own] |= {part_of(modules[other]) for other in others if other in modules} - {own}
+    return found
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def _file_of(name: str) -> Path | None:
+    """Where an imported module or name stands; None: in no file of this package."""
+    while name:
+        path = ROOT.joinpath(*name.split("."))
+        for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+        name = name.rpartition(".")[0]
+    return None
+
+
+def circles(edges: Edges) -> list[list[str]]:
+    """Those that import each other, directly or by way of others: each circle with all that are in it."""
+    reached: Edges = {}
+    for start in edges:
+        reached[start], left = set(), [start]
+        while left:
+            new = edges[left.pop()] - reached[start]
+            reached[start] |= new
+            left += new
+    found = {frozenset(other for other in reached[name] if name in reached[other]) for name in edges}
+    return sorted(sorted(circle) for circle in found if circle)
 
 
 def sizes_table() -> str:
@@ -164,6 +227,77 @@ def walk_table() -> str:
         for number, stop in enumerate(stops, start=1):
             names, leaves = ", ".join(f"`{name}`" for name in stop.names), stop.leaves.replace("\n", ", ")
             rows.append(f"| {part} {number} | `{stop.file}`: {names} | {stop.does} | {leaves} |")
+    return "\n".join(rows)
+
+
+MAY_KNOW = {
+    "cli.py": "says what the demo trains",
+    "commands/check_reward.py": "an example in its help",
+    "commands/demo.py": "trains two of them",
+    "commands/export.py": "an example in its help",
+    "commands/make_references.py": "an example in its help",
+    "commands/sample.py": "an example in its help",
+    "commands/serve_reward.py": "an example in its help",
+    "commands/train.py": "an example in its help",
+    "config/files.py": "an example in an error",
+    "config/keys.py": "the default of model.kind",
+    "config/reference.py": "an example in docs/configuration.md",
+    "models/skyreels_i2v/family.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/fastvideo_config.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/tiny.py": "is HunyuanVideo with another transformer",
+    "models/skyreels_i2v/trainer.py": "is HunyuanVideo with another transformer",
+    "rewards/models/clip_backend.py": "says where a tokenizer is to be had",
+    "studies/definitions.py": "compares runs of three of them",
+    "studies/report.py": "says which the paper compares",
+}
+"""File that names a model and is not in its folder -> why. Recipes, docs and the table of the promises name them, too."""
+
+
+def model_names() -> dict[str, re.Pattern[str]]:
+    """Folder of a model -> how it is called: by that name, or by the words that the published model's name begins with."""
+    from fastvideo_grpo.models.registry import FAMILIES
+
+    names = {}
+    for folder in sorted(path.parent.name for path in (PACKAGE / "models").glob("*/family.py")):
+        words = re.match(r"[A-Za-z]+( [A-Z][a-z]+)*", FAMILIES[folder].name)
+        assert words is not None
+        called = "|".join(re.sub("[ _]", "[ _.-]?", name) for name in (folder, words[0]))
+        # In a class's name another word follows.
+        names[folder] = re.compile(f"(?<![A-Za-z])(?i:{called})(?![A-Za-z])|{words[0].replace(' ', '')}(?=[A-Z])")
+    return names
+
+
+def code_words(file: Path) -> Iterator[str]:
+    """Names and texts of a file's code; docstrings and comments are none."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(alias.name for alias in node.names))
+        else:
+            words = (getattr(node, field, None) for field in ("id", "attr", "name", "arg"))
+            yield from (word for word in words if isinstance(word, str))
+
+
+def who_knows() -> dict[str, list[str]]:
+    """File -> models that its code names, without those in whose folder it is."""
+    names, found = model_names(), {}
+    for file in files():
+        name = file.relative_to(PACKAGE).as_posix()
+        words = "\n".join(code_words(file))
+        known = [model for model, called in names.items() if not name.startswith(f"models/{model}/") and called.search(words)]
+        if known:
+            found[name] = known
+    return found
+
+
+def names_table() -> str:
+    """Who names a model outside its folder, and why."""
+    rows = ["| file | names | since it |", "|---|---|---|"]
+    for file, models in who_knows().items():
+        rows.append(f"| `{file}` | {', '.join(f'`{model}`' for model in models)} | {MAY_KNOW.get(file, '')} |")
     return "\n".join(rows)
 
 
@@ -216,7 +350,7 @@ def draw_picture(file: Path) -> None:
     pyplot.close(figure)
 
 
-TABLES = {"walk": walk_table, "sizes": sizes_table, "imports": imports_table}
+TABLES = {"walk": walk_table, "sizes": sizes_table, "names": names_table, "imports": imports_table}
 
 
 def written(text: str) -> str:
@@ -231,3 +365,5 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     DOCUMENT.write_text(written(DOCUMENT.read_text()))
     draw_picture(PICTURE)
+    for circle in (*circles(file_edges()), *circles(part_edges())):
+        print(f"they import each other in a circle: {', '.join(circle)}")

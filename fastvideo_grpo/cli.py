@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from fastvideo_grpo import __version__, launcher
-from fastvideo_grpo.disk_room import REFUSING, describe
+from fastvideo_grpo.disk.room import REFUSING, describe
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.printed_commands import runnable
 
@@ -25,10 +25,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "serve-reward": ("fastvideo_grpo.commands.serve_reward", "serve a reward over HTTP"),
     "demo": ("fastvideo_grpo.commands.demo", "GRPO on a tiny FLUX or HunyuanVideo, on one CPU core, in minutes"),
     "study": ("fastvideo_grpo.commands.study", "the paper's comparisons on tiny models, with several seeds on all cores"),
-    "tiny": ("fastvideo_grpo.tiny.command", "write a tiny checkpoint in the real on-disk format"),
+    "tiny": ("fastvideo_grpo.commands.tiny", "write a tiny checkpoint in the real on-disk format"),
     "measure-family": ("fastvideo_grpo.commands.measure_family", "count what a model holds, for the estimate of memory"),
-    "patch": ("fastvideo_grpo.patching", "apply, check or revert this project's patches to FastVideo"),
-    "doctor": ("fastvideo_grpo.doctor", "say what this machine has, and what is missing"),
+    "patch": ("fastvideo_grpo.commands.patch", "apply, check or revert this project's patches to FastVideo"),
+    "doctor": ("fastvideo_grpo.commands.doctor", "say what this machine has, and what is missing"),
 }
 
 

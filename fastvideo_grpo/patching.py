@@ -14,7 +14,6 @@ Two things about writing:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -26,9 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvideo_grpo.command_arguments import path_argument
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import patches_dir
 
 APPLY_COMMAND = "fastvideo-grpo patch apply"
@@ -143,7 +140,7 @@ def _patch_files() -> list[Path]:
     return sorted(patches_dir().glob("*.patch"))
 
 
-def _manifest() -> dict:
+def read_manifest() -> dict:
     return json.loads((patches_dir() / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -158,7 +155,7 @@ def find_fastvideo() -> Path:
     """
     spec = importlib.util.find_spec("fastvideo")
     if spec is None or spec.origin is None:
-        version = _manifest()["fastvideo"]
+        version = read_manifest()["fastvideo"]
         raise PatchError(
             f"FastVideo is not installed in {sys.prefix}. Install it with `make env` or "
             f"`pip install --no-deps fastvideo=={version}`, then run `{APPLY_COMMAND}`."
@@ -179,7 +176,7 @@ def fastvideo_version(root: Path) -> str | None:
 
 def _resolve(root: str | Path | None) -> Path:
     """The folder that contains `fastvideo/`, of the version that the patches are for."""
-    wanted = _manifest()["fastvideo"]
+    wanted = read_manifest()["fastvideo"]
     folder = find_fastvideo() if root is None else Path(root).resolve()
     if not (folder / "fastvideo").is_dir():
         raise PatchError(f"--to {folder}: expected a FastVideo checkout, a folder that contains fastvideo/.")
@@ -315,12 +312,12 @@ def status(root: str | Path | None = None) -> list[FileStatus]:
     Raises:
         PatchError: FastVideo is missing there, or of another version.
     """
-    folder, manifest = _resolve(root), _manifest()
+    folder, manifest = _resolve(root), read_manifest()
     written = _written(folder)
     return [_file_status(folder, path, manifest, written) for path in sorted({*manifest["files"], *written})]
 
 
-def _is_done(item: FileStatus, manifest: dict) -> bool:
+def is_done(item: FileStatus, manifest: dict) -> bool:
     return item.state == ("patched" if item.path in manifest["files"] else "original")
 
 
@@ -338,9 +335,9 @@ def apply(root: str | Path | None = None) -> list[str]:
             written.
     """
     statuses = status(root)
-    folder, manifest = _resolve(root), _manifest()
+    folder, manifest = _resolve(root), read_manifest()
     _refuse_foreign(folder, statuses, manifest)
-    todo = [item for item in statuses if not _is_done(item, manifest)]
+    todo = [item for item in statuses if not is_done(item, manifest)]
     if not todo:
         return []
     originals = {item.path: _original(folder, item, manifest) for item in statuses}
@@ -372,7 +369,7 @@ def revert(root: str | Path | None = None) -> list[str]:
         PatchError: as for `apply`, or the originals are gone.
     """
     statuses = status(root)
-    folder, manifest = _resolve(root), _manifest()
+    folder, manifest = _resolve(root), read_manifest()
     _refuse_foreign(folder, statuses, manifest)
     contents = {item.path: _original(folder, item, manifest) for item in statuses if item.state != "original"}
     _replace_all(folder, contents)
@@ -386,10 +383,10 @@ def require_patched() -> None:
     Raises:
         PatchError: with the command that repairs it.
     """
-    manifest = _manifest()
+    manifest = read_manifest()
     statuses = status()
     _refuse_foreign(find_fastvideo(), statuses, manifest)
-    bad = [item for item in statuses if not _is_done(item, manifest)]
+    bad = [item for item in statuses if not is_done(item, manifest)]
     if bad:
         raise PatchError(
             f"The installed FastVideo {manifest['fastvideo']} is not patched ({bad[0].path} is {bad[0].state}). "
@@ -427,61 +424,3 @@ def write_manifest(root: str | Path | None = None) -> Path:
     target = patches_dir() / "manifest.json"
     target.write_text(json.dumps({"fastvideo": version, "files": files}, indent=2) + "\n", encoding="utf-8")
     return target
-
-
-# ---- the command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastvideo-grpo patch`."""
-    parser.add_argument(
-        "action",
-        choices=("apply", "check", "revert", "manifest"),
-        help="apply: patch FastVideo. check: say what is patched; exit code 1 if something is not. revert: give back "
-        "the original files. manifest: record the file hashes anew, after a patch changed (for developers).",
-    )
-    parser.add_argument(
-        "--to",
-        type=path_argument,
-        metavar="DIR",
-        help="a FastVideo checkout (a folder that contains fastvideo/) instead of the installed copy",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do what `fastvideo-grpo patch` was asked for. Returns the exit code; prints errors on stderr."""
-    try:
-        if args.action == "manifest":
-            print(f"wrote {write_manifest(args.to)}")
-            return 0
-        if args.action == "check":
-            manifest, statuses = _manifest(), status(args.to)
-            for item in statuses:
-                print(f"{item.state:9} {item.path}")
-            done = all(_is_done(item, manifest) for item in statuses)
-            target = f" --to {args.to}" if args.to else ""
-            print("FastVideo is patched." if done else runnable(f"FastVideo is not patched. Run `{APPLY_COMMAND}{target}`."))
-            return 0 if done else 1
-        changed = apply(args.to) if args.action == "apply" else revert(args.to)
-        word = "patched" if args.action == "apply" else "reverted"
-        for path in changed:
-            print(f"{word} {path}")
-        if not changed:
-            print(f"nothing to do: FastVideo is {'patched already' if args.action == 'apply' else 'not patched'}")
-        return 0
-    except PatchError as error:
-        print(f"error: {runnable(str(error))}", file=sys.stderr)
-        return 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m fastvideo_grpo.patching`: needs nothing but Python, so that set-up can call it first."""
-    parser = argparse.ArgumentParser(
-        prog="fastvideo-grpo patch", description="Apply, check or revert this project's patches to FastVideo."
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastvideo_grpo import cli, families, plan
-from fastvideo_grpo import config as configuration
+from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.rewards import placement, registry
-from fastvideo_grpo.rewards.jpeg_size import JpegSize
-from fastvideo_grpo.tiny.flux import write_flux
-from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.errors import ConfigError, UserError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.flux.tiny import write_flux
+from fastvideo_grpo.models.hunyuan_video.tiny import write_hunyuan_video
+from fastvideo_grpo.planning import plan
+from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.rewards.placement import entries as placement
+from fastvideo_grpo.rewards.rules.jpeg_size import JpegSize
 from fastvideo_grpo.tracking import wandb_run
 from fastvideo_grpo.trainers import load
 
@@ -176,10 +179,10 @@ def test_a_reward_of_images_is_refused_for_clips(tmp_path, monkeypatch):
         *("model.kind=hunyuan_video", "prompts.text_length=16", "sample.height=32", "sample.width=32"),
         *("rewards.models.look.kind=stills", "run.dir=x"),
     ]
-    config = configuration.build({}, [*settings, "sample.frames=5"])
+    config = run_config.build({}, [*settings, "sample.frames=5"])
     with pytest.raises(ConfigError, match=r"rewards.models.look scores images, but the model makes 5 frame.*for videos"):
-        plan.check_run(config, families.model_facts(config), 1)
-    plan.check_run(configuration.build({}, settings), families.model_facts(config), 1)
+        plan.check_run(config, model_facts(config), 1)
+    plan.check_run(run_config.build({}, settings), model_facts(config), 1)
 
 
 def test_a_server_is_asked_what_it_looks_at(monkeypatch):
@@ -196,5 +199,5 @@ def test_the_configuration_that_a_dry_run_prints_reads_back(words, tmp_path, cap
     assert cli.main(["train", *words, "sample.cfg_scale=2", "sample.negative_prompt=no", "--dry-run"]) == 0
     printed = capsys.readouterr().out.partition("\n\n")[0] + "\n"
     (tmp_path / "printed.yaml").write_text(printed)
-    config = configuration.load(tmp_path / "printed.yaml")
-    assert config.sample.negative_prompt == "no" and configuration.to_yaml(config) == printed
+    config = run_config.load(tmp_path / "printed.yaml")
+    assert config.sample.negative_prompt == "no" and config_saved.to_yaml(config) == printed

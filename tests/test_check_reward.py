@@ -8,7 +8,9 @@ from PIL import Image
 
 from fastvideo_grpo import cli
 from fastvideo_grpo.commands.check_reward import built_in, degradations
-from fastvideo_grpo.rewards import RewardResult, kinds, register, registry
+from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.rewards.base import RewardResult
+from fastvideo_grpo.rewards.registry import kinds, register
 
 
 @pytest.fixture(autouse=True)

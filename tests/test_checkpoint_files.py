@@ -8,17 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.checkpoints.export import copy_components
-from fastvideo_grpo.config import ConfigError, RewardConfig
+from fastvideo_grpo.config.keys import RewardConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader, WeightFilesError
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.model_files.clean_folder import clean_folder
 from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.model_files.selection import select
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning import plan
+from fastvideo_grpo.planning.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.prompts.embeddings import encoder_identity
-from fastvideo_grpo.rewards.weight_files import files_read
+from fastvideo_grpo.rewards.models.weight_files import files_read
 from tests.decoys import add_decoys, others
 from tests.tiny_models import tiny_checkpoint  # noqa: F401  (a fixture)
 
@@ -41,12 +44,12 @@ def config_of(kind, folder):
         "prompts": {"path": str(ROOT / "data" / "prompts" / "flux_examples.txt")},
         "run": {"dir": "unused"},
     }
-    return configuration.build(values, [])
+    return run_config.build(values, [])
 
 
 def problems_of(kind, folder):
     config = config_of(kind, folder)
-    return checkpoint_problems(config, families.model_facts(config))
+    return checkpoint_problems(config, model_facts(config))
 
 
 def write(folder: Path, config, *names):
@@ -136,7 +139,7 @@ def test_what_is_not_read_is_named_and_changes_nothing(copy_of, tmp_path):
     assert problems_of("stable_diffusion", folder) == []
     assert before == {part: encoder_identity(folder, [part], {}) for part in parts}
     assert "unet/a.safetensors" in unread_files(config) and "more" in unread_files(config)
-    assert f"note         {unread_files(config)}" in plan.describe(config, families.model_facts(config), 1).splitlines()
+    assert f"note         {unread_files(config)}" in plan.describe(config, model_facts(config), 1).splitlines()
     (tmp_path / "out").mkdir()
     copy_components(folder, tmp_path / "out", "unet")
     copied = {path.name for path in (tmp_path / "out" / "vae").iterdir()}
@@ -300,7 +303,7 @@ def test_damage_is_told_before_anything_is_loaded(copy_of, name, damage, said):
     damage(folder / name)
     config = config_of("flux", folder)
     with pytest.raises(ConfigError, match=said) as found:
-        plan.check_run(config, families.model_facts(config), 1, here=False, training=False)
+        plan.check_run(config, model_facts(config), 1, here=False, training=False)
     (line,) = [line for line in str(found.value).splitlines() if str(folder / Path(name).parts[0]) in line]
     assert "hf download black-forest-labs/FLUX.1-dev" in line or "has no 'num_attention_heads'" in line or " is " in line
 
@@ -411,22 +414,22 @@ def test_skyreels_before_its_index_is_edited(copy_of):
     command = f"""sed -i 's/"HunyuanVideoPipeline"/"HunyuanSkyreelsImageToVideoPipeline"/' {folder}/model_index.json"""
     for kind in ("skyreels_i2v", "hunyuan_video"):
         with pytest.raises(ConfigError, match="transformer of SkyReels-V1-I2V") as found:
-            families.model_facts(config_of(kind, folder))
+            model_facts(config_of(kind, folder))
         assert command in str(found.value)
         assert ("set model.kind=skyreels_i2v" in str(found.value)) == (kind == "hunyuan_video")
     edit(folder / "model_index.json", _class_name="HunyuanSkyreelsImageToVideoPipeline")
     with pytest.raises(ConfigError, match=r"makes clips from images; set model\.kind=skyreels_i2v"):
-        families.model_facts(config_of("hunyuan_video", folder))
-    families.model_facts(config_of("skyreels_i2v", folder))
+        model_facts(config_of("hunyuan_video", folder))
+    model_facts(config_of("skyreels_i2v", folder))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_checkpoint_says_where_the_real_one_is_to_be_had(tmp_path, kind):
     folder = tmp_path / "FLUX.1-dev"
     with pytest.raises(ConfigError) as found:
-        families.model_facts(config_of(kind, folder))
+        model_facts(config_of(kind, folder))
     text = str(found.value)
-    assert " && ".join(families.FAMILIES[kind].source.commands(folder)) in text and "GB" in text
+    assert " && ".join(FAMILIES[kind].source.commands(folder)) in text and "GB" in text
     assert f"fastvideo-grpo tiny {kind} --out checkpoints/tiny-" in text and f"--out {folder}" not in text
 
 
@@ -464,7 +467,7 @@ def test_a_rewards_files_are_looked_at_before_anything_is_loaded(tmp_path, name,
     config = config_of("flux", tmp_path / "absent")
     place = file if name == "HPS.pt" else tmp_path / "reward"
     config.rewards.models["size"] = RewardConfig(kind="jpeg_size", checkpoint=str(place))
-    facts = families.model_facts(config, published_if_missing=True)
+    facts = model_facts(config, published_if_missing=True)
     with pytest.raises(ConfigError, match=f"rewards.models.size.checkpoint: .*{said}"):
         plan.check_run(config, facts, 1, here=False, training=False)
 
@@ -473,7 +476,7 @@ def test_a_missing_reward_says_where_it_is_to_be_had(tmp_path):
     config = config_of("flux", tmp_path / "absent")
     config.rewards.models["hps"] = RewardConfig(kind="hps", checkpoint=str(tmp_path / "HPS.pt"))
     with pytest.raises(ConfigError, match=r"hps.checkpoint=.* does not exist.*hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
-        plan.check_run(config, families.model_facts(config, published_if_missing=True), 1, training=False)
+        plan.check_run(config, model_facts(config, published_if_missing=True), 1, training=False)
 
 
 def test_decoys_are_other_numbers():

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import disk_room
 from fastvideo_grpo.checkpoints import store as store_module
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk import room as disk_room
+from fastvideo_grpo.disk.durable_files import write_atomic
 
 
 def write(text="weights"):

@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import clips
-from fastvideo_grpo.rewards.clips import frame_indices, mp4_round_trip, read_clip
+from fastvideo_grpo.rewards.media import clips
+from fastvideo_grpo.rewards.media.clips import frame_indices, mp4_round_trip, read_clip
 from fastvideo_grpo.tracking.pictures import encode_mp4
 
 needs_decord = pytest.mark.skipif(not importlib.util.find_spec("decord"), reason="decord is not installed")

@@ -11,12 +11,17 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fastvideo_grpo import cli, config_reference, families, plan
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo import cli
+from fastvideo_grpo.config import reference as config_reference
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
-from fastvideo_grpo.tiny.flux import write_flux
-from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.flux.tiny import write_flux
+from fastvideo_grpo.models.hunyuan_video.tiny import write_hunyuan_video
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_config import load as load_config
+from fastvideo_grpo.planning import plan
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """
@@ -31,7 +36,7 @@ run: {dir: runs/x}
 def load(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
-    return lambda *overrides: configuration.load(file, list(overrides))
+    return lambda *overrides: load_config(file, list(overrides))
 
 
 def test_yaml_then_overrides(load):
@@ -72,13 +77,13 @@ def test_wrong_keys_and_values_stop_with_a_way_out(load, override, message):
 def test_missing_keys_are_named_with_their_meaning(tmp_path):
     (tmp_path / "x.yaml").write_text("run: {dir: x}")
     with pytest.raises(ConfigError, match=r"missing: model.path .checkpoint folder.*; prompts.path"):
-        configuration.load(tmp_path / "x.yaml")
+        load_config(tmp_path / "x.yaml")
 
 
 def test_no_rewards(tmp_path):
     (tmp_path / "x.yaml").write_text(MINIMAL.replace("{size: {kind: jpeg_size}}", "{}"))
     with pytest.raises(ConfigError, match="name at least one reward"):
-        configuration.load(tmp_path / "x.yaml")
+        load_config(tmp_path / "x.yaml")
 
 
 def test_all_problems_of_values_are_told_at_once(load):
@@ -91,28 +96,28 @@ def test_override_without_equals_sign_and_missing_file(load, tmp_path):
     with pytest.raises(ConfigError, match="key=value"):
         load("run.iterations")
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
-        configuration.load(tmp_path / "nothing.yaml")
+        load_config(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
-        configuration.load(tmp_path / "bad.yaml")
+        load_config(tmp_path / "bad.yaml")
 
 
 def test_base_is_read_first(tmp_path):
     (tmp_path / "base.yaml").write_text(MINIMAL)
     (tmp_path / "more.yaml").write_text("base: base.yaml\ngrpo: {group_size: 6}\n")
-    config = configuration.load(tmp_path / "more.yaml")
+    config = load_config(tmp_path / "more.yaml")
     assert config.grpo.group_size == 6 and config.model.path == "model"
 
 
 def test_written_yaml_reads_back_equal(load, tmp_path):
     config = load("model.lora.rank=4", "grpo.best_of={top: 2, bottom: 3}")
-    (tmp_path / "written.yaml").write_text(configuration.to_yaml(config))
-    assert configuration.load(tmp_path / "written.yaml") == config
+    (tmp_path / "written.yaml").write_text(config_saved.to_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
 
 
 def test_the_reference_says_what_models_and_objectives_have_where_a_key_is_left_out():
-    page = config_reference.reference().splitlines()
-    for registry in (families.FAMILIES, OBJECTIVES):
+    page = config_reference.reference(FAMILIES).splitlines()
+    for registry in (FAMILIES, OBJECTIVES):
         for name, thing in registry.usable().items():
             for section, values in getattr(thing, "defaults", {}).items():
                 for key, value in values.items():
@@ -123,8 +128,8 @@ def test_the_reference_says_what_models_and_objectives_have_where_a_key_is_left_
 
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    printed = config_reference.HEAD + config_reference.reference()
-    assert printed == page, "run: python -m fastvideo_grpo.config_reference > docs/configuration.md"
+    printed = config_reference.HEAD + config_reference.reference(FAMILIES)
+    assert printed == page, "run: python docs/configuration.py"
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def run_config(load, checkpoint, tmp_path):
 
 
 def _check(config, ranks=1):
-    plan.check_run(config, families.model_facts(config), ranks)
+    plan.check_run(config, model_facts(config), ranks)
 
 
 def test_a_good_configuration_passes(run_config):
@@ -219,9 +224,9 @@ def test_what_a_video_model_rules_out(run_config, video_checkpoint, overrides, m
 def test_how_many_frames_is_the_models_vae_to_say(run_config, video_checkpoint, ratio, frames, message):
     settings = [f"model.path={video_checkpoint}", "model.kind=hunyuan_video", "sample.height=32", "sample.width=32"]
     config = run_config(*settings, f"sample.frames={frames}")
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     facts.vae["temporal_compression_ratio"] = ratio
-    problems = list(families.FAMILIES["hunyuan_video"].problems(config, facts))
+    problems = list(FAMILIES["hunyuan_video"].problems(config, facts))
     if message is None:
         assert not problems
     else:
@@ -246,7 +251,7 @@ def test_a_reward_may_not_take_longer_than_the_other_processes_wait(run_config):
 
 
 def test_a_run_may_go_on_with_its_reward_behind_a_server(run_config):
-    from fastvideo_grpo.config import changed_on_resume, to_dict
+    from fastvideo_grpo.config.saved import changed_on_resume, to_dict
 
     before = run_config("rewards.models.size.params.quality=50", "rewards.async=true")
     same = ["rewards.models.size.placement=process", "rewards.models.size.params.quality=50"]
@@ -259,7 +264,7 @@ def test_a_run_may_go_on_with_its_reward_behind_a_server(run_config):
 
 def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, caplog):
     config = run_config("sample.height=64", "sample.width=64")
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     with caplog.at_level("WARNING", "fastvideo_grpo"):
         plan.warn_of_memory(config, facts, 1)
         assert not caplog.records
@@ -271,7 +276,7 @@ def test_too_little_memory_is_a_warning_with_ways_out(run_config, monkeypatch, c
 
 def test_too_little_host_memory_is_a_warning_on_gpus_too(run_config, monkeypatch, caplog):
     config = run_config("sample.height=64", "sample.width=64", "engine.offload_idle=true")
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2**40))
     with caplog.at_level("WARNING", "fastvideo_grpo"):
@@ -294,22 +299,22 @@ def test_too_little_host_memory_is_a_warning_on_gpus_too(run_config, monkeypatch
 def test_where_a_reward_runs_is_looked_at_before_the_model_is_loaded(run_config, settings, text):
     config = run_config(*(f"rewards.models.size.{setting}" for setting in settings))
     with pytest.raises(ConfigError, match=text):
-        plan.check_run(config, families.model_facts(config), 1)
+        plan.check_run(config, model_facts(config), 1)
     if "url is missing" not in text:
-        plan.check_run(config, families.model_facts(config), 1, here=False)
+        plan.check_run(config, model_facts(config), 1, here=False)
 
 
 def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist.*fastvideo-grpo tiny flux"):
-        families.model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))
+        model_facts(run_config(f"model.path={tmp_path / 'nothing'}"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ConfigError, match=r"holds a StableDiffusionPipeline.*needs a FluxPipeline"):
-        families.model_facts(run_config(f"model.path={other}"))
+        model_facts(run_config(f"model.path={other}"))
     (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigError, match=r"lacks the folders transformer, vae"):
-        families.model_facts(run_config(f"model.path={other}"))
+        model_facts(run_config(f"model.path={other}"))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -376,8 +381,8 @@ def test_every_recipe_is_listed_here():
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
-    facts = families.model_facts(config, published_if_missing=True)
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    facts = model_facts(config, published_if_missing=True)
     plan.check_run(config, facts, PROCESSES[name], here=False)
     text = plan.describe(config, facts, PROCESSES[name])
     if "tiny" not in name:
@@ -388,7 +393,7 @@ def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monke
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("hunyuan_t2v") and "tiny" not in name])
 def test_the_video_recipes_train_on_what_their_name_says(name):
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     reward, parts = config.rewards.models["videoalign"], name.split("_")
     counted = {output for output, settings in reward.outputs.items() if settings.weight > 0}
     assert (reward.kind, reward.checkpoint) == ("videoalign", "checkpoints/VideoReward")
@@ -404,7 +409,7 @@ def test_the_video_recipes_train_on_what_their_name_says(name):
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("skyreels_i2v") and "tiny" not in name])
 def test_the_image_to_video_recipes_train_on_motion_with_guidance(name):
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     reward, paper, sample, grpo = config.rewards.models["videoalign"], "paper" in name, config.sample, config.grpo
     assert {output: settings.weight for output, settings in reward.outputs.items()} == {"MQ": 1.0, "VQ": 0.0, "TA": 0.0}
     assert (sample.height, sample.width, sample.frames, sample.fps) == (400, 640, 53, 8)
@@ -415,7 +420,7 @@ def test_the_image_to_video_recipes_train_on_motion_with_guidance(name):
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("stable_diffusion") and "tiny" not in name])
 def test_the_stable_diffusion_recipes_have_the_numbers_they_name(name):
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     paper, sample, grpo = "paper" in name, config.sample, config.grpo
     assert (sample.height, sample.width, sample.steps, sample.transition) == (512, 512, 50, "ddim")
     assert (sample.noise_level, sample.cfg_scale, grpo.cfg_gradients, grpo.clip_range) == (1.0, 5.0, "both", 1e-4)
@@ -426,7 +431,7 @@ def test_the_stable_diffusion_recipes_have_the_numbers_they_name(name):
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("wan_t2v") and "tiny" not in name])
 def test_the_wan_recipes_have_the_numbers_they_name(name):
-    config = configuration.load(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     paper, image, sample, grpo = "paper" in name, "image" in name, config.sample, config.grpo
     size = (512, 512, 1) if image else (480, 832, 53)
     assert (sample.height, sample.width, sample.frames) == size and config.prompts.text_length == (226 if image else 512)
@@ -441,7 +446,7 @@ def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
         (tmp_path / "c.yaml").write_text(
             "model: {path: x}\nprompts: {path: p.jsonl}\nrun: {dir: r}\nrewards: {models: {m: {kind: jpeg_size}}}"
         )
-        config = configuration.load(tmp_path / "c.yaml", list(overrides))
+        config = load_config(tmp_path / "c.yaml", list(overrides))
         return config.sample.cfg_scale, config.sample.guidance_scale, config.grpo.updates_per_iteration
 
     assert load() == (1.0, 3.5, 4)
@@ -463,13 +468,13 @@ def test_many_updates_with_guidance_are_cautioned(capsys, monkeypatch):
 
 def test_a_negative_prompt_without_guidance_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"sample.negative_prompt is 'blur'.*cfg_scale=1.*above 1"):
-        configuration.load(ROOT / "train_scripts/configs/flux_t2i_tiny.yaml", ["sample.negative_prompt=blur"])
+        load_config(ROOT / "train_scripts/configs/flux_t2i_tiny.yaml", ["sample.negative_prompt=blur"])
 
 
 @pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released", "stable_diffusion_t2i_paper"])
 def test_the_hps_and_clip_recipes_differ_from_hps_alone_in_the_rewards_only(name):
     alone, both = (
-        configuration.to_dict(configuration.load(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml"))
+        config_saved.to_dict(load_config(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml"))
         for end in ("", "_hps_clip")
     )
     hps, clip = both["rewards"]["models"]["hps"], both["rewards"]["models"].pop("clip")
@@ -501,10 +506,10 @@ def test_dry_run_prints_the_resolved_configuration_and_the_plan(monkeypatch, cap
     words = [*options, *overrides] if options_first else [*overrides, *options]
     assert cli.main(["train", file, *words]) == 0
     resolved, _, text = capsys.readouterr().out.partition("\n\n")
-    expected = configuration.load(file, overrides)
-    assert yaml.safe_load(resolved) == configuration.to_dict(expected)
+    expected = load_config(file, overrides)
+    assert yaml.safe_load(resolved) == config_saved.to_dict(expected)
     assert expected.run.iterations == 7 and expected.optim.lr == 3e-4
-    assert plan.describe(expected, families.model_facts(expected, published_if_missing=True), 4) in text
+    assert plan.describe(expected, model_facts(expected, published_if_missing=True), 4) in text
     assert "processes    4 (deepspeed, ZeRO" in text and "7 iterations in" in text
 
 

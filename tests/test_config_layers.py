@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
 
 RECIPE = Path(__file__).parent.parent / "train_scripts/configs/flux_t2i_released.yaml"
 MINIMAL = """
@@ -27,7 +28,7 @@ def load(tmp_path):
 
     def load(text, *words):
         (tmp_path / "given.yaml").write_text(f"base: base.yaml\n{text}")
-        return configuration.load(tmp_path / "given.yaml", list(words))
+        return run_config.load(tmp_path / "given.yaml", list(words))
 
     return load
 
@@ -112,11 +113,11 @@ def test_what_cannot_be_removed_is_told(load, text, words, message):
 
 def test_a_recipes_reward_is_replaced_as_the_readme_says():
     prompts = f"prompts.path={RECIPE.parents[2] / 'data/prompts/shapes_train.txt'}"
-    config = configuration.load(RECIPE, ["rewards.models.hps=null", "rewards.models.size.kind=jpeg_size"])
+    config = run_config.load(RECIPE, ["rewards.models.hps=null", "rewards.models.size.kind=jpeg_size"])
     assert kinds(config) == {"size": "jpeg_size"}
-    config = configuration.load(RECIPE, [prompts, "rewards.models.hps.kind=clip"])
+    config = run_config.load(RECIPE, [prompts, "rewards.models.hps.kind=clip"])
     with pytest.raises(ConfigError, match=r"rewards.models.hps: reward 'clip' needs a checkpoint"):
-        plan.check_run(config, families.model_facts(config, published_if_missing=True), 16, here=False)
+        plan.check_run(config, model_facts(config, published_if_missing=True), 16, here=False)
 
 
 def test_base_files(tmp_path, monkeypatch):
@@ -125,11 +126,11 @@ def test_base_files(tmp_path, monkeypatch):
     (tmp_path / "below" / "second.yaml").write_text("base: first.yaml\nsample: {steps: 6}\n")
     (tmp_path / "third.yaml").write_text("base: below/second.yaml\n")
     monkeypatch.chdir(tmp_path / "below")
-    config = configuration.load("../third.yaml", ["sample.shift=4"])
+    config = run_config.load("../third.yaml", ["sample.shift=4"])
     assert (config.sample.steps, config.sample.shift) == (6, 4)
     monkeypatch.setenv("CONFIGS", str(tmp_path / "below"))
     (tmp_path / "third.yaml").write_text("base: $CONFIGS/second.yaml\n")
-    assert configuration.load("../third.yaml").sample.steps == 6
+    assert run_config.load("../third.yaml").sample.steps == 6
 
 
 @pytest.mark.parametrize(
@@ -154,5 +155,5 @@ def test_a_base_that_cannot_be_is_told_in_a_line(tmp_path, monkeypatch, base, me
     (tmp_path / "d.yaml").write_text("sample:\n  stepz: 3\n")
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
     with pytest.raises(ConfigError, match=message) as error:
-        configuration.load(tmp_path / "a.yaml")
+        run_config.load(tmp_path / "a.yaml")
     assert "\n" not in str(error.value)

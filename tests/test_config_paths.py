@@ -6,12 +6,16 @@ import os
 
 import pytest
 
-from fastvideo_grpo import cli, config_files
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
-from fastvideo_grpo.config import Config, ConfigError, reward_params
-from fastvideo_grpo.config_paths import as_typed, expanded
-from fastvideo_grpo.config_values import keys
+from fastvideo_grpo import cli
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
+from fastvideo_grpo.config import files as config_files
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.loading import reward_params
+from fastvideo_grpo.config.paths import as_typed, expanded
+from fastvideo_grpo.config.values import keys
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
 from fastvideo_grpo.rewards import registry
 
 GIVEN = ["model.path=m", "prompts.path=p.txt", "rewards.models.a.kind=jpeg_size", "run.dir=r"]
@@ -82,14 +86,14 @@ def test_what_a_path_stands_for(home, typed, meant):
 )
 def test_what_it_cannot_stand_for_is_told_with_the_key(typed, message):
     with pytest.raises(ConfigError, match=rf"run.dir is .*: .*{message}|run.dir is .*{message}"):
-        configuration.build({}, [*GIVEN, f"run.dir={typed}"])
+        run_config.build({}, [*GIVEN, f"run.dir={typed}"])
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         path_argument(typed)
 
 
 def test_an_empty_path_that_may_be_left_out_is_told_how():
     with pytest.raises(ConfigError, match=r"prompts.eval_path is '': a path cannot be empty, but null for none"):
-        configuration.build({}, [*GIVEN, "prompts.eval_path="])
+        run_config.build({}, [*GIVEN, "prompts.eval_path="])
 
 
 def test_no_home_is_no_folder_called_nothing(monkeypatch):
@@ -101,15 +105,15 @@ def test_no_home_is_no_folder_called_nothing(monkeypatch):
 @pytest.mark.parametrize("dotted", PATHS)
 def test_every_path_key_is_expanded_on_the_command_line_and_in_files(home, tmp_path, dotted):
     more = ["engine.kind=deepspeed"]
-    assert value(configuration.build({}, [*GIVEN, *more, f"{dotted}=~/$DATA/x"]), dotted) == f"{home}//data/x"
+    assert value(run_config.build({}, [*GIVEN, *more, f"{dotted}=~/$DATA/x"]), dotted) == f"{home}//data/x"
     file = tmp_path / "run.yaml"
-    file.write_text(configuration.to_yaml(configuration.build({}, [*GIVEN, *more])))
-    assert value(configuration.load(file), dotted) == value(configuration.build({}, [*GIVEN, *more]), dotted)
+    file.write_text(config_saved.to_yaml(run_config.build({}, [*GIVEN, *more])))
+    assert value(run_config.load(file), dotted) == value(run_config.build({}, [*GIVEN, *more]), dotted)
     nested = "~/x"
     for part in reversed(dotted.split(".")):
         nested = {part: nested}
     (tmp_path / "over.yaml").write_text(f"base: run.yaml\n{config_files.dump(nested)}")
-    assert value(configuration.load(tmp_path / "over.yaml"), dotted) == f"{home}/x"
+    assert value(run_config.load(tmp_path / "over.yaml"), dotted) == f"{home}/x"
 
 
 def test_every_key_that_is_a_path_is_known_here():
@@ -127,10 +131,10 @@ def test_every_key_that_is_a_path_is_known_here():
 
 def test_paths_among_rewards_parameters_are_expanded(home, tmp_path):
     words = ["rewards.models.a.kind=hps", "rewards.models.a.params.tokenizer=~/t", "rewards.models.a.params.frames=~/f"]
-    config = configuration.build({}, [*GIVEN, *words])
+    config = run_config.build({}, [*GIVEN, *words])
     assert config.rewards.models["a"].params == {"tokenizer": f"{home}/t", "frames": "~/f"}
     with pytest.raises(ConfigError, match=r"rewards.models.a.params.tokenizer is '~nobody-here/t': there is no home"):
-        configuration.build({}, [*GIVEN, words[0], "rewards.models.a.params.tokenizer=~nobody-here/t"])
+        run_config.build({}, [*GIVEN, words[0], "rewards.models.a.params.tokenizer=~nobody-here/t"])
     assert reward_params("hps", ["tokenizer=$DATA/t", "batch_size=2"]) == {"tokenizer": "/data/t", "batch_size": 2}
     with pytest.raises(ConfigError, match=r"params.tokenizer is '\$NOWHERE/t': the variable"):
         reward_params("hps", ["tokenizer=$NOWHERE/t"])
@@ -139,13 +143,13 @@ def test_paths_among_rewards_parameters_are_expanded(home, tmp_path):
 def test_a_run_keeps_what_was_expanded_and_does_not_expand_it_again(home, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/strange/$DATA")
     words = ["run.dir=~/x", "rewards.models.a.kind=hps", "rewards.models.a.params.tokenizer=~/t"]
-    config = configuration.build({}, [*GIVEN, *words])
+    config = run_config.build({}, [*GIVEN, *words])
     assert config.run.dir == "/strange/$DATA/x"
-    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config))
+    (tmp_path / "config.yaml").write_text(config_saved.to_yaml(config))
     monkeypatch.setenv("HOME", home)
-    assert configuration.load(tmp_path / "config.yaml") == config
-    assert configuration.build(configuration.to_dict(config)) == config
-    assert configuration.changed_on_resume(configuration.to_dict(config), config) == []
+    assert run_config.load(tmp_path / "config.yaml") == config
+    assert run_config.build(config_saved.to_dict(config)) == config
+    assert config_saved.changed_on_resume(config_saved.to_dict(config), config) == []
 
 
 def test_url_and_texts_are_no_paths():
@@ -155,7 +159,7 @@ def test_url_and_texts_are_no_paths():
         "sample.cfg_scale=2",
         "rewards.models.a.device=$DATA",
     ]
-    config = configuration.build({}, [*GIVEN, *words])
+    config = run_config.build({}, [*GIVEN, *words])
     assert (config.rewards.models["a"].url, config.sample.negative_prompt) == ("~/x", "~/$DATA")
     assert config.rewards.models["a"].device == "$DATA"
 

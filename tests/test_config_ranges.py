@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan, sampling_checks
-from fastvideo_grpo.config import Config, ConfigError
-from fastvideo_grpo.config_values import keys
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.values import keys
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning import plan, sampling_checks
 from fastvideo_grpo.sampling import schedules, transitions
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +28,12 @@ NAMES = {"rewards.models": "size.", "rewards.models.size.outputs": "jpeg_size."}
 
 
 def build(*words):
-    return configuration.build({}, [*GIVEN, *words])
+    return run_config.build({}, [*GIVEN, *words])
 
 
 def check(*words):
     config = build(*words)
-    plan.check_run(config, families.model_facts(config, published_if_missing=True), 1, here=False)
+    plan.check_run(config, model_facts(config, published_if_missing=True), 1, here=False)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +102,9 @@ def test_what_is_said_to_work_does():
 
 @pytest.mark.parametrize("kind", ["flux", "hunyuan_video", "wan", "stable_diffusion"])
 def test_every_models_own_steps_and_those_of_the_paper_pass(kind):
-    family = families.FAMILIES[kind]
+    family = FAMILIES[kind]
     config = build(f"model.kind={kind}")
-    facts = families.model_facts(config, published_if_missing=True)
+    facts = model_facts(config, published_if_missing=True)
     for steps in (2, 6, 16, 25, 50, 999 if kind != "stable_diffusion" else 500):
         for noise_level, noise_decay in ((0.3, 0), (1.0, 0), (1.0, 1)):
             sample = replace(config.sample, steps=steps, noise_level=noise_level, noise_decay=noise_decay)
@@ -154,7 +157,7 @@ def test_no_number_of_any_key_ends_in_a_traceback():
 
 @pytest.mark.slow
 def test_nor_does_it_at_the_models_size():
-    facts = families.model_facts(build(), published_if_missing=True)
+    facts = model_facts(build(), published_if_missing=True)
     for dotted, value in extremes():
         told(dotted, value, lambda config: plan.check_run(config, facts, 1, here=False))
 

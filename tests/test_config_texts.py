@@ -4,12 +4,15 @@ import random
 
 import pytest
 
-from fastvideo_grpo import cli, config_files
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.config_paths import as_typed, expanded
-from fastvideo_grpo.config_values import keys
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo import cli
+from fastvideo_grpo.config import files as config_files
+from fastvideo_grpo.config import loading as config_loading
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config, LoRAConfig, RewardConfig
+from fastvideo_grpo.config.paths import as_typed, expanded
+from fastvideo_grpo.config.values import keys
+from fastvideo_grpo.errors import ConfigError, UserError
+from fastvideo_grpo.models import run_config
 
 MINIMAL = """
 model: {path: model}
@@ -129,14 +132,14 @@ NASTY = (
 def load(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
-    return lambda *overrides: configuration.load(file, list(overrides))
+    return lambda *overrides: run_config.load(file, list(overrides))
 
 
 @pytest.fixture
 def load_file(tmp_path):
     def load(text):
         (tmp_path / "given.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        return configuration.load(tmp_path / "given.yaml")
+        return run_config.load(tmp_path / "given.yaml")
 
     return load
 
@@ -345,25 +348,25 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(load_file, encoding):
 def test_what_is_no_file_is_told(tmp_path):
     (tmp_path / "config.yaml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"is a folder, but a YAML file is needed; its configuration is .*config.yaml"):
-        configuration.load(tmp_path)
+        run_config.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such configuration file: .*confg.yaml .did you mean .*config.yaml"):
-        configuration.load(tmp_path / "confg.yaml")
+        run_config.load(tmp_path / "confg.yaml")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        configuration.load(tmp_path / "nowhere" / "config.yaml")
+        run_config.load(tmp_path / "nowhere" / "config.yaml")
 
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_text_comes_back_from_the_configuration_that_a_run_leaves(load, tmp_path, text):
     config = load()
     config.sample.negative_prompt = text
-    config.model.lora = configuration.LoRAConfig(targets=["to_q", text])
-    config.rewards.models[text or "empty"] = configuration.RewardConfig(
+    config.model.lora = LoRAConfig(targets=["to_q", text])
+    config.rewards.models[text or "empty"] = RewardConfig(
         "jpeg_size", url=text, params={text: [text, {text: None}]}
     )
     written = tmp_path / "config.yaml"
-    written.write_bytes(configuration.to_yaml(config).encode())
-    filled = configuration._filled(config_files.read(written)[0][1])
-    assert configuration.to_dict(filled) == configuration.to_dict(config)
+    written.write_bytes(config_saved.to_yaml(config).encode())
+    filled = config_loading.filled(config_files.read(written)[0][1])
+    assert config_saved.to_dict(filled) == config_saved.to_dict(config)
 
 
 @pytest.mark.parametrize("text", [text for text in NASTY if text])
@@ -372,14 +375,14 @@ def test_so_do_paths(load, tmp_path, text):
     config = load()
     config.run.dir, config.model.path, config.prompts.embeddings = f"a/{text}", f"$/{text}$HOME", f"{text}/b"
     config.rewards.models["size"].checkpoint = f"$${text}"
-    config.rewards.models["hps"] = configuration.RewardConfig(
+    config.rewards.models["hps"] = RewardConfig(
         "hps", checkpoint="x", params={"tokenizer": f"$A/{text}", "x": "$B"}
     )
     written = tmp_path / "config.yaml"
-    written.write_bytes(configuration.to_yaml(config).encode())
-    again = configuration._filled(config_files.read(written)[0][1])
+    written.write_bytes(config_saved.to_yaml(config).encode())
+    again = config_loading.filled(config_files.read(written)[0][1])
     again.prompts.embeddings = again.prompts.embeddings.removeprefix("./") if text.startswith("~") else again.prompts.embeddings
-    assert configuration.to_dict(again) == configuration.to_dict(config)
+    assert config_saved.to_dict(again) == config_saved.to_dict(config)
 
 
 def test_every_type_of_the_configuration_is_one_that_is_known():
@@ -389,4 +392,4 @@ def test_every_type_of_the_configuration_is_one_that_is_known():
             if key.sort in ("section", "names"):
                 yield from sorts(key.of)
 
-    assert {*sorts(configuration.Config)} == {"section", "names", "free", "list", "text", "whole", "number", "truth"}
+    assert {*sorts(Config)} == {"section", "names", "free", "list", "text", "whole", "number", "truth"}

@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional
 
 from fastvideo_grpo import extensions
-from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
-from fastvideo_grpo.rewards.base import DifferentiableReward
-from fastvideo_grpo.rewards.colour_match import PALETTE
-from fastvideo_grpo.rewards.inline import InlineReward
-from fastvideo_grpo.rewards.preprocessing import HPSPreprocessing, Image, Preprocessing
-from fastvideo_grpo.rewards.reward_set import check_differentiable
+from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.rewards.base import DifferentiableReward, RewardRequest, RewardResult
+from fastvideo_grpo.rewards.media.preprocessing import HPSPreprocessing, Image, Preprocessing
+from fastvideo_grpo.rewards.placement.inline import InlineReward
+from fastvideo_grpo.rewards.registry import create, kinds, register
+from fastvideo_grpo.rewards.reward_set import RewardSet, check_differentiable
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE
 from fastvideo_grpo.tiny import image_reward as tiny_blip
 from fastvideo_grpo.tiny import shapes
 from fastvideo_grpo.tiny.clip import EMBEDDING, write_clip, write_hps
@@ -320,7 +321,7 @@ def test_check_reward_sees_that_it_sees_wrong_prompts(tmp_path, capsys):
 def test_kinds_with_a_gradient_are_known_without_making_one(monkeypatch):
     assert registry.differentiable_kinds() == sorted(KINDS)
     assert all(registry.differentiable(kind) == (kind in KINDS) for kind in kinds())
-    points = [("outside", "fastvideo_grpo.rewards.colour_distance:ColourDistance"), ("broken", "no_such_package:Reward")]
+    points = [("outside", "fastvideo_grpo.rewards.rules.colour_distance:ColourDistance"), ("broken", "no_such_package:Reward")]
     points = [importlib.metadata.EntryPoint(*point, registry.REWARDS.group) for point in points]
     monkeypatch.setattr(extensions, "entry_points", lambda group: points)
     assert registry.differentiable("outside") and "outside" in registry.differentiable_kinds()

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvideo_grpo.checkpoints import diffusers_names, export
-from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, denoiser_names, tensor_shapes
-from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.checkpoints import export
+from fastvideo_grpo.config.keys import LoRAConfig
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightFilesError
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models import diffusers_names
+from fastvideo_grpo.models.diffusers_names import DiffusersNames, denoiser_names, tensor_shapes
+from fastvideo_grpo.models.registry import FAMILIES
 
 # Two fused layers, one of unequal parts, whose parts stand in another order in the files.
 SHAPES = {
@@ -73,7 +75,7 @@ def test_sharded_loading_takes_the_parts(names, tmp_path):
 
 def test_flux_has_diffusers_names_and_does_not_ask_fastvideo(monkeypatch):
     monkeypatch.setattr(diffusers_names, "fastvideo_mapping", lambda name: pytest.fail(f"asked for {name}"))
-    names = denoiser_names("FluxTransformer2DModel", SHAPES)
+    names = denoiser_names(FAMILIES["flux"], "FluxTransformer2DModel", SHAPES)
     theirs = _random(SHAPES)
     assert names.parts == {name: [name] for name in SHAPES}
     assert _equal(names.to_fastvideo(theirs), theirs) and _equal(names.to_diffusers(theirs), theirs)
@@ -240,12 +242,12 @@ def test_files_are_cut_at_the_given_size_and_hold_every_tensor_once(tmp_path):
 
 
 def test_hunyuan_videos_names_are_those_of_fastvideos_loader():
-    from fastvideo_grpo.fastvideo_models import diffusers_denoiser
-    from fastvideo_grpo.tiny.hunyuan_video import configs
+    from fastvideo_grpo.models.hunyuan_video.tiny import configs
+    from fastvideo_grpo.models.networks import diffusers_denoiser
 
     config = configs("random")["transformer"] | {"num_attention_heads": 3, "attention_head_dim": 8, "rope_axes_dim": [2, 2, 4]}
     shapes = tensor_shapes(diffusers_denoiser(config).state_dict())
-    names = denoiser_names("HunyuanVideoTransformer3DModel", shapes)
+    names = denoiser_names(FAMILIES["hunyuan_video"], "HunyuanVideoTransformer3DModel", shapes)
     taken = [source for sources in names.parts.values() for source in sources]
     assert sorted(taken) == sorted(shapes) and len(taken) > len(names.parts)
     assert names.rows("single_blocks.1.linear1.weight") == [24, 24, 24, 96]

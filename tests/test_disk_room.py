@@ -7,12 +7,12 @@ import tempfile
 
 import pytest
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import disk_room
 from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.folder import CheckpointRoom, room_caution, room_problem
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.disk import room as disk_room
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
 from tests.test_checkpoint_store import SmallDisk
 
 
@@ -74,7 +74,7 @@ def test_what_the_disk_answers_is_told_with_the_folder_that_is_there(tmp_path, r
 def a_config(tmp_path, **run):
     values = {"model": {"kind": "flux", "path": "unused"}, "prompts": {"path": "unused"}}
     values |= {"rewards": {"models": {"size": {"kind": "jpeg_size"}}}, "run": {"dir": str(tmp_path / "run"), **run}}
-    return configuration.build(values)
+    return run_config.build(values)
 
 
 @pytest.mark.parametrize(

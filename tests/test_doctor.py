@@ -7,7 +7,8 @@ import importlib.metadata
 import re
 import sys
 
-from fastvideo_grpo import doctor, patching
+from fastvideo_grpo import patching
+from fastvideo_grpo.commands import doctor
 
 
 def _run(capsys) -> tuple[int, str]:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from fastvideo_grpo import downloads
-from fastvideo_grpo.downloads import Source
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.model_files.downloads import Source
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.rewards.models import sources
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {name: value for name, value in vars(downloads).items() if isinstance(value, Source)}
-COMMANDS = {command for source in SOURCES.values() for command in source.commands() if command.startswith("hf")}
+OWN = [FAMILIES[kind] for kind in ("flux", "hunyuan_video", "skyreels_i2v", "wan", "stable_diffusion")]
+SOURCES = [*(family.source for family in OWN), *(value for value in vars(sources).values() if isinstance(value, Source))]
+COMMANDS = {command for source in SOURCES for command in source.commands() if command.startswith("hf")}
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "train_scripts").glob("*.sh")]
 
 FLUX = [
@@ -55,8 +56,7 @@ def test_pages_print_the_commands_that_errors_print(page):
 
 
 def test_every_family_says_where_its_checkpoint_is_to_be_had():
-    own = [FAMILIES[kind] for kind in ("flux", "hunyuan_video", "skyreels_i2v", "wan", "stable_diffusion")]
-    for family in own:
+    for family in OWN:
         words = shlex.split(family.source.commands("/data/some where")[0])
         assert words[:2] == ["hf", "download"] and words[-2:] == ["--local-dir", "/data/some where"]
         assert "GB" in family.source.advice()
@@ -65,13 +65,13 @@ def test_every_family_says_where_its_checkpoint_is_to_be_had():
 @pytest.mark.parametrize(
     "source,files,left",
     [
-        (downloads.FLUX_1_DEV, FLUX, {"ae.safetensors", "flux1-dev.safetensors"}),
+        (FAMILIES["flux"].source, FLUX, {"ae.safetensors", "flux1-dev.safetensors"}),
         (
-            downloads.STABLE_DIFFUSION_V1_4,
+            FAMILIES["stable_diffusion"].source,
             STABLE_DIFFUSION,
             {name for name in STABLE_DIFFUSION if re.search(r"safety|fp16|non_ema|\.bin", name)},
         ),
-        (downloads.DFN5B, DFN5B, {"pytorch_model.bin"}),
+        (sources.DFN5B, DFN5B, {"pytorch_model.bin"}),
     ],
     ids=["flux", "stable_diffusion", "dfn5b"],
 )

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastvideo_grpo.config import ConfigError, EngineConfig
+from fastvideo_grpo.config.keys import EngineConfig
 from fastvideo_grpo.engines.deepspeed import deepspeed_config
 from fastvideo_grpo.engines.local import LocalEngine
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightFilesError, fused_parts
+from fastvideo_grpo.errors import ConfigError
 from tests.workers.engines import BROUGHT, CONFIGURATIONS, MOVES, OPTIM
 
 FOUR = pytest.param(4, marks=pytest.mark.slow, id="four")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvideo_grpo.config import OptimConfig
+from fastvideo_grpo.config.keys import OptimConfig
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 from fastvideo_grpo.engines.local import LocalEngine
 from fastvideo_grpo.engines.shards import EngineStateError

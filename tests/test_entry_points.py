@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import cli, extensions
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo import cli, extensions, models
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
+from fastvideo_grpo.models import registry as model_registry
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.rewards.registry import REWARDS
 from fastvideo_grpo.sampling import transitions
 from fastvideo_grpo.sampling.transitions import TRANSITIONS
@@ -27,7 +27,7 @@ from fastvideo_grpo.trainers.load import trainer_class
 ROOT = Path(__file__).parent.parent
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 OFFERED = {
-    "models": "dots = dots.family:DOTS",
+    "models": "dots = dots.model.family:FAMILY",
     "rewards": "contrast = dots.reward:Contrast",
     "transitions": "fading_sde = dots.transition:FadingSDE",
     "objectives": "reinforce = dots.objective:Reinforce",
@@ -76,9 +76,9 @@ def installed(site, monkeypatch):
 @pytest.fixture
 def folder(installed, tmp_path, monkeypatch):
     """A working directory with a configuration of all four, prompts and the model's checkpoint."""
-    from dots.network import write_checkpoint
+    from dots.model.tiny import write_dots
 
-    write_checkpoint(tmp_path / "model")
+    write_dots(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("many dots\nfew dots\n")
     (tmp_path / "run.yaml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
@@ -110,6 +110,44 @@ def test_a_package_adds_all_four_and_trains(folder, site):
     assert (folder / "run" / "checkpoints" / "000002").is_dir()
 
 
+@pytest.fixture
+def moved(tmp_path, monkeypatch):
+    """The package's model, moved into the folder of this project's own."""
+    shutil.copytree(ROOT / "tests" / "outside" / "dots" / "dots" / "model", tmp_path / "models" / "dots")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
+    monkeypatch.setattr(FAMILIES, "_registered", dict(FAMILIES._registered))
+    model_registry.import_own.cache_clear()
+    yield
+    model_registry.import_own.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("fastvideo_grpo.models.dots")]:
+        del sys.modules[name]
+
+
+def test_its_model_moved_into_this_project_is_one_of_it(moved, tmp_path, monkeypatch, capsys):
+    """A folder is all that a model is: no file has to be edited."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tiny", "dots", "--out", "model"]) == 0
+    (tmp_path / "prompts.txt").write_text("many dots\nfew dots\n")
+    own = RUN.replace("reinforce, objective_params: {strength: 2.0}", "grpo, updates_per_iteration: 2")
+    (tmp_path / "run.yaml").write_text(own.replace("contrast, params: {scale: 0.5}", "jpeg_size"))
+    assert cli.main(["train", "run.yaml", "sample.transition=flow_sde", "run.iterations=1"]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "000001").is_dir()
+    with pytest.raises(ConfigError, match=r"model\.kind is 'dotz' .*allowed: dots, flux"):
+        run_config.load("run.yaml", ["model.kind=dotz"])
+
+
+@pytest.mark.parametrize(
+    "family,message",
+    [("", "has a FAMILY which is no object of .*Family, but a NoneType"), ("kind = 'dot'", "has a FAMILY whose kind is 'dot'")],
+)
+def test_a_folder_whose_family_is_none_is_told(moved, tmp_path, family, message):
+    file = tmp_path / "models" / "dots" / "family.py"
+    text = file.read_text()
+    file.write_text(text.replace("FAMILY = ", "_OTHER = ") if not family else text.replace('kind="dots"', 'kind="dot"'))
+    with pytest.raises(TypeError, match=message):
+        FAMILIES.names()
+
+
 def test_a_dry_run_describes_it(folder, capsys):
     assert cli.main(["train", "run.yaml", "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -124,10 +162,10 @@ def test_blocks_that_a_family_does_not_name_cannot_be_recomputed(folder, capsys)
 
 
 def test_model_and_objective_bring_their_defaults_and_a_run_overrides_them(folder):
-    config = configuration.load("run.yaml")
+    config = run_config.load("run.yaml")
     assert (config.sample.height, config.sample.steps, config.sample.transition) == (8, 4, "fading_sde")
     assert (config.sample.init_noise, config.grpo.updates_per_iteration) == ("per_sample", 2)
-    assert configuration.load("run.yaml", ["sample.init_noise=shared"]).sample.init_noise == "shared"
+    assert run_config.load("run.yaml", ["sample.init_noise=shared"]).sample.init_noise == "shared"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +178,7 @@ def test_model_and_objective_bring_their_defaults_and_a_run_overrides_them(folde
 )
 def test_wrong_names_list_those_of_packages_and_the_nearest(folder, key, wrong, right):
     with pytest.raises(ConfigError, match=rf"{key} is '{wrong}' \(did you mean '{right}'\?\); allowed: .*{right}"):
-        configuration.load("run.yaml", [f"{key}={wrong}"])
+        run_config.load("run.yaml", [f"{key}={wrong}"])
 
 
 def test_names_are_known_without_importing_the_package(installed):
@@ -162,12 +200,12 @@ def test_what_cannot_be_imported_is_told_when_it_is_asked_for(offer, sort):
     ("key", "sort"), [("model.kind", "models"), ("sample.transition", "transitions"), ("grpo.objective", "objectives")]
 )
 def test_a_configuration_names_the_key_of_what_cannot_be_imported(folder, offer, key, sort):
-    offer("models", "dots", "dots.family:DOTS")
+    offer("models", "dots", "dots.model.family:FAMILY")
     offer("transitions", "fading_sde", "dots.transition:FadingSDE")
     offer("objectives", "reinforce", "dots.objective:Reinforce")
     offer(sort, "broken", "no_such_package:Thing")
     with pytest.raises(ConfigError, match=rf"{key}: .*'broken' is offered by .*no_such_package"):
-        configuration.load("run.yaml", [f"{key}=broken"])
+        run_config.load("run.yaml", [f"{key}=broken"])
 
 
 @pytest.mark.parametrize(
@@ -189,8 +227,8 @@ def test_two_packages_cannot_offer_one_name(offer):
 @pytest.mark.parametrize(
     ("sort", "value", "message"),
     [
-        ("models", "fastvideo_grpo.families:Family", "no object of fastvideo_grpo.families.Family, but a class"),
-        ("models", "dots.family:DOTS", "kind is 'dots'; both must be the same"),
+        ("models", "fastvideo_grpo.models.family:Family", "no object of fastvideo_grpo.models.family.Family, but a class"),
+        ("models", "dots.model.family:FAMILY", "kind is 'dots'; both must be the same"),
         ("rewards", "fastvideo_grpo:__version__", "no class and no function, but a str"),
         ("transitions", "fastvideo_grpo:__version__", "no class and no function, but a str"),
         ("transitions", "dots.reward:Contrast", "`prediction` is None; allowed: velocity, noise"),
@@ -209,7 +247,7 @@ def test_an_objective_that_does_not_say_what_it_needs_is_refused(folder, offer):
     offer("objectives", "silent", "dots.reward:Contrast")
     (folder / "run.yaml").write_text(RUN.replace(", objective_params: {strength: 2.0}", ""))
     with pytest.raises(ConfigError, match="objective silent does not say loss, needs_reference"):
-        configuration.load("run.yaml", ["grpo.objective=silent"])
+        run_config.load("run.yaml", ["grpo.objective=silent"])
 
 
 @pytest.mark.parametrize(
@@ -222,16 +260,16 @@ def test_an_objective_that_does_not_say_what_it_needs_is_refused(folder, offer):
 def test_defaults_that_cannot_be_are_told_with_who_brings_them(folder, monkeypatch, defaults, message):
     monkeypatch.setattr(OBJECTIVES["reinforce"], "defaults", defaults)
     with pytest.raises(ConfigError, match=message):
-        configuration.load("run.yaml")
+        run_config.load("run.yaml")
 
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
         ("no_such_package:Trainer", "no_such_package:Trainer cannot be imported: ModuleNotFoundError"),
-        ("dots.family:DOTS", "dots.family:DOTS is no class that inherits from GRPOTrainer"),
+        ("dots.model.family:FAMILY", "dots.model.family:FAMILY is no class that inherits from GRPOTrainer"),
         ("fastvideo_grpo.trainers.base:GRPOTrainer", "does not say __init__, encode, generate, get_module"),
-        ("dots.family:Missing", "dots.family:Missing is no class that inherits from GRPOTrainer, but None"),
+        ("dots.model.family:Missing", "dots.model.family:Missing is no class that inherits from GRPOTrainer, but None"),
     ],
 )
 def test_a_family_whose_trainer_is_none_is_told(installed, trainer, message):
@@ -241,7 +279,7 @@ def test_a_family_whose_trainer_is_none_is_told(installed, trainer, message):
 
 
 def test_a_reference_in_partitions_is_refused_for_a_model_that_does_not_say_how_it_is_read(folder):
-    trainer = trainer_class("dots")(configuration.load("run.yaml"), World())
+    trainer = trainer_class("dots")(run_config.load("run.yaml"), World())
     trainer.config.engine.kind, trainer.config.engine.zero_stage = "deepspeed", 3
     with pytest.raises(UserError, match=r"model\.kind=dots.*no load_denoiser.*use engine\.zero_stage=2 or model\.lora"):
         trainer.make_reference()

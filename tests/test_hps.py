@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastvideo_grpo.rewards import RewardRequest, RewardSet, create
-from fastvideo_grpo.rewards.clip_backend import clean_prompt, tokens
-from fastvideo_grpo.rewards.hps import HPS
-from fastvideo_grpo.rewards.open_clip_weights import attention_heads, clip_config, clip_model, to_transformers
-from fastvideo_grpo.rewards.preprocessing import MEAN, STD, prepare_for_hps
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.media.preprocessing import MEAN, STD, prepare_for_hps
+from fastvideo_grpo.rewards.models.clip_backend import clean_prompt, tokens
+from fastvideo_grpo.rewards.models.hps import HPS
+from fastvideo_grpo.rewards.models.open_clip_weights import attention_heads, clip_config, clip_model, to_transformers
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.rewards.reward_set import RewardSet
 from fastvideo_grpo.tiny.clip import EMBEDDING, GRID, HEADS, LAYERS, PATCH, WIDTH, open_clip_weights, write_hps
 from fastvideo_grpo.tiny.tokenizer_files import CLIP_LENGTH as TEXT_LENGTH
 
@@ -22,7 +24,7 @@ VOCABULARY = 300
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    from fastvideo_grpo.tiny.flux import write_flux
+    from fastvideo_grpo.models.flux.tiny import write_flux
 
     return write_flux(tmp_path_factory.mktemp("flux") / "flux") / "tokenizer"
 

@@ -12,17 +12,18 @@ from PIL import Image
 from torch.nn import functional
 
 from fastvideo_grpo.cli import main
-from fastvideo_grpo.rewards import RewardRequest, create
-from fastvideo_grpo.rewards.frames import Frames
-from fastvideo_grpo.rewards.image_reward import SCORE_MEAN, SCORE_STD, TEXT_LENGTH, text_encoder, vision_tower
-from fastvideo_grpo.rewards.open_clip_weights import clip_model
-from fastvideo_grpo.rewards.preprocessing import (
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.media.frames import Frames
+from fastvideo_grpo.rewards.media.preprocessing import (
     Preprocessing,
     open_clip_preprocessing,
     openai_preprocessing,
     transformers_preprocessing,
 )
-from fastvideo_grpo.rewards.weight_files import read_weights
+from fastvideo_grpo.rewards.models.image_reward import SCORE_MEAN, SCORE_STD, TEXT_LENGTH, text_encoder, vision_tower
+from fastvideo_grpo.rewards.models.open_clip_weights import clip_model
+from fastvideo_grpo.rewards.models.weight_files import read_weights
+from fastvideo_grpo.rewards.registry import create
 from fastvideo_grpo.tiny import clip as tiny_clip
 from fastvideo_grpo.tiny import image_reward as tiny_blip
 from fastvideo_grpo.tiny.clip import EMBEDDING, IMAGE_SIZE, LOGIT_SCALE, open_clip_weights, write_clip
@@ -226,7 +227,7 @@ def test_prompts_become_open_clips_tokens(tmp_path):
     import open_clip
     from transformers import CLIPTokenizer
 
-    from fastvideo_grpo.rewards.clip_backend import clean_prompt, tokens
+    from fastvideo_grpo.rewards.models.clip_backend import clean_prompt, tokens
 
     published = open_clip.SimpleTokenizer()
     names = {published.sot_token_id: "<|startoftext|>", published.eot_token_id: "<|endoftext|>"}
@@ -451,8 +452,8 @@ def test_other_choices_are_refused(rewards, kind, frames):
 
 
 def test_a_choice_of_frames_can_be_given_on_the_command_line():
-    from fastvideo_grpo import config_files
-    from fastvideo_grpo.config import reward_params
+    from fastvideo_grpo.config import files as config_files
+    from fastvideo_grpo.config.loading import reward_params
 
     assert reward_params("clip", ["frames=uniform:4"]) == {"frames": "uniform:4"}
     assert config_files.parse("frames: uniform:4").plain() == {"frames": "uniform:4"}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from fastvideo_grpo.checkpoints.export import fold_scale
+from fastvideo_grpo.checkpoints.export import fold_scale, write_kohya_lora
 from fastvideo_grpo.checkpoints.kohya_names import kohya_lora
-from fastvideo_grpo.config import LoRAConfig
+from fastvideo_grpo.config.keys import LoRAConfig
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models.diffusers_names import DiffusersNames
+from fastvideo_grpo.models.registry import FAMILIES
 
 WIDTH = 3072  # FLUX.1's: diffusers' reader has its sizes
 FLUX = {
@@ -35,20 +37,20 @@ def random_adapters(shapes, lora):
 
 @pytest.mark.parametrize("rank", [3, 4])  # of 4 diffusers takes linear1, whose four parts share 12 ranks, for another layout
 @pytest.mark.parametrize(
-    "pipeline, class_name, component, shapes",
+    "pipeline, kind, component, shapes",
     [
-        ("FluxPipeline", "FluxTransformer2DModel", "transformer", FLUX),
-        ("StableDiffusionPipeline", "UNet2DConditionModel", "unet", UNET),
+        ("FluxPipeline", "flux", "transformer", FLUX),
+        ("StableDiffusionPipeline", "stable_diffusion", "unet", UNET),
     ],
 )
-def test_diffusers_reads_the_adapters_back(pipeline, class_name, component, shapes, rank):
+def test_diffusers_reads_the_adapters_back(pipeline, kind, component, shapes, rank):
     import diffusers
 
     lora = LoRAConfig(rank=rank, alpha=10.0)
     adapters = random_adapters(shapes, lora)
     weights = {f"{layer}.weight": shape for layer, shape in shapes.items()}
     weights["single_transformer_blocks.37.proj_mlp.weight"] = (4 * WIDTH, WIDTH)
-    written = kohya_lora(fold_scale(adapters, lora), weights, class_name)
+    written = kohya_lora(fold_scale(adapters, lora), weights, FAMILIES[kind].kohya_layer)
     # All ranks are alphas, so that nothing is scaled.
     assert all(t == len(written[name.replace("alpha", "lora_down.weight")]) for name, t in written.items() if "alpha" in name)
     read = getattr(diffusers, pipeline).lora_state_dict(dict(written))
@@ -71,16 +73,16 @@ def _layer(name):
     return layer
 
 
-def test_what_has_no_name_is_refused():
+@pytest.mark.parametrize("layer", ["norm_out.linear", "transformer_blocks.0.attn.norm_q"])
+def test_a_layer_without_a_name_is_refused(layer):
+    adapters = random_adapters({layer: (4, 4)}, LoRAConfig(rank=2, alpha=2.0))
+    with pytest.raises(UserError, match=f"{layer} has no name there"):
+        kohya_lora(adapters, {f"{layer}.weight": (4, 4)}, FAMILIES["flux"].kohya_layer)
+
+
+def test_a_model_that_the_format_does_not_know_is_refused(tmp_path):
     lora = LoRAConfig(rank=2, alpha=2.0)
-    for layer, class_name, message in [
-        (
-            "blocks.0.attn1.to_q",
-            "WanTransformer3DModel",
-            "is for FLUX and Stable Diffusion; Wan.* has no names",
-        ),
-        ("norm_out.linear", "FluxTransformer2DModel", "norm_out.linear has no name there"),
-        ("transformer_blocks.0.attn.norm_q", "FluxTransformer2DModel", "transformer_blocks.0.attn.norm_q has no name there"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            kohya_lora(random_adapters({layer: (4, 4)}, lora), {f"{layer}.weight": (4, 4)}, class_name)
+    adapters = random_adapters({"blocks.0.attn1.to_q": (4, 4)}, lora)
+    names = DiffusersNames({"blocks.0.attn1.to_q.weight": (4, 4)}, lambda name: (name, None, None))
+    with pytest.raises(UserError, match="is for flux and stable_diffusion; wan has no names there"):
+        write_kohya_lora(adapters, lora, names, FAMILIES["wan"], tmp_path, torch.float32)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastvideo_grpo import cli
-from fastvideo_grpo.families import FAMILIES, Activations, Family
+from fastvideo_grpo.models.family import Activations, Family
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.trainers.base import GRPOTrainer
 
 CONFIGS = {

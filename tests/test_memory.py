@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families
-from fastvideo_grpo.memory import describe_memory, estimate, too_little, ways_out
-from fastvideo_grpo.plan import count_parameters
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning.memory import describe_memory, estimate, too_little, ways_out
+from fastvideo_grpo.planning.plan import count_parameters
 
 PARAMETERS = (12_821_012_544, 12_821_012_544)  # HunyuanVideo
 
@@ -33,8 +33,8 @@ def planned(tmp_path):
             "run.dir": tmp_path / "run",
             **{key.replace("__", "."): value for key, value in overrides.items()},
         }
-        config = configuration.load(tmp_path / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-        facts = families.model_facts(config, published_if_missing=True)
+        config = run_config.load(tmp_path / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
+        facts = model_facts(config, published_if_missing=True)
         return config, estimate(config, facts, ranks, (trained, PARAMETERS[1]))
 
     return make
@@ -172,7 +172,7 @@ MEASURED = {
 def test_flux_with_adapters_takes_what_was_measured(planned):
     """FLUX.1-dev, LoRA of rank 128, 720 x 720, batch 1, nothing recomputed, on one H200: 25.1 GiB always, 36.9 at the peak."""
     config, _ = planned(1, **{key.replace(".", "__"): value for key, value in MEASURED.items()})
-    facts = families.model_facts(config, published_if_missing=True)
+    facts = model_facts(config, published_if_missing=True)
     memory = estimate(config, facts, 1, count_parameters(config, facts))
     assert memory.worst_phase == "update"
     assert sum(memory.resident.values()) == pytest.approx(25.1 * 2**30, rel=0.1)
@@ -211,7 +211,7 @@ def test_the_description_adds_up(planned):
 
 def test_a_checkpoint_on_disk_is_measured_not_assumed(planned, tmp_path):
     from fastvideo_grpo.engines.sharded_loading import CheckpointReader
-    from fastvideo_grpo.tiny.hunyuan_video import write_hunyuan_video
+    from fastvideo_grpo.models.hunyuan_video.tiny import write_hunyuan_video
 
     folder = write_hunyuan_video(tmp_path / "tiny")
     _, memory = planned(1, model__path=folder, sample__height=32, sample__width=32, sample__frames=5)

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_state
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.config_checks import cautions
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.checks import cautions
+from fastvideo_grpo.config.keys import make_objective
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.grpo import advantages, objectives, selection, timesteps
-from fastvideo_grpo.memory import estimate
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
+from fastvideo_grpo.planning.memory import estimate
 from fastvideo_grpo.rewards import reward_set
 from fastvideo_grpo.sampling import noise, schedules, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
@@ -468,7 +471,7 @@ MINIMAL = {
 
 
 def _config(*overrides):
-    return configuration.build(MINIMAL, list(overrides))
+    return run_config.build(MINIMAL, list(overrides))
 
 
 def test_each_objective_brings_the_defaults_of_its_paper():
@@ -540,22 +543,22 @@ def test_refl_at_noisy_steps_is_cautioned_against():
 def test_a_run_is_not_resumed_with_another_objective(override):
     needed = {"beta": "grpo.objective=dpo", "history": "grpo.objective=ddpo"}
     started = [setting for word, setting in needed.items() if word in override]
-    old = configuration.to_dict(_config(*started))
-    changed = configuration.changed_on_resume(old, _config(*started, override))
+    old = config_saved.to_dict(_config(*started))
+    changed = config_saved.changed_on_resume(old, _config(*started, override))
     assert override.partition("=")[0] in {key.rpartition(".beta")[0] or key for key in changed}
 
 
 def _saved(config):
     """What a checkpoint's trainer.json says of a run."""
-    state = {"config": configuration.to_dict(config), "denoiser": "its weights", "noise": noise.VERSION, "images": {}}
+    state = {"config": config_saved.to_dict(config), "denoiser": "its weights", "noise": noise.VERSION, "images": {}}
     return {**state, **prompts_state([], config)}
 
 
 def test_a_run_from_before_these_keys_goes_on():
-    old = configuration.to_dict(_config())
+    old = config_saved.to_dict(_config())
     for key in ("normalisation", "history", "objective_params"):
         del old["grpo"][key]
-    assert configuration.changed_on_resume(old, _config()) == []
+    assert config_saved.changed_on_resume(old, _config()) == []
     state = {**_saved(_config()), "config": old}
     check_resumable(state, _config(), [], "its weights")
     with pytest.raises(ConfigError, match="another network"):
@@ -600,7 +603,7 @@ def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeyp
             raise NotImplementedError
 
     objectives.OBJECTIVES.register("own", Own)
-    made = configuration.make_objective(
+    made = make_objective(
         _config("grpo.objective=own", "grpo.objective_params={margin: 3}", "grpo.clip_range=0.2")
     )
     assert made.given == (0.2, 3, 1.0)
@@ -613,7 +616,7 @@ def test_an_objective_registered_elsewhere_gets_the_settings_it_asks_for(monkeyp
 def _planned(tmp_path, *overrides):
     (tmp_path / "prompts.txt").write_text("a red circle")
     config = _config(f"prompts.path={tmp_path / 'prompts.txt'}", *overrides)
-    return config, families.model_facts(config, published_if_missing=True)
+    return config, model_facts(config, published_if_missing=True)
 
 
 def test_the_reference_and_the_decoding_of_an_update_count_as_memory(tmp_path):

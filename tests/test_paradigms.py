@@ -121,4 +121,4 @@ def test_the_network_conversions_agree():
     alpha, sigma = _cosine(t)
     x, eps = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     z, v = alpha * x + sigma * eps, alpha * eps - sigma * x
-    torch.testing.assert_close(alpha * v + sigma * z, eps)  # as trainers/stable_diffusion.py reads v
+    torch.testing.assert_close(alpha * v + sigma * z, eps)  # as models/stable_diffusion/trainer.py reads v

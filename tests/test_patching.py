@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo_grpo import patching
+from fastvideo_grpo.commands import patch as command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,8 +221,8 @@ def test_require_patched_names_the_command_and_does_not_import(tree, monkeypatch
 
 def _run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    patching.add_arguments(parser)
-    return patching.run(parser.parse_args(words))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
 
 
 def test_the_command(tree, capsys):

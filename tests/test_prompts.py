@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from fastvideo_grpo import plan
 from fastvideo_grpo.checkpoints.resume import check_resumable, prompts_state
-from fastvideo_grpo.config import ConfigError, build, load, to_dict
+from fastvideo_grpo.config.saved import to_dict
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import model_facts, prompts_of
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.run_config import build, load
+from fastvideo_grpo.models.run_prompts import prompts_of
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.prompts.embeddings import EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, PromptFileError, read_prompt_file, read_prompts, text_id
 from fastvideo_grpo.prompts.order import PromptOrder

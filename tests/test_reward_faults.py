@@ -18,9 +18,13 @@ import torch
 
 from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
-from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, register, registry, wire
-from fastvideo_grpo.rewards.process_settings import process_settings_kept
-from fastvideo_grpo.rewards.server import RewardPool
+from fastvideo_grpo.rewards import answers, registry
+from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
+from fastvideo_grpo.rewards.placement import wire
+from fastvideo_grpo.rewards.placement.process_settings import process_settings_kept
+from fastvideo_grpo.rewards.placement.server import RewardPool
+from fastvideo_grpo.rewards.registry import kinds, register
+from fastvideo_grpo.rewards.reward_set import RewardSet
 from tests.workers.faulty_rewards import entry_point
 
 ROOT = Path(__file__).parents[1]
@@ -334,7 +338,7 @@ def test_moving_and_closing_end_no_run(error, caplog):
 
 
 def test_a_reward_that_hangs_in_close_is_left(monkeypatch, caplog):
-    from fastvideo_grpo.rewards import inline
+    from fastvideo_grpo.rewards.placement import inline
 
     monkeypatch.setattr(inline, "CLOSE_TIMEOUT_S", 0.1)
     release = threading.Event()

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, RewardSet, create, wire
-from fastvideo_grpo.rewards.base import RewardResult
-from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
-from fastvideo_grpo.rewards.process import ProcessReward, RewardProcessError
+from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
+from fastvideo_grpo.rewards.placement import wire
+from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE, HttpReward
+from fastvideo_grpo.rewards.placement.process import ProcessReward, RewardProcessError
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.rewards.reward_set import RewardSet
 from tests.workers.faulty_rewards import KINDS, entry_point
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +210,7 @@ def test_another_interpreter_needs_no_installed_package_and_keeps_its_own_others
 def test_a_process_ends_with_the_one_that_started_it(faulty):
     code = f"""
 import sys
-from fastvideo_grpo.rewards.process import ProcessReward
+from fastvideo_grpo.rewards.placement.process import ProcessReward
 import torch
 from fastvideo_grpo.rewards import RewardRequest
 reward = ProcessReward("faulty", params={{"folder": {str(faulty)!r}}})

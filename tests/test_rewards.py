@@ -16,10 +16,13 @@ import pytest
 import torch
 
 from fastvideo_grpo import extensions
-from fastvideo_grpo.rewards import Reward, RewardRequest, RewardResult, RewardSet, create, kinds, register, registry
-from fastvideo_grpo.rewards.colour_match import PALETTE, colour_of
-from fastvideo_grpo.rewards.moving_colour import DIRECTIONS, direction_of
+from fastvideo_grpo.rewards import registry
+from fastvideo_grpo.rewards.base import Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
+from fastvideo_grpo.rewards.registry import create, kinds, register
+from fastvideo_grpo.rewards.reward_set import RewardSet
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE, colour_of
+from fastvideo_grpo.rewards.rules.moving_colour import DIRECTIONS, direction_of
 from fastvideo_grpo.tiny import moving_shapes
 
 
@@ -293,7 +296,7 @@ def entry_points(monkeypatch):
 
 
 def test_rewards_of_other_packages_are_found(entry_points):
-    entry_points("elsewhere", "fastvideo_grpo.rewards.jpeg_size:JpegSize")
+    entry_points("elsewhere", "fastvideo_grpo.rewards.rules.jpeg_size:JpegSize")
     assert "elsewhere" in kinds()
     assert create("elsewhere", params={"quality": 10}).quality == 10
 
@@ -305,7 +308,7 @@ def test_an_entry_point_that_cannot_be_imported_is_named(entry_points):
 
 
 def test_an_entry_point_cannot_replace_an_own_kind(entry_points):
-    entry_points("jpeg_size", "fastvideo_grpo.rewards.colour_match:ColourMatch")
+    entry_points("jpeg_size", "fastvideo_grpo.rewards.rules.colour_match:ColourMatch")
     with pytest.raises(ValueError, match="offered more than once"):
         create("jpeg_size")
 
@@ -762,8 +765,9 @@ def test_requests_are_scored_in_order_and_side_by_side():
 
 def test_the_examples_of_the_page_are_configurations(tmp_path):
     """docs/rewards.md: every YAML block, with the files it names in their places."""
-    from fastvideo_grpo import config_files, config_values
-    from fastvideo_grpo.config import RewardsConfig
+    from fastvideo_grpo.config import files as config_files
+    from fastvideo_grpo.config import values as config_values
+    from fastvideo_grpo.config.keys import RewardsConfig
     from fastvideo_grpo.rewards.reward_set import check_entry
 
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()

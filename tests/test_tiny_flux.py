@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, create
-from fastvideo_grpo.rewards.colour_match import PALETTE
-from fastvideo_grpo.tiny import command, flux, shapes
+from fastvideo_grpo.commands import tiny as command
+from fastvideo_grpo.models.flux import tiny as flux
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE
+from fastvideo_grpo.tiny import shapes
 from fastvideo_grpo.tiny.tokenizer_files import WORDS, clip_vocabulary, t5_pieces
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
@@ -229,7 +232,7 @@ def test_the_command_writes_a_checkpoint_and_refuses_politely(tmp_path, capsys, 
 
 
 def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
-    from fastvideo_grpo.tiny.pretrain import pretrain_flux
+    from fastvideo_grpo.models.flux.pretrain import pretrain_flux
 
     lines = []
     before = torch.get_rng_state()

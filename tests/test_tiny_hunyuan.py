@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, create
-from fastvideo_grpo.tiny import command, hunyuan_video, moving_shapes
+from fastvideo_grpo.commands import tiny as command
+from fastvideo_grpo.models.hunyuan_video import tiny as hunyuan_video
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.tiny import moving_shapes
 from fastvideo_grpo.tiny.tokenizer_files import VIDEO_WORDS
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
@@ -240,7 +243,7 @@ def test_the_command_writes_a_checkpoint(tmp_path, capsys, random_folder):
 
 
 def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
-    from fastvideo_grpo.tiny.pretrain_video import pretrain_hunyuan_video
+    from fastvideo_grpo.models.hunyuan_video.pretrain import pretrain_hunyuan_video
 
     settings = {"clips": 16, "autoencoder_steps": 2, "transformer_steps": 2}
     lines = []
@@ -267,7 +270,7 @@ def test_latents_of_the_demo_have_mean_zero_and_size_one():
 
 
 def test_pretraining_encodes_prompts_as_the_pipeline_does():
-    from fastvideo_grpo.tiny.pretrain_video import embeddings
+    from fastvideo_grpo.models.hunyuan_video.pretrain import embeddings
 
     pipeline = load(COMMITTED)
     text, pooled = embeddings({"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2})
@@ -344,7 +347,7 @@ def test_the_dataset_is_seeded_and_uses_every_prompt():
 def test_skyreels_has_hunyuan_videos_files_and_a_transformer_that_reads_an_image(random_folder, tmp_path):
     from diffusers import HunyuanSkyreelsImageToVideoPipeline
 
-    from fastvideo_grpo.tiny.skyreels_i2v import write_skyreels_i2v
+    from fastvideo_grpo.models.skyreels_i2v.tiny import write_skyreels_i2v
 
     folder = write_skyreels_i2v(tmp_path / "skyreels")
     check_files(folder, PUBLISHED_FILES)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, create
-from fastvideo_grpo.tiny import command, shapes, stable_diffusion
+from fastvideo_grpo.commands import tiny as command
+from fastvideo_grpo.models.stable_diffusion import tiny as stable_diffusion
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.tiny import shapes
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
     check_every_weight_is_loaded,
@@ -282,7 +285,7 @@ def test_no_part_of_it_imports_fastvideo():
 
 
 def test_pretraining_runs_and_writes_the_demo_preset(tmp_path):
-    from fastvideo_grpo.tiny.pretrain_stable_diffusion import pretrain_stable_diffusion
+    from fastvideo_grpo.models.stable_diffusion.pretrain import pretrain_stable_diffusion
 
     settings = {"pictures": 16, "autoencoder_steps": 2, "unet_steps": 2}
     lines = []

@@ -5,8 +5,9 @@ import argparse
 import pytest
 import torch
 
-from fastvideo_grpo.published import WAN_2_1_1_3B
-from fastvideo_grpo.tiny import command, wan
+from fastvideo_grpo.commands import tiny as command
+from fastvideo_grpo.models.wan import tiny as wan
+from fastvideo_grpo.models.wan.family import PUBLISHED
 from fastvideo_grpo.tiny.tokenizer_files import VIDEO_WORDS
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import (
@@ -80,13 +81,13 @@ def test_keys_are_the_published_ones(folder):
 
 
 def test_configurations_have_the_published_keys(folder):
-    for component, published in WAN_2_1_1_3B.items():
+    for component, published in PUBLISHED.items():
         found = read(folder / component / "config.json")
         assert set(published) <= set(found)
         if component != "text_encoder":
             assert found["_class_name"] == published["_class_name"]
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
-    assert vae["dim_mult"] == WAN_2_1_1_3B["vae"]["dim_mult"], "FastVideo reckons with x8, whatever the file says"
+    assert vae["dim_mult"] == PUBLISHED["vae"]["dim_mult"], "FastVideo reckons with x8, whatever the file says"
     assert len(vae["latents_mean"]) == len(vae["latents_std"]) == vae["z_dim"] == transformer["in_channels"]
     scheduler = read(folder / "scheduler" / "scheduler_config.json")
     assert (scheduler["_class_name"], scheduler["flow_shift"]) == ("UniPCMultistepScheduler", 3.0)

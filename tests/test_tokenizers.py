@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.facts import ModelFacts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.prompts.cut import TextReader, cut_texts, describe_cut
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.tokenizers import PROBES, TokenizerError, check_vocabulary, load_tokenizer
@@ -127,7 +129,7 @@ def _config(folder, kind, **sections):
         "rewards": {"models": {"size": {"kind": "jpeg_size"}}},
         "run": {"dir": str(folder / "run")},
     }
-    return configuration.build({**values, **sections})
+    return run_config.build({**values, **sections})
 
 
 def test_prompts_and_negative_prompts_are_counted_for_each_encoder():
@@ -150,8 +152,8 @@ def test_prompts_and_negative_prompts_are_counted_for_each_encoder():
 
 
 def test_every_family_says_how_its_encoders_read():
-    for family in families.FAMILIES.usable().values():
-        facts = families.ModelFacts("published", family.configs, family.denoiser)
+    for family in FAMILIES.usable().values():
+        facts = ModelFacts("published", family.configs, family.denoiser)
         readers = family.text_readers(_config(Path("nowhere"), family.kind), facts)
         assert {reader.encoder for reader in readers} == {name for name in family.folders if name.startswith("text_encoder")}
         assert {reader.tokenizer for reader in readers} == {name for name in family.folders if name.startswith("tokenizer")}

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvideo_grpo import published
-from fastvideo_grpo.rewards import RewardRequest, RewardSet, create
-from fastvideo_grpo.rewards import videoalign_weights as weights
-from fastvideo_grpo.rewards.clips import mp4_round_trip, read_clip
-from fastvideo_grpo.rewards.videoalign import OUTPUTS, VideoAlign
-from fastvideo_grpo.rewards.videoalign_template import TOKENS, read_template
-from fastvideo_grpo.tiny import command
+from fastvideo_grpo.commands import tiny as command
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.media.clips import mp4_round_trip, read_clip
+from fastvideo_grpo.rewards.models import videoalign_weights as weights
+from fastvideo_grpo.rewards.models.videoalign import OUTPUTS, VideoAlign
+from fastvideo_grpo.rewards.models.videoalign_template import TOKENS, read_template
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.rewards.reward_set import RewardSet
 from fastvideo_grpo.tiny.videoalign import STEP, TEMPLATE_TEXT, build, old_name, write_videoalign
+from tests.qwen2_vl import QWEN2_VL_2B
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "videoalign_tiny"
 needs_golden = pytest.mark.skipif(
@@ -198,7 +200,7 @@ def test_the_published_2b_model_is_mapped_completely(layout):
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    config = {**published.QWEN2_VL_2B, "vocab_size": 151657 + len(TOKENS)}
+    config = {**QWEN2_VL_2B, "vocab_size": 151657 + len(TOKENS)}
     with torch.device("meta"):
         trained = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config))
         trained.rm_head = torch.nn.Linear(1536, 1, bias=False)
@@ -218,7 +220,7 @@ def test_the_published_2b_model_is_mapped_completely(layout):
     assert shapes["rm_head.weight"] == (1, 1536)
 
     token_ids = [151657, 151658, 151659]
-    model = weights.build(Qwen2VLConfig(**published.QWEN2_VL_2B), saved, 1, token_ids)
+    model = weights.build(Qwen2VLConfig(**QWEN2_VL_2B), saved, 1, token_ids)
     weights.fill(model, saved, scale=2.0, rank=64, dtype=torch.bfloat16)
     parameters = dict(model.named_parameters())
     assert all(tensor.is_meta for tensor in parameters.values())

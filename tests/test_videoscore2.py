@@ -9,7 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, RewardSet, create
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import create
+from fastvideo_grpo.rewards.reward_set import RewardSet
 
 MARKS = {"visual_quality": 3.5, "text_alignment": 2.25, "physical_consistency": 4.0}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+
+from fastvideo_grpo.models.registry import FAMILIES
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +24,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
     def write(kind: str, **arguments: Any) -> Path:
         key = f"{kind} {sorted(arguments.items())}"
         if key not in folders:
-            writer = getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
+            writer = resolve_name(FAMILIES[kind].tiny.writer)
             folders[key] = writer(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
         return folders[key]
 
@@ -38,8 +40,8 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
     def make(train: bool = True, **overrides: Any) -> Any:
         import torch
 
-        from fastvideo_grpo import config as configuration
         from fastvideo_grpo.engines.parallel import World
+        from fastvideo_grpo.models import run_config
         from fastvideo_grpo.trainers.load import load_trainer
         from tests.trainer import runs
 
@@ -48,7 +50,7 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
         empty = tmp_path / "empty.yaml"
         empty.write_text("{}")
         checkpoint = overrides.get("model__path") or tiny_checkpoint(overrides.get("model__kind", "flux"))
-        config = configuration.load(empty, runs.settings(tmp_path, checkpoint, **overrides))
+        config = run_config.load(empty, runs.settings(tmp_path, checkpoint, **overrides))
         trainer = made.enter_context(closing(load_trainer(config, World.current())))
         train_open = trainer.train
 
@@ -58,7 +60,8 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
 
         with ExitStack() as setting_up:
             setting_up.callback(trainer.close)
-            trainer.setup_training() if train else trainer.setup_rewards()
+            if train:
+                trainer.setup_training()
             setting_up.pop_all()
         trainer.train = train_and_close
         return trainer

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.checkpoints.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
 from fastvideo_grpo.checkpoints.kohya_names import kohya_lora
-from fastvideo_grpo.config import LoRAConfig
-from fastvideo_grpo.disk_room import refusal
+from fastvideo_grpo.config.keys import LoRAConfig
+from fastvideo_grpo.disk.room import refusal
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.fastvideo_models import diffusers_denoiser
 from fastvideo_grpo.model_files.clean_folder import write_unmarked
 from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.model_files.selection import unread
+from fastvideo_grpo.models.diffusers_names import DiffusersNames, check_shapes, denoiser_names, tensor_shapes
+from fastvideo_grpo.models.family import Family
+from fastvideo_grpo.models.networks import diffusers_denoiser
+from fastvideo_grpo.models.registry import FAMILIES
 
 # Without these a folder is not taken for a pipeline or a model.
 _MAKES_WHOLE = ("config.json", "model_index.json")
@@ -34,10 +36,10 @@ KOHYA_FILE = "kohya_lora.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def model_names(config: dict[str, Any]) -> DiffusersNames:
+def model_names(family: Family, config: dict[str, Any]) -> DiffusersNames:
     """The trained network's names against diffusers', for a ``transformer/config.json`` or ``unet/config.json``."""
     module = diffusers_denoiser(config)
-    return denoiser_names(config["_class_name"], tensor_shapes(module.state_dict()))
+    return denoiser_names(family, config["_class_name"], tensor_shapes(module.state_dict()))
 
 
 def check_out(out: Path) -> None:
@@ -154,7 +156,7 @@ def write_lora(
 
 
 def write_kohya_lora(
-    adapters: Mapping[str, Tensor], lora: LoRAConfig, names: DiffusersNames, class_name: str, out: Path, dtype: torch.dtype
+    adapters: Mapping[str, Tensor], lora: LoRAConfig, names: DiffusersNames, family: Family, out: Path, dtype: torch.dtype
 ) -> None:
     """Write adapters as ``out/kohya_lora.safetensors``, see :mod:`.kohya_names`.
 
@@ -163,7 +165,13 @@ def write_kohya_lora(
     """
     from safetensors.torch import save_file
 
-    tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, class_name)
+    if family.kohya_layer is None:
+        known = " and ".join(other.kind for other in FAMILIES.usable().values() if other.kohya_layer is not None)
+        raise UserError(
+            f"--lora-format kohya is for {known}; {family.kind} has no names there: leave the option out, ComfyUI reads "
+            "diffusers' format, too"
+        )
+    tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, family.kohya_layer)
     save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, out / KOHYA_FILE, metadata={"format": "pt"})
 
 

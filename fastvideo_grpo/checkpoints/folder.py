@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fastvideo_grpo.checkpoints.lock import lock_folder
 from fastvideo_grpo.checkpoints.store import SPARE, CheckpointStore
-from fastvideo_grpo.config import Config, ConfigError
-from fastvideo_grpo.disk_room import Refusal, free_bytes, refusal, refused_file
-from fastvideo_grpo.memory import gib
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.disk.room import Refusal, free_bytes, refusal, refused_file
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.printed_sizes import gib
 
 _FOLDERS = ("checkpoints", "samples")
 _FILES = ("config.yaml", "lock", "metrics.jsonl", "evaluation_before.json")

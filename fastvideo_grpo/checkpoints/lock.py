@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import IO
 
-from fastvideo_grpo.disk_room import describe
+from fastvideo_grpo.disk.room import describe
 from fastvideo_grpo.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
 from fastvideo_grpo.sampling import noise
@@ -26,7 +27,7 @@ def check_resumable(state: dict[str, Any], config: Config, prompts: Sequence[Pro
             differ; names them.
     """
     _check_noise(state, config)
-    changed = configuration.changed_on_resume(state["config"], config)
+    changed = config_saved.changed_on_resume(state["config"], config)
     if changed:
         raise ConfigError(
             f"run.dir={config.run.dir} holds a run with other values of {', '.join(changed)}; resuming would mix two runs. "

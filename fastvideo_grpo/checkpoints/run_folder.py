@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvideo_grpo import config as configuration
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models import run_config
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def open_run(run: str | Path, iteration: int | None = None, overrides: list[str]
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml (a run.dir that `train` made is needed)")
-    config = configuration.load(run / "config.yaml", overrides)
+    config = run_config.load(run / "config.yaml", overrides)
     store = CheckpointStore(run / "checkpoints", keep=1)
     folder = store.at(iteration) if iteration is not None else store.newest(required=True)
     assert folder is not None

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk.durable_files import write_atomic
 from fastvideo_grpo.errors import one_line
 
 logger = logging.getLogger(__name__)

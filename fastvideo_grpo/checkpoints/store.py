@@ -23,11 +23,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.disk_room import Refusal, describe, folder_bytes, free_bytes
-from fastvideo_grpo.durable_files import sync_directory, write_synced
+from fastvideo_grpo.disk.durable_files import sync_directory, write_synced
+from fastvideo_grpo.disk.room import Refusal, describe, folder_bytes, free_bytes
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.memory import gib
+from fastvideo_grpo.printed_sizes import gib
 
 logger = logging.getLogger(__name__)
 

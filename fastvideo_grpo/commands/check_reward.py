@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.command_arguments import path_argument, text_argument
+from fastvideo_grpo.commands.arguments import path_argument, text_argument
 from fastvideo_grpo.errors import UserError, one_line
+from fastvideo_grpo.models import run_config
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: every reward gives the same finite scores each time; 1 otherwise."""
     import torch
 
-    from fastvideo_grpo.rewards.placement import check_device, check_placement, get, place
+    from fastvideo_grpo.rewards.placement.entries import check_device, check_placement, get, place
 
-    config = configuration.load(arguments.config, arguments.overrides).rewards
+    config = run_config.load(arguments.config, arguments.overrides).rewards
     if not config.models:
         raise UserError(f"{arguments.config} names no reward (rewards.models is empty)")
     given = read_media(arguments.media, arguments.prompt)
@@ -228,7 +228,7 @@ def _read(file: Path) -> tuple[Tensor, float | None]:
     import torch
     from PIL import Image, UnidentifiedImageError
 
-    from fastvideo_grpo.rewards.clips import read_clip
+    from fastvideo_grpo.rewards.media.clips import read_clip
 
     if not file.is_file():
         raise UserError(f"--media {file} is no file")
@@ -270,7 +270,7 @@ def _forget_peak() -> None:
 
 def describe(check: Check) -> list[str]:
     """Lines for a person."""
-    from fastvideo_grpo.memory import gib
+    from fastvideo_grpo.printed_sizes import gib
 
     lines = [f"reward {check.name}"]
     for output, table in check.tables.items():

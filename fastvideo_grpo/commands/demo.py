@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
-from fastvideo_grpo.config_paths import as_typed
-from fastvideo_grpo.disk_room import free_folder
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
+from fastvideo_grpo.config.paths import as_typed
+from fastvideo_grpo.disk.room import free_folder
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.resources import data_dir
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.evaluation.fixed_set import FixedSamples
+    from fastvideo_grpo.trainers.fixed_set import FixedSamples
 
 
 @dataclass(frozen=True)
@@ -137,30 +138,31 @@ def run(arguments: argparse.Namespace) -> int:
         *reward_settings,
         *arguments.overrides,
     ]
-    config = configuration.load(data / demo.settings, overrides)
+    config = run_config.load(data / demo.settings, overrides)
     folder = Path(config.run.dir)
     if config.run.eval_every == 0:
         raise UserError("run.eval_every is 0, but a demo compares evaluations: leave it out, or use fastvideo-grpo train")
-    facts = families.model_facts(config)
+    facts = model_facts(config)
     plan.check_run(config, facts, ranks=1)
     plan.check_folder(config)
     plan.check_disk(config, facts)
     print(f"{demo.built_in}\n\nreward: {meaning}\nloading FastVideo and the model ...", flush=True)
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
+    from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.load import load_trainer
 
     prepare_process(config)
     with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
-        trained = trainer.prompts[:: max(1, len(trainer.prompts) // 6)][:6]
-        show = [*trained, *trainer.eval_prompts[:4]]
-        pictures_before = sample_fixed(trainer, show, 1, "pictures")
+        run = trainer.run
+        trained = run.prompts[:: max(1, len(run.prompts) // 6)][:6]
+        show = [*trained, *run.eval_prompts[:4]]
+        pictures_before = sample_fixed(trainer, run.scoring, show, 1, "pictures")
         trainer.train()
-        pictures_after = sample_fixed(trainer, show, 1, "pictures")
-    lines = trainer.log.read()
+        pictures_after = sample_fixed(trainer, run.scoring, show, 1, "pictures")
+    lines = run.log.read()
     whole = bool(lines) and lines[-1]["iteration"] == config.run.iterations - 1
     if not (folder / "evaluation_before.json").is_file() or not whole:
         raise UserError(f"{folder} lacks what was evaluated before or after training (see above): nothing can be compared")
@@ -173,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"\nafter {config.run.iterations} iterations, with the ODE sampler on fixed noise (mean ± standard error over prompts):"
     )
     for name, label in (("train", "training prompts"), ("heldout", "kept-out prompts")):
-        for reward in trainer.rewards.names if name == "train" or trainer.eval_prompts else ():
+        for reward in run.scoring.rewards.names if name == "train" or run.eval_prompts else ():
             old, new = (
                 f"{metrics[f'eval/{name}/{reward}/mean']:.3f} ± {metrics[f'eval/{name}/{reward}/stderr']:.3f}"
                 for metrics in (before, after)

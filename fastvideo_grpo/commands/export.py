@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.errors import UserError
 
 EPILOG = """\
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-format",
         choices=["diffusers", "kohya"],
-        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or of FLUX and Stable Diffusion "
-        "kohya's. In both, alpha is the rank: B A is added as it stands",
+        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or kohya's, which knows some "
+        "models. In both, alpha is the rank: B A is added as it stands",
     )
     parser.add_argument("--pipeline", action="store_true", help="copy VAE, text encoders, ... beside the network")
     parser.add_argument("--link", action="store_true", help="with --pipeline: hard links instead of copies of weight files")
@@ -47,11 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the export and say how to load it."""
     import torch
 
-    from fastvideo_grpo import families
-    from fastvideo_grpo.checkpoint_checks import checkpoint_problems
     from fastvideo_grpo.checkpoints import export
     from fastvideo_grpo.checkpoints.run_folder import open_run
     from fastvideo_grpo.engines.sharded_loading import CheckpointReader
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.models.registry import FAMILIES
+    from fastvideo_grpo.planning.checkpoint_checks import checkpoint_problems
 
     if arguments.link and not arguments.pipeline:
         raise UserError("--link is about what --pipeline copies; add --pipeline, or leave it out")
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pipeline and lora is not None and not arguments.merge_lora:
         raise UserError("--pipeline needs full weights: add --merge-lora, or leave it out and load the adapters by themselves")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype or config.model.precision]
-    family, facts = families.FAMILIES[config.model.kind], families.model_facts(config)
+    family, facts = FAMILIES[config.model.kind], model_facts(config)
     denoiser, pipeline, component = facts.denoiser, family.pipeline, family.denoiser
     copied = [part for part in family.folders if part != component] if arguments.pipeline else []
     problems = checkpoint_problems(config, facts, [*copied, *([component] if arguments.merge_lora else [])])
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.pipeline:
             export.copy_components(start, folder, component, link=arguments.link)
         weights = run.weights(arguments.weights)
-        names = export.model_names(denoiser)
+        names = export.model_names(family, denoiser)
         if lora is None:
             full = names.to_diffusers(weights)
             export.write_denoiser(full, denoiser, folder / component, dtype, arguments.max_shard_size)
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
                 merged = export.MergedLoRA(CheckpointReader(start / component), adapters, lora)
                 export.write_denoiser(merged, denoiser, folder / component, dtype, arguments.max_shard_size)
             elif arguments.lora_format == "kohya":
-                export.write_kohya_lora(adapters, lora, names, denoiser["_class_name"], folder, dtype)
+                export.write_kohya_lora(adapters, lora, names, family, folder, dtype)
             else:
                 export.write_lora(adapters, lora, pipeline, component, folder, dtype)
     if arguments.pipeline:

@@ -14,12 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, launcher, plan
-from fastvideo_grpo.command_arguments import path_argument, seed_argument
-from fastvideo_grpo.config import Config
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo import launcher
+from fastvideo_grpo.commands.arguments import path_argument, seed_argument
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.model_files.json_files import read_json
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts, where_from
+from fastvideo_grpo.models.family import Family
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning import plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,12 +49,6 @@ the prompt's id and text, and on nothing else. A second start draws what is miss
 refused. Keys that may be given:
   {keys}"""
 
-STARTING_FROM: dict[str, dict[str, Any]] = {
-    "flux": {"sample": {"steps": 28, "shift": 3.0, "guidance_scale": 3.5}, "prompts": {"text_length": 512}},
-    "hunyuan_video": {"sample": {"steps": 30, "shift": 5.0, "guidance_scale": 6.0}, "prompts": {"text_length": 256}},
-}
-"""The model families that draw images, and the settings that overrides change."""
-
 KEYS_OF_IMAGES = (
     "sample.height",
     "sample.width",
@@ -66,7 +65,7 @@ KEYS_OF_PROCESSES = ("engine.offload_idle", "run.deterministic", "run.threads", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = ", ".join(STARTING_FROM)
+    kinds = ", ".join(_drawing())
     parser.add_argument(
         "--model",
         type=path_argument,
@@ -90,13 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check, draw what is missing, write the prompt file. All ranks call it."""
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
     from fastvideo_grpo.prompts.files import read_prompt_file
     from fastvideo_grpo.tracking.console import Console
 
     config = make_config(arguments.model, arguments.prompts, arguments.out, arguments.overrides)
     # Each process draws for itself, with the whole model: any number of them will do.
-    plan.check_run(config, families.model_facts(config), ranks=1, training=False)
+    plan.check_run(config, model_facts(config), ranks=1, training=False)
     file = read_prompt_file(arguments.prompts)
     prompts = file.prompts
     for note in file.notes if launcher.rank() == 0 else ():
@@ -133,12 +132,13 @@ def make_config(model: str, prompts: str, out: str, overrides: list[str]) -> Con
         key = item.partition("=")[0]
         if "=" in item and key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
-            raise configuration.ConfigError(
+            raise ConfigError(
                 f"{key} does nothing in make-references{f'; did you mean {near[0]}?' if near else ''}; keys here: "
                 f"{', '.join(allowed)}"
             )
     kind = _kind_of(Path(model))
-    start = STARTING_FROM[kind]
+    start = _drawing()[kind].reference_images
+    assert start is not None
     values = {
         "model": {"kind": kind, "path": model},
         "sample": {**start["sample"], "frames": 1},
@@ -146,31 +146,36 @@ def make_config(model: str, prompts: str, out: str, overrides: list[str]) -> Con
         "rewards": {"models": {"unused": {"kind": "jpeg_size"}}},  # a run has to have one; nothing is scored
         "run": {"dir": out},
     }
-    config = configuration.build(values, overrides)
+    config = run_config.build(values, overrides)
     config.rewards.models = {}
     return config
+
+
+def _drawing() -> dict[str, Family]:
+    """``model.kind`` -> the families that draw such images."""
+    return {kind: family for kind, family in FAMILIES.usable().items() if family.reference_images is not None}
 
 
 def _kind_of(checkpoint: Path) -> str:
     """The ``model.kind`` of a checkpoint folder, from its model_index.json."""
     index = checkpoint / "model_index.json"
-    drawing = {families.FAMILIES[kind].pipeline: families.FAMILIES[kind] for kind in STARTING_FROM}
+    drawing = {family.pipeline: family for family in _drawing().values()}
     known = ", ".join(f"{family.name} ({family.pipeline})" for family in drawing.values())
     if not index.is_file():
         what = "has no model_index.json" if checkpoint.exists() else "does not exist"
         fitting = (
             family for family in drawing.values() if family.source and Path(family.source.folder).name == checkpoint.name
         )
-        family = next(fitting, drawing[families.FAMILIES["flux"].pipeline])
-        raise configuration.ConfigError(
-            f"--model {checkpoint} {what}; expected a diffusers folder of {known}{family.where_from(checkpoint)}"
+        family = next(fitting, next(iter(drawing.values())))
+        raise ConfigError(
+            f"--model {checkpoint} {what}; expected a diffusers folder of {known}{where_from(family, checkpoint)}"
         )
     try:
         found = read_json(index).get("_class_name")
     except (OSError, ValueError) as error:
-        raise configuration.ConfigError(f"{index} is damaged ({error}); download it again") from error
+        raise ConfigError(f"{index} is damaged ({error}); download it again") from error
     if found not in drawing:
-        raise configuration.ConfigError(f"--model {checkpoint} holds a {found}; images are drawn by {known}")
+        raise ConfigError(f"--model {checkpoint} holds a {found}; images are drawn by {known}")
     return drawing[found].kind
 
 
@@ -179,12 +184,12 @@ def settings_of(config: Config, seed: int) -> dict[str, Any]:
     from fastvideo_grpo.prompts.embeddings import encoder_identity
     from fastvideo_grpo.sampling import noise
 
-    plain = configuration.to_dict(config)
+    plain = config_saved.to_dict(config)
     settings: dict[str, Any] = {"model.kind": config.model.kind, "seed": seed, "noise": noise.VERSION}
     for key in KEYS_OF_IMAGES:
         section, _, name = key.partition(".")
         settings[key] = plain[section][name]
-    for component in families.FAMILIES[config.model.kind].folders:
+    for component in FAMILIES[config.model.kind].folders:
         if component != "scheduler":  # the schedule is ours
             settings[f"checkpoint.{component}"] = encoder_identity(Path(config.model.path), [component], {})
     return settings
@@ -341,7 +346,7 @@ def to_png(pixels: Tensor, prompt: Prompt) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    from fastvideo_grpo.durable_files import write_atomic
+    from fastvideo_grpo.disk.durable_files import write_atomic
 
     try:
         write_atomic(file, content)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.command_arguments import path_argument, text_argument
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.commands.arguments import path_argument, text_argument
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_prompts import prompt_file_of
+from fastvideo_grpo.planning import plan
 
 if TYPE_CHECKING:
     from fastvideo_grpo.checkpoints.run_folder import RunCheckpoint
@@ -77,25 +80,25 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.weights == "start":
             if arguments.iteration is not None:
                 raise UserError("--weights start is before the first iteration: leave --iteration out, or take model or ema")
-            config = configuration.load(Path(arguments.source) / "config.yaml", arguments.overrides)
+            config = run_config.load(Path(arguments.source) / "config.yaml", arguments.overrides)
         else:
             checkpoint = open_run(arguments.source, arguments.iteration, arguments.overrides)
             config = checkpoint.config
     else:
         if arguments.weights in ("model", "ema") or arguments.iteration is not None:
             raise UserError("--weights and --iteration need a run folder; a configuration has its starting weights only")
-        config = configuration.load(arguments.source, arguments.overrides)
+        config = run_config.load(arguments.source, arguments.overrides)
     if arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
     prompts = [Prompt(text_id(text), text) for text in arguments.prompt]
-    starts_from_images = families.FAMILIES[config.model.kind].reads_images
+    starts_from_images = FAMILIES[config.model.kind].reads_images
     if prompts and starts_from_images:
         raise UserError(
             f"--prompt is a text, and {config.model.kind} starts from an image: write both into a .jsonl file, a line "
             '{"prompt": ..., "image": ...}, and give it with --prompts'
         )
     if arguments.prompts or not prompts:
-        file = families.prompt_file_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
+        file = prompt_file_of(config, arguments.prompts or config.prompts.eval_path or config.prompts.path)
         prompts += file.prompts
         for note in file.notes:
             logger.warning("%s", note)
@@ -109,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         config.rewards.models = {}
     which = "start" if checkpoint is None else arguments.weights or "model"
     out = _folder(arguments, checkpoint, which)
-    plan.check_run(config, families.model_facts(config), ranks=1, training=False)
+    plan.check_run(config, model_facts(config), ranks=1, training=False)
     plan.warn_of_cut(config, prompts)
     faults, sheet = draw(config, checkpoint, which, prompts, arguments.samples, out)
     clips = f"clips (mp4, {config.sample.frames} frames, {config.sample.fps} a second)"
@@ -127,7 +130,7 @@ def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, whi
     Raises:
         UserError: it cannot be written, or holds something else.
     """
-    from fastvideo_grpo.disk_room import free_folder, refusal
+    from fastvideo_grpo.disk.room import free_folder, refusal
     from fastvideo_grpo.tracking.pictures import not_samples
 
     if arguments.out is None:
@@ -155,18 +158,20 @@ def draw(
 ) -> tuple[list[str | None], Path]:
     """Load the model, draw and save; returns what of each sample is not finite, and the grid's path."""
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
     from fastvideo_grpo.tracking.pictures import save_samples
+    from fastvideo_grpo.trainers.fixed_set import sample_fixed
     from fastvideo_grpo.trainers.load import load_trainer
+    from fastvideo_grpo.trainers.scoring import Scoring
 
     prepare_process(config)
-    with closing(load_trainer(config, World.current())) as trainer:
-        if config.rewards.models:
-            trainer.setup_rewards()
+    world = World.current()
+    with ExitStack() as held:
+        trainer = held.enter_context(closing(load_trainer(config, world)))
+        scoring = held.enter_context(closing(Scoring(config, world, trainer.fps))) if config.rewards.models else None
         if checkpoint is not None:
             trainer.load_weights(checkpoint.weights(which))
-        drawn = sample_fixed(trainer, prompts, samples, "sample")
+        drawn = sample_fixed(trainer, scoring, prompts, samples, "sample")
     assert drawn.media is not None  # one process
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
     model = {"checkpoint": config.model.path if checkpoint is None else str(checkpoint.folder), "weights": which}

@@ -7,9 +7,9 @@ import os
 import socket
 from typing import Any
 
-from fastvideo_grpo.command_arguments import path_argument
+from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.rewards.http import TOKEN_VARIABLE
+from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE
 
 EPILOG = f"""\
 examples:
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from fastvideo_grpo.rewards import registry
-    from fastvideo_grpo.rewards.placement import check_device
-    from fastvideo_grpo.rewards.server import RewardPool, application, is_loopback
+    from fastvideo_grpo.rewards.placement.entries import check_device
+    from fastvideo_grpo.rewards.placement.server import RewardPool, application, is_loopback
 
     params = parse_params(arguments.kind, arguments.params)
     for name in ("workers", "max_mib", "timeout"):
@@ -102,7 +102,7 @@ def parse_params(kind: str, pairs: list[str]) -> dict[str, Any]:
     Raises:
         UserError: an entry is not of that form, or a path cannot be expanded.
     """
-    from fastvideo_grpo.config import reward_params
+    from fastvideo_grpo.config.loading import reward_params
 
     for pair in pairs:
         if "=" not in pair:

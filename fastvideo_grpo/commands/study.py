@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.command_arguments import path_argument
-from fastvideo_grpo.disk_room import refusal
+from fastvideo_grpo.commands.arguments import path_argument
+from fastvideo_grpo.disk.room import refusal
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs
@@ -86,8 +86,9 @@ def chosen(names: list[str]) -> list[Study]:
 
 def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, work: Any = None) -> int:
     """Make the runs that are missing, and write each study's results; returns how many runs failed."""
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, plan
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import plan
     from fastvideo_grpo.studies import results
     from fastvideo_grpo.studies.jobs import plan_study
 
@@ -101,8 +102,8 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
         for job in study_plan.jobs():
             wanted.setdefault(job.folder.name, job)
     for job in wanted.values():
-        config = configuration.build(job.values)
-        plan.check_run(config, families.model_facts(config), ranks=1)
+        config = run_config.build(job.values)
+        plan.check_run(config, model_facts(config), ranks=1)
     # The longest first, so that the last ones to end are short.
     missing = sorted((job for job in wanted.values() if job.result() is None), key=lambda job: -_weight(job))
     workers = min(arguments.workers or len(os.sched_getaffinity(0)), max(1, len(missing)))

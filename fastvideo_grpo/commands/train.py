@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, launcher, plan
-from fastvideo_grpo.command_arguments import path_argument
-from fastvideo_grpo.config import Config
+from fastvideo_grpo import launcher
+from fastvideo_grpo.commands.arguments import path_argument
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.printed_commands import runnable
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED, StopSignal
 
@@ -38,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: all iterations are done. 75 (EXIT_STOPPED): stopped by SIGUSR1, saved; start it again to go on."""
     stop = None if arguments.dry_run else StopSignal()
-    config = configuration.load(arguments.config, arguments.overrides)
+    config = run_config.load(arguments.config, arguments.overrides)
     if arguments.world_size is not None and not arguments.dry_run:
-        raise configuration.ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
+        raise ConfigError("--world-size only goes with --dry-run; start real processes with torchrun")
     if arguments.world_size is not None and arguments.world_size < 1:
-        raise configuration.ConfigError(f"--world-size is {arguments.world_size}; it must be at least 1")
+        raise ConfigError(f"--world-size is {arguments.world_size}; it must be at least 1")
     ranks = arguments.world_size or launcher.world_size()
-    facts = families.model_facts(config, published_if_missing=arguments.dry_run)
+    facts = model_facts(config, published_if_missing=arguments.dry_run)
     plan.check_run(config, facts, ranks, here=not arguments.dry_run)
     if arguments.dry_run:
-        print(configuration.to_yaml(config))
+        print(config_saved.to_yaml(config))
         print(runnable(plan.describe(config, facts, ranks)))
         return 0
     plan.warn(config, facts)
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
     from fastvideo_grpo.tracking.console import Console
     from fastvideo_grpo.trainers.load import load_trainer
 
@@ -71,7 +75,7 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
         Console(quiet=world.rank != 0).say(plan.all_done(config, done))
         world.leave()
         return True
-    world.on_rank_0(lambda: plan.check_disk(config, families.model_facts(config)))
+    world.on_rank_0(lambda: plan.check_disk(config, model_facts(config)))
     with load_trainer(config, world) as trainer:
         trainer.setup_training()
         finished = trainer.train(stop)

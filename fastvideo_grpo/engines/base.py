@@ -23,7 +23,7 @@ from fastvideo_grpo.engines.shards import ENGINE_JSON, EngineStateError, SavedTe
 from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.config import OptimConfig
+    from fastvideo_grpo.config.keys import OptimConfig
 
 logger = logging.getLogger(__name__)
 

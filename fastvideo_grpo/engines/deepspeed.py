@@ -20,7 +20,7 @@ from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.config import EngineConfig, OptimConfig
+    from fastvideo_grpo.config.keys import EngineConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 

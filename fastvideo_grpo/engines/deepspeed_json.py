@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.config import ConfigError, OptimConfig
+from fastvideo_grpo.config.keys import OptimConfig
+from fastvideo_grpo.errors import ConfigError
 
 # Adam's sections of the optimizer's parameters that choose an implementation of the same step.
 _SAME_STEP = ("torch_adam", "foreach", "fused")

@@ -13,7 +13,7 @@ from fastvideo_grpo.engines.base import MOMENTS, AdamWEngine
 from fastvideo_grpo.engines.parallel import World
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.config import OptimConfig
+    from fastvideo_grpo.config.keys import OptimConfig
 
 
 class LocalEngine(AdamWEngine):

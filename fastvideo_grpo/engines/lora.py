@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config import ConfigError, LoRAConfig
+from fastvideo_grpo.config.keys import LoRAConfig
 from fastvideo_grpo.engines.base import whole_shape
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.sampling.noise import generator
 
 

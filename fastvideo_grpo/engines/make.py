@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.parallel import World
 

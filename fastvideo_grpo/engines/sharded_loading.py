@@ -31,7 +31,7 @@ from fastvideo_grpo.model_files.selection import Selection, WeightFilesError, se
 from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
-    from fastvideo_grpo.config import EngineConfig, OptimConfig
+    from fastvideo_grpo.config.keys import EngineConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvideo_grpo.disk_room import refusal
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk.durable_files import write_atomic
+from fastvideo_grpo.disk.room import refusal
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.model_files.selection import unread

@@ -1,4 +1,4 @@
-"""Rewards by name: the files of this package, and packages that offer one under the entry point group below."""
+"""Rewards by name: the files in models/ and rules/, and packages that offer one under the entry point group below."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
 from fastvideo_grpo.extensions import Registry, nearest, not_callable
+from fastvideo_grpo.model_files.downloads import Source
+from fastvideo_grpo.rewards import models, rules
 from fastvideo_grpo.rewards.base import DifferentiableReward, MediaKind, Reward
 
 Factory = Callable[..., Reward]
@@ -16,11 +18,10 @@ F = TypeVar("F", bound=Factory)
 
 
 def _import_own() -> None:
-    """Import every file of this package, so that a new reward is one new file. They import heavy libraries late."""
-    import fastvideo_grpo.rewards as package
-
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+    """Import every file of these folders, so that a new reward is one new file. They import heavy libraries late."""
+    for folder in (models, rules):
+        for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+            importlib.import_module(module.name)
 
 
 REWARDS: Registry[Factory] = Registry("reward kind", "fastvideo_grpo.rewards", problem=not_callable, import_own=_import_own)
@@ -125,6 +126,15 @@ def paths(kind: Any) -> frozenset[str]:
         return frozenset(getattr(REWARDS[kind], "paths", ()))
     except ValueError:  # told with all other wrong values; or it is known in another environment only
         return frozenset()
+
+
+def source(kind: Any) -> Source | None:
+    """Where the checkpoint of rewards of `kind` is to be had, which its class names in an attribute `source`; None of a kind
+    that does not say, or is not known here."""
+    try:
+        return getattr(REWARDS[kind], "source", None)
+    except ValueError:
+        return None
 
 
 def create(kind: str, *, checkpoint: str | None = None, params: Mapping[str, Any] | None = None) -> Reward:

@@ -20,9 +20,9 @@ from fastvideo_grpo.errors import Escape, one_line
 from fastvideo_grpo.rewards import answers, registry
 from fastvideo_grpo.rewards.base import DifferentiableReward, Reward, RewardRequest, RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
-from fastvideo_grpo.rewards.placement import check_media, check_placement, get, place
-from fastvideo_grpo.rewards.process import ProcessReward
-from fastvideo_grpo.rewards.threads import SerialThread
+from fastvideo_grpo.rewards.placement.entries import check_media, check_placement, get, place
+from fastvideo_grpo.rewards.placement.process import ProcessReward
+from fastvideo_grpo.rewards.placement.threads import SerialThread
 
 logger = logging.getLogger(__name__)
 

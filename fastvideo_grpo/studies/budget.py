@@ -7,10 +7,10 @@ they are the same for all arms, or next to nothing.
 
 from __future__ import annotations
 
-from fastvideo_grpo.config import Config, make_objective
+from fastvideo_grpo.config.keys import Config, make_objective
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.grpo import timesteps
-from fastvideo_grpo.plan import dealing
+from fastvideo_grpo.planning.plan import dealing
 
 FORWARD = 1
 BACKWARD = 2

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config import saved as config_saved
+from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.models import run_config
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.studies import budget
@@ -27,7 +28,6 @@ CURVE_POINTS = 4
 CODE = (
     "sampling/*.py",
     "grpo/**/*.py",
-    "evaluation/*.py",
     "engines/base.py",
     "engines/local.py",
     "engines/make.py",
@@ -35,18 +35,22 @@ CODE = (
     "prompts/embeddings.py",
     "prompts/order.py",
     "rewards/base.py",
-    "rewards/colour_*.py",
-    "rewards/inline.py",
-    "rewards/jpeg_size.py",
     "rewards/output_transform.py",
+    "rewards/placement/inline.py",
     "rewards/reward_set.py",
+    "rewards/rules/colour_*.py",
+    "rewards/rules/jpeg_size.py",
     "trainers/base.py",
     "trainers/conditioning.py",
     "trainers/fastvideo.py",
+    "trainers/fixed_set.py",
+    "trainers/monitoring.py",
     "trainers/policy.py",
     "trainers/replay.py",
+    "trainers/rollout.py",
     "trainers/scoring.py",
     "trainers/stages.py",
+    "trainers/training_run.py",
     "studies/measurement.py",
     "studies/pixels.py",
     "tracking/statistics.py",
@@ -102,7 +106,7 @@ def arm_config(study: Study, arm: Arm) -> Config:
 
 def _load(settings: str, overrides: Sequence[str]) -> Config:
     data = data_dir()
-    config = configuration.load(data / settings, list(overrides))
+    config = run_config.load(data / settings, list(overrides))
     # The files name them from the root of a checkout; installed, data/ lies elsewhere.
     config.model.path = str(data / config.model.path.removeprefix("data/"))
     config.prompts.path = str(data / config.prompts.path.removeprefix("data/"))
@@ -114,13 +118,13 @@ def _load(settings: str, overrides: Sequence[str]) -> Config:
 def _job(name: str, config: Config, trained: bool, out: Path) -> Job:
     folder = out / "runs" / _identity(config, trained)
     config.run.dir = str(folder)
-    values = configuration.to_dict(config)
+    values = config_saved.to_dict(config)
     return Job(name, folder, config.run.seed, values, trained, config.run.iterations, budget.evaluations_per_iteration(config))
 
 
 def _identity(config: Config, trained: bool) -> str:
     """A name that changes when the numbers might: with configuration, checkpoint, prompts, code and libraries."""
-    values = configuration.to_dict(config)
+    values = config_saved.to_dict(config)
     values["run"].pop("dir")
     values["model"]["path"] = _checkpoint_identity(config.model.path)
     for key in ("path", "eval_path"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo_grpo.studies.pool import Job
 
 if TYPE_CHECKING:
+    from fastvideo_grpo.prompts.files import Prompt
     from fastvideo_grpo.trainers.base import GRPOTrainer
 
 SAMPLES = 8
@@ -37,17 +38,17 @@ def measure(job: Job) -> dict[str, Any]:
     """
     import torch
 
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo.durable_files import write_atomic
+    from fastvideo_grpo.disk.durable_files import write_atomic
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.evaluation.fixed_set import sample_fixed
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
+    from fastvideo_grpo.models import run_config
     from fastvideo_grpo.studies import pixels
+    from fastvideo_grpo.trainers.fixed_set import sample_fixed
+    from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards
     from fastvideo_grpo.trainers.load import load_trainer
-    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
 
     started = time.monotonic()
-    config = configuration.build(job.values)
+    config = run_config.build(job.values)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of a run that ended before its result was written
     prepare_process(config)
     stopped = None
@@ -60,16 +61,17 @@ def measure(job: Job) -> dict[str, Any]:
             except TooManyInvalidRewards as error:  # what a diverged network draws has no score
                 stopped = str(error)
         counted = counter.total
-        prompts = [prompt for of_set in trainer.evaluation_sets().values() for prompt in of_set]
-        samples = sample_fixed(trainer, prompts, SAMPLES, "evaluation")
+        sets = trainer.run.monitor.evaluation_sets()
+        prompts = [prompt for of_set in sets.values() for prompt in of_set]
+        samples = sample_fixed(trainer, trainer.run.scoring, prompts, SAMPLES, "evaluation")
     assert samples.media is not None  # one process
     per_prompt = {
         name.rpartition("/")[2]: scores.view(len(prompts), SAMPLES).double().mean(1).tolist()
         for name, scores in samples.scores.items()
         if name.startswith(WATCHED)
     }
-    lines = trainer.log.read() if job.trained else []
-    trained_on = len(trainer.evaluation_sets()["train"])
+    lines = trainer.run.log.read() if job.trained else []
+    trained_on = len(sets["train"])
     measures = {name: _mean(scores) for name, scores in per_prompt.items()}
     measures["colour_match_train"] = _mean(per_prompt["colour_match"][:trained_on])
     measures["colour_match_heldout"] = _mean(per_prompt["colour_match"][trained_on:])
@@ -92,7 +94,7 @@ def measure(job: Job) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "measures": {name: _plain(value) for name, value in measures.items()},
         "per_prompt": {name: [_plain(value) for value in values] for name, values in per_prompt.items()},
-        "curve": _curve(job, lines, trainer),
+        "curve": _curve(job, lines, sets),
         "pictured": [prompt.text for prompt in prompts[::shown][:PICTURES]],
         "stopped": stopped,
         "not_finite": sum(line.get("train/skipped_updates", 0) for line in lines),
@@ -115,7 +117,7 @@ class EvaluationCounter:
 
         self.total = 0
         self._counting = True
-        network_output, evaluate = trainer.network_output, trainer.evaluate
+        network_output, evaluate = trainer.network_output, trainer.run.monitor.evaluate
 
         def counted(sample, level, conditioning):
             if self._counting:
@@ -130,7 +132,7 @@ class EvaluationCounter:
                 self._counting = True
 
         trainer.network_output = counted  # type: ignore[method-assign]
-        trainer.evaluate = not_counted  # type: ignore[method-assign]
+        trainer.run.monitor.evaluate = not_counted  # type: ignore[method-assign]
 
 
 def _mean(values: list[float]) -> float | None:
@@ -142,9 +144,9 @@ def _plain(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _curve(job: Job, lines: list[dict[str, Any]], trainer: GRPOTrainer) -> list[dict[str, Any]]:
+def _curve(job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]]) -> list[dict[str, Any]]:
     """The evaluations of a run: both sets of prompts together, weighted by their prompts."""
-    sizes = {name: len(prompts) for name, prompts in trainer.evaluation_sets().items()}
+    sizes = {name: len(prompts) for name, prompts in sets.items()}
     keys = {name: f"eval/{name}/{WATCHED}colour/colour_match/mean" for name in sizes}
     before = job.folder / "evaluation_before.json"
     points = [(0, json.loads(before.read_text()))] if before.is_file() and job.trained else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk.durable_files import write_atomic
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies import statistics
 from fastvideo_grpo.studies.definitions import BEFORE, STUDIES, Comparison, Study

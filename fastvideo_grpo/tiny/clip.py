@@ -112,7 +112,7 @@ def write_clip(
         write_json(unfinished / "open_clip_config.json", open_clip_config(vocabulary, quick_gelu=quick_gelu))
         torch.save(weights, unfinished / "open_clip_pytorch_model.bin")
     else:
-        from fastvideo_grpo.rewards.open_clip_weights import clip_model
+        from fastvideo_grpo.rewards.models.open_clip_weights import clip_model
 
         clip_model(weights, quick_gelu=quick_gelu).save_pretrained(unfinished)
         write_json(unfinished / "preprocessor_config.json", image_processor_config(IMAGE_SIZE))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastvideo_grpo.rewards.colour_match import PALETTE
-from fastvideo_grpo.rewards.moving_colour import DIRECTIONS as STEPS
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE
+from fastvideo_grpo.rewards.rules.moving_colour import DIRECTIONS as STEPS
 from fastvideo_grpo.tiny.shapes import SIZE
 
 FRAMES = 9  # 4 k + 1, as HunyuanVideo's autoencoder wants them: here 3 latent frames

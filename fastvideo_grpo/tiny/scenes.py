@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from fastvideo_grpo.rewards.colour_match import PALETTE
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE
 
 WIDTH, HEIGHT = 640, 400
 HORIZON = 250

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastvideo_grpo.rewards.colour_match import PALETTE
+from fastvideo_grpo.rewards.rules.colour_match import PALETTE
 
 SIZE = 32  # pixels a side
 COLOURS = tuple(PALETTE)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastvideo_grpo.rewards.videoalign_template import TOKENS
-from fastvideo_grpo.rewards.videoalign_weights import ADAPTER, CONFIG, FULL, REST
+from fastvideo_grpo.rewards.models.videoalign_template import TOKENS
+from fastvideo_grpo.rewards.models.videoalign_weights import ADAPTER, CONFIG, FULL, REST
 from fastvideo_grpo.tiny.checkpoint_files import randomize
 from fastvideo_grpo.tiny.tokenizer_files import qwen2_vocabulary, write_json, write_qwen2_tokenizer
 

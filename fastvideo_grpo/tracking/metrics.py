@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.durable_files import append_line, write_atomic
+from fastvideo_grpo.disk.durable_files import append_line, write_atomic
 
 logger = logging.getLogger(__name__)
 

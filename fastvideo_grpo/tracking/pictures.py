@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk.durable_files import write_atomic
 
 _MARGIN = 6
 _MINIMUM_SIDE = 96  # pixels; smaller pictures are enlarged so that their captions can be read

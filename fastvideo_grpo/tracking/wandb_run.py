@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from fastvideo_grpo.durable_files import write_atomic
+from fastvideo_grpo.disk.durable_files import write_atomic
 from fastvideo_grpo.errors import UserError
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache, encoder_identity
 from fastvideo_grpo.prompts.files import Prompt, text_id
 from fastvideo_grpo.sampling import noise
-
-if TYPE_CHECKING:
-    from fastvideo_grpo.trainers.policy import Policy
 
 NEGATIVE = "negative/"
 """How the names of a negative prompt's tensors begin in a micro-batch's conditioning."""
@@ -42,15 +39,22 @@ def to_encode(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
     return [*prompts, *dict.fromkeys(negative_of(prompt, config) for prompt in prompts)]
 
 
-def embedding_cache(config: Config, checkpoint: Path, model: type[Policy], world: World) -> EmbeddingCache:
-    """The configured cache, for the text encoders of this checkpoint."""
+def embedding_cache(
+    config: Config, checkpoint: Path, encoders: Sequence[str], encoding: dict[str, Any], world: World
+) -> EmbeddingCache:
+    """The configured cache, for the text encoders of this checkpoint.
+
+    Args:
+        encoders: names of the components that encode a text, tokenizers included.
+        encoding: see :class:`~fastvideo_grpo.trainers.policy.Policy`.
+    """
     settings: dict[str, Any] = {
         "text_length": config.prompts.text_length,
         "dtype": config.prompts.embedding_dtype,
         "precision": config.model.precision,
-        **model.encoding,
+        **encoding,
     }
-    components = [*model.text_encoders, *model.tokenizers]
+    components = [*encoders]
     if FAMILIES[config.model.kind].reads_images:
         components.append("vae")
         settings |= {

@@ -29,16 +29,17 @@ from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from fastvideo_grpo.checkpoints.diffusers_names import denoiser_names  # noqa: E402
-from fastvideo_grpo.config import Config, ConfigError  # noqa: E402
+from fastvideo_grpo.config.keys import Config  # noqa: E402
 from fastvideo_grpo.engines.make import uses_zero3  # noqa: E402
 from fastvideo_grpo.engines.parallel import World  # noqa: E402
-from fastvideo_grpo.families import FAMILIES  # noqa: E402
-from fastvideo_grpo.fastvideo_models import fastvideo_transformer  # noqa: E402
+from fastvideo_grpo.errors import ConfigError  # noqa: E402
 from fastvideo_grpo.model_files.clean_folder import clean_folder  # noqa: E402
 from fastvideo_grpo.model_files.headers import read_entries  # noqa: E402
 from fastvideo_grpo.model_files.json_files import read_json  # noqa: E402
 from fastvideo_grpo.model_files.selection import WeightFilesError, select  # noqa: E402
+from fastvideo_grpo.models.diffusers_names import denoiser_names  # noqa: E402
+from fastvideo_grpo.models.networks import fastvideo_transformer  # noqa: E402
+from fastvideo_grpo.models.registry import FAMILIES  # noqa: E402
 from fastvideo_grpo.precision import DTYPES  # noqa: E402
 from fastvideo_grpo.prompts.embeddings import Conditioning  # noqa: E402
 from fastvideo_grpo.prompts.files import Prompt  # noqa: E402
@@ -127,14 +128,15 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         from fastvideo_grpo.engines.sharded_loading import CheckpointReader, FusedWeights, WeightSource, load_partitioned
 
         folder = Path(config.model.path) / "transformer"
-        facts = read_json(folder / "config.json")
+        facts, family = read_json(folder / "config.json"), FAMILIES[config.model.kind]
+        assert family.fastvideo_config is not None
         # What FastVideo's loader enters: in it the layers take the backend asked for, outside the fastest that they find.
         with _component_attention_backend_scope(ATTENTION_BACKENDS[config.model.attention], component="transformer"):
-            module = fastvideo_transformer(config.model.kind, facts, DTYPES[config.model.precision])
+            module = fastvideo_transformer(family.fastvideo_config, facts, DTYPES[config.model.precision])
 
         def weights() -> WeightSource:
             reader = CheckpointReader(folder)
-            return FusedWeights(reader, denoiser_names(facts["_class_name"], reader.shapes).parts)
+            return FusedWeights(reader, denoiser_names(family, facts["_class_name"], reader.shapes).parts)
 
         module.requires_grad_(False)  # as FastVideo's loader leaves it
         return load_partitioned(module, weights, config.optim, config.engine, precision=config.model.precision, world=world)

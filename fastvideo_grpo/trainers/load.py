@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from inspect import isabstract
-from pathlib import Path
 
-from fastvideo_grpo.checkpoint_checks import unread_files
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, configured_prompts
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.run_prompts import configured_prompts
+from fastvideo_grpo.planning.checkpoint_checks import unread_files
 from fastvideo_grpo.trainers.base import GRPOTrainer
-from fastvideo_grpo.trainers.conditioning import embedding_cache, to_encode
+from fastvideo_grpo.trainers.conditioning import to_encode
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
         logger.warning("%s", left_out)
     with_text_encoders = True
     if config.prompts.embeddings != "none":
-        cache = embedding_cache(config, Path(config.model.path), cls, world)
+        cache = cls.embedding_cache(config, world)
         with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
         if with_text_encoders:
             cache.check_writable()

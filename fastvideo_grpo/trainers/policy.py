@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
-from fastvideo_grpo.engines.make import uses_zero3
+from fastvideo_grpo.engines.make import make_engine, uses_zero3
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.families import FAMILIES, ModelFacts, lora_settings, model_facts
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.facts import ModelFacts
+from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
@@ -294,11 +296,17 @@ class Policy(ABC):
             self.denoiser.requires_grad_(True)
         self.denoiser.eval()
 
+    @classmethod
+    def embedding_cache(cls, config: Config, world: World) -> EmbeddingCache:
+        """The configured cache of what this model's text encoders make of prompts; the model need not be loaded."""
+        encoders = [*cls.text_encoders, *cls.tokenizers]
+        return embedding_cache(config, Path(config.model.path), encoders, cls.encoding, world)
+
     def cache_embeddings(self, prompts: Sequence[Prompt], console: Console) -> None:
         """With an embedding folder: encode what is missing there, and let the text encoders go."""
         if self.config.prompts.embeddings == "none":
             return
-        self._cache = embedding_cache(self.config, self.checkpoint, type(self), self.world)
+        self._cache = self.embedding_cache(self.config, self.world)
         prompts = to_encode(prompts, self.config)
         if self._cache.missing(prompts):  # else they were not even loaded
             with torch.no_grad(), self.forward_context(), self.text_encoders_on_device():
@@ -324,6 +332,19 @@ class Policy(ABC):
                 yield
         finally:
             self._inside_reference = False
+
+    def make_trainable(self, *, reference: bool) -> Engine:
+        """Give the network to the configured engine, with blocks recomputed as ``engine.activation_checkpointing`` says.
+
+        Args:
+            reference: keep the starting weights beside it, for :meth:`reference_weights` (with LoRA they stay anyway).
+        """
+        config = self.config
+        if reference and config.model.lora is None:
+            self._reference = self.make_reference()
+        every = checkpointed_blocks(config.engine.activation_checkpointing)
+        self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, self.world)
+        return self.engine
 
     def make_reference(self) -> nn.Module:
         """A frozen copy of the starting weights, before the engine takes the network; with ZeRO-3 in partitions, too."""

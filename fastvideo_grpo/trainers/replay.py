@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.grpo.selection import MicroBatch
 from fastvideo_grpo.prompts.embeddings import Conditioning
 from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.rewards.reward_set import RewardSet
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import finite_rows
 from fastvideo_grpo.sampling.transitions import Step
 from fastvideo_grpo.trainers.decoding import as_rows
 from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING
-
-if TYPE_CHECKING:
-    from fastvideo_grpo.trainers.base import GRPOTrainer, Rollout
+from fastvideo_grpo.trainers.policy import Policy
+from fastvideo_grpo.trainers.rollout import Rollout
 
 Trajectories = dict[Any, Tensor]
 """``("latents", group, member)`` -> ``[T + 1, ...]`` and ``("log_probs", group, member)`` -> ``[T]``, on the CPU."""
@@ -38,9 +38,16 @@ class TrajectoryReplay:
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, prompt: Prompt
+        self,
+        policy: Policy,
+        rewards: RewardSet,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        prompt: Prompt,
     ) -> None:
-        self.trainer = trainer
+        self.policy = policy
+        self.rewards = rewards
         self.latents = latents
         self.timesteps = timesteps
         self.conditioning = conditioning
@@ -50,23 +57,23 @@ class TrajectoryReplay:
         """The stored transition of each row at its ``i``-th timestep under the current weights, with gradients."""
         index = self.timesteps[:, i]
         rows = torch.arange(len(index))
-        device = self.trainer.world.device
+        device = self.policy.world.device
         sample = self.latents[rows, index].to(device)
         next_sample = self.latents[rows, index + 1].to(device)
-        level, next_level = self.trainer.schedule.at(index), self.trainer.schedule.at(index + 1)
-        output = self.trainer.predict(sample, level, self.conditioning)
-        return self.trainer.transition.step(output, sample, level, next_level, next_sample=next_sample)
+        level, next_level = self.policy.schedule.at(index), self.policy.schedule.at(index + 1)
+        output = self.policy.predict(sample, level, self.conditioning)
+        return self.policy.transition.step(output, sample, level, next_level, next_sample=next_sample)
 
     def reference(self, i: int) -> Step:
         """The same under the reference weights, without gradients."""
-        with torch.no_grad(), self.trainer.reference_weights():
+        with torch.no_grad(), self.policy.reference_weights():
             return self.step(i)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels in [0, 1], with gradients; samples that are not finite are NaN, and counted."""
-        pixels = self.trainer.decode(latents, differentiable=True)
+        pixels = self.policy.decode(latents, differentiable=True)
         sampled, decoded = finite_rows(latents.detach()).tolist(), finite_rows(pixels.detach()).tolist()
-        self.trainer.note_faults(
+        self.policy.note_faults(
             [SAMPLING if not drawn else DECODING if not shown else None for drawn, shown in zip(sampled, decoded, strict=True)]
         )
         return pixels
@@ -75,7 +82,7 @@ class TrajectoryReplay:
         """The weighted sum of the rewards of ``pixels`` ``[B, F, H, W, 3]``, ``[B]`` with gradients; not finite where the
         pixels are not, which no reward is shown, or where one of them could not judge a row, which is counted and named as a
         failure of the rollout's scoring is."""
-        rewards, count = self.trainer.rewards, len(pixels)
+        rewards, count = self.rewards, len(pixels)
         finite = finite_rows(pixels.detach())
         shown = torch.where(as_rows(finite, pixels), pixels, 0.0)
         scores = rewards.differentiable(shown, [self.prompt.text] * count, [self.prompt.metadata] * count)
@@ -114,7 +121,8 @@ def fetch_trajectories(
 
 
 def replay_batch(
-    trainer: GRPOTrainer,
+    policy: Policy,
+    rewards: RewardSet,
     iteration: int,
     rollout: Rollout,
     trajectories: Trajectories,
@@ -123,11 +131,11 @@ def replay_batch(
     batch: MicroBatch,
 ) -> tuple[TrajectoryReplay, objectives.SampleBatch]:
     """An update micro-batch of a group, as an objective is given it: what can be computed again, and what is known of it."""
-    config, prompt, device = trainer.config, rollout.prompts[group], trainer.world.device
+    config, prompt, device = policy.config, rollout.prompts[group], policy.world.device
     members = [row.member for row in batch]
     keys = [SampleKey(config.run.seed, iteration, group, prompt.id, member) for member in members]
     which = config.grpo.timesteps
-    chosen_timesteps = timesteps.choose(keys, trainer.schedule.steps, which.strategy, which.fraction, which.per)
+    chosen_timesteps = timesteps.choose(keys, policy.schedule.steps, which.strategy, which.fraction, which.per)
     latents = torch.stack([trajectories["latents", group, member] for member in members])
     log_probs = torch.stack([trajectories["log_probs", group, member] for member in members])
     samples = objectives.SampleBatch(
@@ -136,5 +144,5 @@ def replay_batch(
         timesteps=chosen_timesteps,
         weights=torch.tensor([row.weight for row in batch], device=device),
     )
-    conditioning = trainer.conditioning(prompt, len(members))
-    return TrajectoryReplay(trainer, latents, chosen_timesteps, conditioning, prompt), samples
+    conditioning = policy.conditioning(prompt, len(members))
+    return TrajectoryReplay(policy, rewards, latents, chosen_timesteps, conditioning, prompt), samples

@@ -9,13 +9,31 @@ from __future__ import annotations
 
 import torch
 
+from fastvideo_grpo.grpo.dealing import Dealing
+from fastvideo_grpo.grpo.objectives.base import Objective
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.trainers.policy import Policy
 
 _LEVELS = 4
 """States that are tried: a few elements that are rounded differently may agree by chance in one of them."""
+
+
+def keep_rows_apart(policy: Policy, prompt: Prompt, dealing: Dealing, objective: Objective, console: Console) -> None:
+    """Decide on ``policy.rows_apart``, and say so: only where samples may be trained on in other rows of a micro-batch than
+    they were drawn in (best-of-N, pairs), and where the network's roundings depend on the row. All processes call it."""
+    size = dealing.micro_batch_size
+    moves = objective.pairs or dealing.moves_rows
+    # A resumed run goes on as it began: with other weights the trial may end otherwise.
+    policy.rows_apart = policy.rows_apart or (moves and size > 1 and row_matters(policy, prompt, size))
+    if policy.rows_apart:
+        console.say(
+            f"the network rounds differently in different rows of a micro-batch of {size} (engine.micro_batch_size) here, "
+            f"and {'pairs' if objective.pairs else 'best-of-N'} put samples into other rows than they were drawn in: "
+            "each sample passes through the network by itself, so that ratios stay exactly 1"
+        )
 
 
 def row_matters(policy: Policy, prompt: Prompt, count: int) -> bool:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvideo_grpo.config import Config, ConfigError
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.rewards.reward_set import RewardSet, ScoredBatch
+from fastvideo_grpo.errors import ConfigError, UserError
+from fastvideo_grpo.prompts.files import Prompt
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.reward_set import PendingScores, RewardSet, ScoredBatch
+from fastvideo_grpo.tracking.statistics import Clock
 from fastvideo_grpo.trainers.not_finite import FAULTS
-
-if TYPE_CHECKING:
-    from fastvideo_grpo.trainers.base import Rollout
+from fastvideo_grpo.trainers.rollout import Rollout
 
 MAX_PENDING = 4
 """Micro-batches that may wait to be scored (``rewards.async``): their media take host memory."""
 
 _MARGIN_S = 60.0
 """Seconds of ``run.timeout_minutes`` that a reward's failures must leave for everything else."""
-
-
-class TooManyInvalidRewards(UserError):
-    """More samples of an iteration have no score that counts than ``rewards.max_invalid_fraction`` allows."""
 
 
 def make_rewards(config: Config, world: World, watch: Callable[[Collection[str]], None]) -> RewardSet:
@@ -78,54 +76,113 @@ def make_rewards(config: Config, world: World, watch: Callable[[Collection[str]]
     return rewards
 
 
-def begin_scoring(rewards: RewardSet, config: Config, world: World, failures: float = math.inf) -> None:
-    """Begin an iteration's or an evaluation's requests (:meth:`RewardSet.begin`).
+class Scoring:
+    """The rewards of a run, as it asks them of its samples.
 
     Args:
-        failures: samples that may stay without a score before a reward is left alone.
+        fps: frames a second of videos, which rewards are told; None for images.
+        watch: see :class:`RewardSet`.
 
-    With several processes a reward's failures may take ``run.timeout_minutes``, less one attempt and ``_MARGIN_S``: then the
-    others give up waiting.
+    Attributes:
+        rewards: made on the ranks that score.
+
+    Raises:
+        ConfigError: see :func:`make_rewards`.
     """
-    attempt = config.rewards.timeout_s + rewards.restart_s
-    patience = 60.0 * config.run.timeout_minutes - attempt - _MARGIN_S
-    rewards.begin(failures, patience if world.size > 1 else math.inf)
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        fps: float | None,
+        watch: Callable[[Collection[str]], None] = lambda models: None,
+    ) -> None:
+        self.config, self.world, self.fps = config, world, fps
+        self.rewards = make_rewards(config, world, watch)
+
+    def begin(self, failures: float = math.inf) -> None:
+        """Begin an iteration's or an evaluation's requests (:meth:`RewardSet.begin`).
+
+        Args:
+            failures: samples that may stay without a score before a reward is left alone.
+
+        With several processes a reward's failures may take ``run.timeout_minutes``, less one attempt and ``_MARGIN_S``: then
+        the others give up waiting.
+        """
+        attempt = self.config.rewards.timeout_s + self.rewards.restart_s
+        patience = 60.0 * self.config.run.timeout_minutes - attempt - _MARGIN_S
+        self.rewards.begin(failures, patience if self.world.size > 1 else math.inf)
+
+    def score(self, prompt: Prompt, media: Tensor) -> ScoredBatch:
+        """What the rewards say of samples of one prompt, ``media`` uint8 ``[B, F, H, W, 3]``."""
+        return self.submit(prompt, media).result()
+
+    def submit(self, prompt: Prompt, media: Tensor) -> PendingScores:
+        """Like :meth:`score`, whose result comes later."""
+        count = len(media)
+        return self.rewards.submit(
+            RewardRequest([prompt.text] * count, media, fps=self.fps, metadata=[prompt.metadata] * count)
+        )
+
+    def close(self) -> None:
+        """Let go of the rewards."""
+        self.rewards.close()
 
 
 class ScoreTable:
-    """The scores of an iteration's samples, filled in on the rank that scores them.
+    """The scores of an iteration's samples: asked for on the rank that scores them, gathered on every rank.
+
+    With ``rewards.async`` the rewards look at a micro-batch while the next ones are sampled.
 
     Args:
-        names: of the rewards' outputs.
         prompts: P, and ``group_size``, G: the samples.
+        clock: times the waiting, as the phase "reward".
     """
 
-    def __init__(self, names: Sequence[str], prompts: int, group_size: int) -> None:
-        self.names = list(names)
+    def __init__(self, scoring: Scoring, prompts: int, group_size: int, clock: Clock) -> None:
+        self._scoring, self._clock = scoring, clock
+        self.names = scoring.rewards.names
         self._table = torch.zeros(3, len(self.names), prompts, group_size, dtype=torch.float32)  # score, raw score, valid
         self._faults = torch.zeros(len(FAULTS), prompts, group_size, dtype=torch.float32)
+        self._pending: deque[tuple[int, Sequence[int], Sequence[str | None], PendingScores]] = deque()
+        self._retried_before = scoring.rewards.retried.total()
+        scoring.begin(scoring.config.rewards.max_invalid_fraction * (prompts * group_size))
 
-    def add(self, group: int, members: Sequence[int], scored: ScoredBatch, faults: Sequence[str | None]) -> None:
-        """Fill in a micro-batch of a group; a sample that has one of ``faults`` has no valid score."""
-        sound = torch.tensor([fault is None for fault in faults])
-        for member, fault in zip(members, faults, strict=True):
-            if fault is not None:
-                self._faults[FAULTS.index(fault), group, member] = 1.0
-        for k, name in enumerate(self.names):
-            valid = scored.valid[name] & sound
-            self._table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
-            self._table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
-            self._table[2, k, group, members] = valid.float()
+    def submit(self, prompt: Prompt, group: int, members: Sequence[int], media: Tensor, faults: Sequence[str | None]) -> None:
+        """Ask for the scores of a micro-batch of a group; a sample that has one of ``faults`` has no valid score."""
+        self._pending.append((group, members, faults, self._scoring.submit(prompt, media)))
+        if not self._scoring.config.rewards.async_ or len(self._pending) > MAX_PENDING:
+            self._collect()
 
-    def gather(self, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """All ranks' samples, on every rank: name -> score, raw score (float32 ``[P, G]``, 0 where invalid) and whether they
-        are valid (bool ``[P, G]``); and of each of ``FAULTS``, which samples have it (bool ``[P, G]``)."""
+    def _collect(self) -> None:
+        """Wait for the oldest micro-batch's scores, and fill them in."""
+        group, members, faults, pending = self._pending.popleft()
+        with self._clock.phase("reward"):
+            scored = pending.result()
+            sound = torch.tensor([fault is None for fault in faults])
+            for member, fault in zip(members, faults, strict=True):
+                if fault is not None:
+                    self._faults[FAULTS.index(fault), group, member] = 1.0
+            for k, name in enumerate(self.names):
+                valid = scored.valid[name] & sound
+                self._table[0, k, group, members] = torch.where(valid, scored.scores[name], 0.0)
+                self._table[1, k, group, members] = torch.where(valid, scored.raw[name], 0.0)
+                self._table[2, k, group, members] = valid.float()
+
+    def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+        """All ranks' samples, on every rank, when all are scored: name -> score, raw score (float32 ``[P, G]``, 0 where
+        invalid) and whether they are valid (bool ``[P, G]``); of each of ``FAULTS``, which samples have it (bool
+        ``[P, G]``); and how many requests were made again."""
+        while self._pending:
+            self._collect()
+        world, names = self._scoring.world, len(self.names)
         # Each sample was scored by one rank, and the others have 0 there: the sum is exact.
         table = world.all_gather_rows(torch.cat([self._table.flatten(0, 1), self._faults])[None]).sum(0)
-        names = len(self.names)
         scores, raw, valid = (dict(zip(self.names, part, strict=True)) for part in table[: 3 * names].split(names))
         faults = dict(zip(FAULTS, table[3 * names :].bool(), strict=True))
-        return scores, raw, {name: part.bool() for name, part in valid.items()}, faults
+        retried = float(self._scoring.rewards.retried.total() - self._retried_before)
+        everywhere = int(world.all_reduce_sum(torch.tensor([retried], dtype=torch.float64))[0])
+        return scores, raw, {name: part.bool() for name, part in valid.items()}, faults, everywhere
 
 
 def reward_metrics(rollout: Rollout, rewards: RewardSet) -> dict[str, Any]:

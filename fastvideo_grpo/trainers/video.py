@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastvideo_grpo.config import Config
+from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.trainers.fastvideo import FastVideoGRPOTrainer  # first: it checks FastVideo's patches
 
 from fastvideo.configs.pipelines.base import PipelineConfig  # isort: skip

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling import noise
 from tests import tiny_checkpoints

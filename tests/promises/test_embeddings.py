@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.prompts.cut import cut_texts
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.tokenizers import PROBES
@@ -29,13 +29,13 @@ def test_a_run_from_cached_embeddings_is_bitwise_the_run_that_encodes(make_train
     cached.train()
     assert runs.same_bits(dict(plain.engine.state_dict()), dict(cached.engine.state_dict()))
     (index,) = (tmp_path / "embeddings").glob("*/index.json")
-    negatives = {negative_of(prompt, cached.config).id for prompt in cached.prompts}
-    assert len(json.loads(index.read_text())["prompts"]) == len(cached.prompts) + len(negatives)
+    negatives = {negative_of(prompt, cached.config).id for prompt in cached.run.prompts}
+    assert len(json.loads(index.read_text())["prompts"]) == len(cached.run.prompts) + len(negatives)
     again = make_trainer(**{**settings, "run__iterations": 2})
     assert [again.get_module(name) for name in again.text_encoders] == [None] * len(again.text_encoders)
     again.train()
-    assert again.store.iterations()[-1] == 2
-    found = again._cache.get(again.prompts[0])
+    assert again.run.store.iterations()[-1] == 2
+    found = again._cache.get(again.run.prompts[0])
     assert ("image_latents" in found) == FAMILIES[model.kind].reads_images
 
 

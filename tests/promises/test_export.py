@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.export import MergedLoRA, model_names
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
-from fastvideo_grpo.families import FAMILIES, model_facts
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.promises.models import cases
 
 WAYS = {
@@ -38,6 +39,11 @@ def export(model, *arguments):
         return cli.main(["export", *map(str, arguments)])
 
 
+def names_of(trainer):
+    """FastVideo's names of the network's weights against diffusers'."""
+    return model_names(FAMILIES[trainer.config.model.kind], model_facts(trainer.config).denoiser)
+
+
 def printed_load(text):
     """What the command's last lines load, the code run as it is printed."""
     code = "\n".join(line.strip() for line in text.partition("load them with\n")[2].splitlines())
@@ -60,7 +66,7 @@ def with_adapters(pipeline, network, source):
 def check_adapters_in_every_way(pipeline, network, trainer, folder, kohya):
     """The same for readers that look at the metadata and for those that take alpha as the rank (12 is three times it)."""
     pipeline.unload_lora_weights()
-    names = model_names(model_facts(trainer.config).denoiser)
+    names = names_of(trainer)
     adapters = names.lora_to_diffusers(trainer.engine.state_dict())
     start = CheckpointReader(trainer.checkpoint / FAMILIES[trainer.config.model.kind].denoiser)
     expected = dict(MergedLoRA(start, adapters, trainer.config.model.lora))
@@ -88,7 +94,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     keys = model.keys(prompt, 1)
     before = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
     trainer.train()
-    assert export(model, trainer.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
+    assert export(model, trainer.run.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
     pipeline = printed_load(capsys.readouterr().out)["pipeline"]
     assert type(pipeline).__name__ == model.pipeline
 
@@ -97,7 +103,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
         ours = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
         weights = {n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in trainer.denoiser.named_parameters()}
         if not lora:
-            expected = model_names(model_facts(trainer.config).denoiser).to_diffusers(weights)
+            expected = names_of(trainer).to_diffusers(weights)
             loaded = network.state_dict()
             assert loaded.keys() == expected.keys()
             assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
@@ -108,7 +114,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-4
     assert (ours - before).abs().max() > 2 / 255  # training did something
     if case == "adapters":
-        written = export(model, trainer.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
+        written = export(model, trainer.run.folder, "--out", tmp_path / "kohya", "--lora-format", "kohya")
         assert written == (model.kind not in ("flux", "stable_diffusion")), capsys.readouterr().err
         kohya = tmp_path / "kohya" / "kohya_lora.safetensors"
         assert kohya.is_file() == (written == 0)
@@ -121,9 +127,9 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
 def test_a_bf16_export_is_the_float32_masters_rounded(make_trainer, tmp_path, capsys, model, case):
     trainer = make_trainer(**model.run(optim__lr=1e-3, run__iterations=1, model__precision="bf16"))
     trainer.train()
-    assert export(model, trainer.folder, "--out", tmp_path / "exported") == 0
+    assert export(model, trainer.run.folder, "--out", tmp_path / "exported") == 0
     network = printed_load(capsys.readouterr().out)[FAMILIES[model.kind].denoiser]
-    masters = model_names(model_facts(trainer.config).denoiser).to_diffusers(trainer.engine.state_dict())
+    masters = names_of(trainer).to_diffusers(trainer.engine.state_dict())
     loaded = network.state_dict()
     assert loaded.keys() == masters.keys()
     assert all(torch.equal(loaded[name].bfloat16(), masters[name].bfloat16()) for name in masters)

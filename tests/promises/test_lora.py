@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvideo_grpo.engines.lora import LoRALinear, lora_disabled
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.promises.models import MODELS
 
 

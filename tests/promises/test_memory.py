@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from fastvideo_grpo import families, memory
 from fastvideo_grpo.engines.activation_checkpointing import find_blocks
-from fastvideo_grpo.families import FAMILIES
-from fastvideo_grpo.fastvideo_models import fastvideo_transformer
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.networks import fastvideo_transformer
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning import memory
 from tests.promises.models import GUIDANCE, MODELS, cases
 from tests.trainer.memory import kept_for_backward
 
@@ -28,7 +29,7 @@ def counted_and_estimated(trainer, prompt):
     config.prompts.text_length = max(tensor.shape[1] for tensor in texts)
     level = trainer.schedule.at(torch.zeros(batch, dtype=torch.long))
     counted = kept_for_backward(trainer, conditioning, initial, level)
-    return counted, memory._kept_bytes(config, families.model_facts(config))
+    return counted, memory._kept_bytes(config, model_facts(config))
 
 
 @pytest.mark.parametrize("model,case", cases(lambda model: GUIDANCE, lambda model, case: True))
@@ -47,7 +48,7 @@ def test_activations_of_adapters_are_those_that_the_estimate_counts(make_trainer
     counted, estimated = counted_and_estimated(trainer, prompt)
     assert estimated == pytest.approx(counted, rel=0.1)
     trainer.config.model.lora = None
-    assert counted < 0.9 * memory._kept_bytes(trainer.config, families.model_facts(trainer.config))
+    assert counted < 0.9 * memory._kept_bytes(trainer.config, model_facts(trainer.config))
 
 
 RECOMPUTED = {"full": 1, "every:2": 2}
@@ -76,7 +77,7 @@ def test_all_blocks_of_the_published_network_are_found(kind):
     """As many as the estimate counts, in FastVideo's network at its real size, which is what is loaded."""
     family = FAMILIES[kind]
     published = family.configs[family.denoiser]
-    found = find_blocks(fastvideo_transformer(kind, published), family.blocks, family.not_recomputed)
+    found = find_blocks(fastvideo_transformer(family.fastvideo_config, published), family.blocks, family.not_recomputed)
     counts = [published.get(key, 0) for key in ("num_layers", "num_single_layers", "num_refiner_layers")]
     assert [len(names) for names in found.values()] == [count for count in counts if count]
 
@@ -92,7 +93,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch, model):
         yield
         inside.pop()
 
-    for module in ("rewards.inline", "trainers.policy"):
+    for module in ("rewards.placement.inline", "trainers.policy"):
         monkeypatch.setattr(f"fastvideo_grpo.{module}.resident", resident)
     moved = []
     monkeypatch.setattr(
@@ -110,7 +111,7 @@ def test_what_is_idle_leaves_the_device(make_trainer, monkeypatch, model):
     watch(trainer, "predict", "network")
     watch(trainer.get_module("vae"), "decode", "vae")
     watch(trainer, "encode", "encoders")
-    ((_, reward),) = trainer.rewards.rewards.items()
+    ((_, reward),) = trainer.run.scoring.rewards.rewards.items()
     watch(reward.reward, "score", "rewards")
     trainer.train()
     vae, *encoders = (type(trainer.get_module(name)).__name__ for name in components)

@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 import torch
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.promises.models import GUIDANCE, cases
 
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0, "optim__lr": 1e-2}
@@ -71,7 +71,7 @@ def test_every_ratio_is_one_before_the_first_optimiser_step(make_trainer, model,
     common = {"sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, "grpo__updates_per_iteration": 2}
     trainer = make_trainer(**model.run(**{**common, **{**FLAVOURS, **model.flavours}[case]}))
     trainer.train()
-    lines = trainer.log.read()
+    lines = trainer.run.log.read()
     assert len(lines) == 2
     for line in lines:
         assert line["train/ratio_first_update_max_dev"] == 0.0 < line["train/ratio_max_dev"]
@@ -114,7 +114,7 @@ def test_ratios_are_one_where_the_network_rounds_differently_in_each_row(make_tr
     trainer = make_trainer(**model.run(**{**common, **settings}))
     assert trainer.rows_apart == apart
     trainer.train()
-    (line,) = trainer.log.read()
+    (line,) = trainer.run.log.read()
     assert line["train/ratio_first_update_max_dev"] == 0.0 < line["train/ratio_max_dev"] and line["train/updates"] == 2
 
 
@@ -127,7 +127,7 @@ def test_in_bf16_it_is_one_to_1e_6_and_every_float32_master_moves(make_trainer, 
         assert all(p.dtype == torch.bfloat16 for p in part.parameters())
     before = {name: weight.clone() for name, weight in trainer.engine.state_dict().items()}
     trainer.train()
-    (line,) = trainer.log.read()
+    (line,) = trainer.run.log.read()
     assert line["train/ratio_first_update_max_dev"] <= 1e-6 < line["train/ratio_max_dev"]
     after = dict(trainer.engine.state_dict())
     assert after.keys() == {name for name, _ in trainer.denoiser.named_parameters()}

@@ -44,7 +44,7 @@ def test_the_same_run_at_every_micro_batch_size(make_trainer, tmp_path, model, c
         common = {"sample__cfg_scale": 1.0, "grpo__updates_per_iteration": 2, "engine__micro_batch_size": size}
         trainer = make_trainer(**model.run(**common, run__dir=tmp_path / f"run{size}"))
         trainer.train()
-        results[size] = trainer.engine.state_dict(), trainer.log.read()
+        results[size] = trainer.engine.state_dict(), trainer.run.log.read()
     for size in (2, 4):
         weights, lines = results[size]
         differences = torch.cat([(w - results[1][0][name]).abs().flatten() for name, w in weights.items()])

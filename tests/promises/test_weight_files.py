@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvideo_grpo.checkpoint_checks import FASTVIDEO_SCHEDULERS, unread_files
 from fastvideo_grpo.engines.sharded_loading import CheckpointReader
-from fastvideo_grpo.families import FAMILIES
 from fastvideo_grpo.model_files.json_files import read_json
 from fastvideo_grpo.model_files.selection import WeightFilesError
+from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning.checkpoint_checks import FASTVIDEO_SCHEDULERS, unread_files
 from fastvideo_grpo.trainers import load
 from tests.decoys import add_decoys
 from tests.promises.models import MODELS, cases
@@ -37,7 +37,7 @@ def test_other_variants_beside_the_weights_change_nothing(make_trainer, tiny_che
         read, of_clean = CheckpointReader(folder / name), CheckpointReader(clean / name)
         assert read.shapes == of_clean.shapes
         assert all(torch.equal(read.read(key), of_clean.read(key)) for key in read.shapes), name
-    assert trainer._denoiser_identity == expected._denoiser_identity
+    assert trainer.run._denoiser_identity == expected.run._denoiser_identity
 
     pipeline = model.load(folder)
     for name in components:
@@ -79,7 +79,7 @@ def test_fastvideos_vae_has_the_names_of_the_published_one(tiny_checkpoint, mode
 
     from fastvideo.models.registry import ModelRegistry
 
-    from fastvideo_grpo.fastvideo_models import diffusers_denoiser
+    from fastvideo_grpo.models.networks import diffusers_denoiser
 
     config = read_json(tiny_checkpoint(model.kind) / "vae" / "config.json")
     module, name = FAMILIES[model.kind].fastvideo_config.split(":")

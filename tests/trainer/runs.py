@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvideo_grpo.families import FAMILIES
+from fastvideo_grpo.models.registry import FAMILIES
 from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -219,16 +219,17 @@ def _work(action: Callable[[], Any], file: Path, rank: int, processes: int, port
 
 def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
     """What ``fastvideo-grpo train`` does after reading the command line; returns the trainer."""
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, plan
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.process import prepare_process
+    from fastvideo_grpo.engines.process import prepare_process
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import plan
     from fastvideo_grpo.trainers.load import load_trainer
 
     empty = Path(overrides[0].partition("=")[2]).parent / "empty.yaml"
     empty.write_text("{}")
-    config = configuration.load(empty, overrides)
-    plan.check_run(config, families.model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
+    config = run_config.load(empty, overrides)
+    plan.check_run(config, model_facts(config), int(os.environ.get("WORLD_SIZE", "1")))
     prepare_process(config)
     world = World.current(sequence_parallel=config.engine.sequence_parallel)
     plan.check_images(config, world)
@@ -251,7 +252,7 @@ def _arm(trainer: Any, kill: Kill) -> None:
     done = dict.fromkeys(COUNTED, 0)
 
     def die() -> None:
-        file = trainer.folder.parent / f"killed-{trainer.world.rank}.json"
+        file = trainer.run.folder.parent / f"killed-{trainer.world.rank}.json"
         file.write_text(json.dumps(done))
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -294,7 +295,7 @@ def _record(trainer: Any) -> None:
         result = original(iteration, *args)
         log_probs = {key: value[:-1] for key, value in result.log_probs.items()}  # the last transition has no density
         kept = {"latents": result.latents, "log_probs": log_probs, "scores": result.raw}
-        torch.save(kept, trainer.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
+        torch.save(kept, trainer.run.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
         return result
 
     trainer.rollout = rollout
@@ -308,7 +309,7 @@ def _record_gradients(trainer: Any) -> None:
 
     def update() -> float:
         gradients = {name: parameter.grad.clone() for name, parameter in trainer.engine._parameters.items()}
-        torch.save(gradients, trainer.folder / f"gradients-{next(updates)}-{trainer.world.rank}.pt")
+        torch.save(gradients, trainer.run.folder / f"gradients-{next(updates)}-{trainer.world.rank}.pt")
         return original()
 
     trainer.engine._update = update

@@ -6,7 +6,8 @@ import torch
 
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.export import model_names
-from fastvideo_grpo.families import model_facts
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.sampling.noise import SampleKey, initial_noise
 from fastvideo_grpo.tracking.pictures import save_samples
 from tests.trainer import runs
@@ -26,15 +27,15 @@ def test_sample_draws_from_run_and_configuration(make_trainer, tmp_path, capsys)
     grids = {}
     for which in ("start", "model", "ema"):
         out = tmp_path / which
-        command = ["sample", str(trainer.folder), "--prompt", "a red circle", "--samples", "2", "--weights", which]
+        command = ["sample", str(trainer.run.folder), "--prompt", "a red circle", "--samples", "2", "--weights", which]
         assert cli.main([*command, "--out", str(out)]) == 0
         assert len(list(out.glob("0*.png"))) == 2 and (out / "index.json").is_file()
         grids[which] = (out / "grid.png").read_bytes()
     assert len(set(grids.values())) == 3
-    assert cli.main(["sample", str(trainer.folder), "--prompt", "a red circle", "--out", str(tmp_path / "ema")]) == 1
+    assert cli.main(["sample", str(trainer.run.folder), "--prompt", "a red circle", "--out", str(tmp_path / "ema")]) == 1
     assert "holds 0000.png already; choose another folder, or add --overwrite" in capsys.readouterr().err
     assert (tmp_path / "ema" / "grid.png").read_bytes() == grids["ema"]
-    assert cli.main(["sample", str(trainer.folder / "config.yaml"), "--prompt", "a red circle", "--weights", "ema"]) == 1
+    assert cli.main(["sample", str(trainer.run.folder / "config.yaml"), "--prompt", "a red circle", "--weights", "ema"]) == 1
     assert "need a run folder" in capsys.readouterr().err
 
 
@@ -53,7 +54,7 @@ def test_samples_of_two_models_never_share_a_folder(make_trainer, tmp_path, caps
     trainer.train()
     monkeypatch.setattr(sample, "draw", draw)
     monkeypatch.chdir(tmp_path)
-    run = str(trainer.folder)
+    run = str(trainer.run.folder)
     ways = {
         "000002-model": [run],
         "000002-ema": [run, "--weights", "ema"],
@@ -63,9 +64,9 @@ def test_samples_of_two_models_never_share_a_folder(make_trainer, tmp_path, caps
     }
     for name, arguments in ways.items():
         assert cli.main(["sample", *arguments, "--prompt", "a red circle"]) == 0
-        out = trainer.folder / "sampled" / name
+        out = trainer.run.folder / "sampled" / name
         assert str(out) in capsys.readouterr().out and json.loads((out / "index.json").read_text())[0]["weights"] in name
-    (tmp_path / "mine.yaml").write_text((trainer.folder / "config.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text((trainer.run.folder / "config.yaml").read_text())
     for name in ("mine", "mine-2"):
         assert cli.main(["sample", "mine.yaml", "--prompt", "a red circle", "--samples", "2"]) == 0
         assert len(list((tmp_path / "samples" / name).glob("0*.png"))) == 2
@@ -91,15 +92,15 @@ def test_export_says_what_is_wrong(make_trainer, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("something")
     for arguments, message in [
-        ([str(trainer.folder), "--out", str(tmp_path / "full")], "is not empty"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "full")], "is not empty"),
         ([str(tmp_path), "--out", str(tmp_path / "x")], "no config.yaml"),
-        ([str(trainer.folder), "--out", str(tmp_path / "x"), "--iteration", "7"], "there are: 1"),
-        ([str(trainer.folder), "--out", str(tmp_path / "y"), "--weights", "ema"], "no EMA weights"),
-        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--merge-lora"], "model.lora is null"),
-        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--lora-format", "kohya"], "these are full weights; leave"),
-        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--link"], "add --pipeline"),
-        ([str(trainer.folder), "--out", str(tmp_path / "full" / "file" / "z")], "a file, not a folder"),
-        ([str(trainer.folder), "--out", str(tmp_path / "z"), "--max-shard-size", "big"], "--max-shard-size big is no size"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "x"), "--iteration", "7"], "there are: 1"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "y"), "--weights", "ema"], "no EMA weights"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "z"), "--merge-lora"], "model.lora is null"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "z"), "--lora-format", "kohya"], "these are full weights; leave"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "z"), "--link"], "add --pipeline"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "full" / "file" / "z")], "a file, not a folder"),
+        ([str(trainer.run.folder), "--out", str(tmp_path / "z"), "--max-shard-size", "big"], "--max-shard-size big is no size"),
         ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size=-5GB"], "--max-shard-size -5GB is no size"),
         ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size", "infGB"], "--max-shard-size infGB is no size"),
         ([str(tmp_path), "--out", str(tmp_path / "z"), "--max-shard-size", "0.0MB"], "--max-shard-size 0.0MB is no size"),
@@ -122,11 +123,11 @@ VIDEO = {
 
 
 def _names(trainer):
-    return model_names(model_facts(trainer.config).denoiser)
+    return model_names(FAMILIES[trainer.config.model.kind], model_facts(trainer.config).denoiser)
 
 
 def _initial(trainer):
-    prompt = trainer.prompts[0]
+    prompt = trainer.run.prompts[0]
     return prompt, initial_noise([SampleKey(0, 0, 0, prompt.id, 0)], trainer.latent_shape(), shared=False)
 
 
@@ -168,9 +169,9 @@ def test_hunyuan_video_adapters_are_split_for_diffusers(make_trainer, tiny_hunyu
     trainer = make_trainer(**VIDEO, **lora, model__path=tiny_hunyuan_video, optim__lr=3e-2)
     trainer.train()
     out, merged = tmp_path / "adapters", tmp_path / "merged"
-    assert cli.main(["export", str(trainer.folder), "--out", str(out)]) == 0
+    assert cli.main(["export", str(trainer.run.folder), "--out", str(out)]) == 0
     pipeline = _printed_load(capsys.readouterr().out)["pipeline"]
-    assert cli.main(["export", str(trainer.folder), "--out", str(merged), "--merge-lora"]) == 0
+    assert cli.main(["export", str(trainer.run.folder), "--out", str(merged), "--merge-lora"]) == 0
     whole = _printed_load(capsys.readouterr().out)["transformer"]
 
     names, trained = _names(trainer), {n: p.detach() for n, p in trainer.denoiser.named_parameters() if p.requires_grad}

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo.config import ConfigError
-from fastvideo_grpo.errors import UserError
+from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.rewards.base import RewardResult
 from fastvideo_grpo.rewards.output_transform import OutputTransform
 from tests.trainer import runs
@@ -19,14 +18,14 @@ from tests.trainer import runs
 
 def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(make_trainer, monkeypatch):
     """Promise 6: writing stops, training does not; what was saved stays."""
-    from fastvideo_grpo import durable_files
     from fastvideo_grpo.checkpoints import store
+    from fastvideo_grpo.disk import durable_files
     from fastvideo_grpo.tracking import metrics, pictures
-    from fastvideo_grpo.trainers import base
+    from fastvideo_grpo.trainers import monitoring, training_run
 
     trainer = make_trainer(run__sample_every=1, run__iterations=3, run__keep=3)
     told = []
-    for module in (base, store, durable_files):
+    for module in (training_run, store, durable_files):
         monkeypatch.setattr(module.logger, "error", lambda text, *args: told.append(text % args))
     full = OSError(errno.ENOSPC, "No space left on device")
     state = {"full": False}
@@ -40,7 +39,7 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
         return maybe_full
 
     monkeypatch.setattr(metrics.MetricsLog, "append", guard(metrics.MetricsLog.append))
-    monkeypatch.setattr(base, "save_samples", guard(pictures.save_samples))
+    monkeypatch.setattr(monitoring, "save_samples", guard(pictures.save_samples))
     save = trainer.engine.save
     monkeypatch.setattr(trainer.engine, "save", guard(save))
     rollout = trainer.rollout
@@ -51,14 +50,29 @@ def test_a_full_disk_at_metrics_pictures_or_checkpoints_does_not_end_the_run(mak
 
     monkeypatch.setattr(trainer, "rollout", fill_up)
     trainer.train()
-    assert [line["iteration"] for line in trainer.log.read()] == [0, 2]
-    assert trainer.store.iterations() == [1, 3]
+    assert [line["iteration"] for line in trainer.run.log.read()] == [0, 2]
+    assert trainer.run.store.iterations() == [1, 3]
     assert any("metrics.jsonl was not written" in line for line in told)
     assert any("000002 was not saved" in line for line in told)
 
 
+def test_a_run_that_fails_while_it_is_set_up_says_so_and_lets_go_of_its_folder(make_trainer, monkeypatch, tmp_path):
+    from fastvideo_grpo.rewards.placement.inline import InlineReward
+    from fastvideo_grpo.trainers.policy import Policy
+
+    closed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineReward, "close", lambda reward: closed.append(reward))
+        patch.setattr(Policy, "make_trainable", lambda policy, reference: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_trainer()
+        assert len(closed) == 1
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["ended"].startswith("failed: ZeroDivisionError")
+    assert "failed while setting up" in make_trainer().run.status.before
+
+
 def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_trainer, tiny_flux, tmp_path):
-    from fastvideo_grpo.tiny.flux import write_flux
+    from fastvideo_grpo.models.flux.tiny import write_flux
 
     trainer = make_trainer(model__lora__rank=4, run__iterations=1)
     trainer.train()
@@ -71,7 +85,7 @@ def test_another_starting_model_is_refused_on_resume_wherever_it_lies(make_train
 
 
 def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_trainer):
-    from fastvideo_grpo import plan
+    from fastvideo_grpo.planning import plan
 
     trainer = make_trainer(run__iterations=1)
     trainer.train()
@@ -84,9 +98,10 @@ def test_the_folder_of_another_run_is_refused_before_the_model_is_loaded(make_tr
 @pytest.mark.parametrize("what", ["read-only run.dir", "a file for run.dir", "no room for checkpoints", "read-only embeddings"])
 def test_a_disk_that_will_not_do_is_told_before_the_model_is_loaded(tiny_flux, tmp_path, monkeypatch, capsys, what):
     """In a line, by the dry run as a note; nothing is made."""
-    from fastvideo_grpo import cli, disk_room
+    from fastvideo_grpo import cli
     from fastvideo_grpo.checkpoints import folder
-    from fastvideo_grpo.trainers import flux
+    from fastvideo_grpo.disk import room as disk_room
+    from fastvideo_grpo.models.flux import trainer as flux
 
     file, place = tmp_path / "run.yaml", tmp_path / "there"
     file.write_text("{}")
@@ -145,15 +160,15 @@ class _Watched:
 def test_only_rewards_that_count_can_stop_a_run(make_trainer, weight, stops):
     """One dead output among several masks every sample if it counts, and none if it is only watched."""
     trainer = make_trainer(run__iterations=1, rewards__max_invalid_fraction=0.9)
-    trainer.rewards.rewards = {"pixels": _Watched()}
-    trainer.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
-    trainer.rewards.transforms = dict.fromkeys(trainer.rewards.weights, OutputTransform())
+    trainer.run.scoring.rewards.rewards = {"pixels": _Watched()}
+    trainer.run.scoring.rewards.weights = {"pixels/good": 1.0, "pixels/broken": weight}
+    trainer.run.scoring.rewards.transforms = dict.fromkeys(trainer.run.scoring.rewards.weights, OutputTransform())
     if stops:
         with pytest.raises(UserError, match="16 of 16 samples"):
             trainer.train()
     else:
         trainer.train()
-        (line,) = trainer.log.read()
+        (line,) = trainer.run.log.read()
         assert line["train/updates"] == 2 and line["reward/pixels/broken/invalid"] == 16
 
 
@@ -173,8 +188,8 @@ def test_sample_needs_neither_training_prompts_nor_rewards(make_trainer, tmp_pat
     trainer.train()
     (tmp_path / "prompts.txt").unlink()
     out = tmp_path / "pictures"
-    assert cli.main(["sample", str(trainer.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
-    made = {"checkpoint": str(trainer.store.path(1)), "weights": "model"}
+    assert cli.main(["sample", str(trainer.run.folder), "--prompt", "a cat", "--no-rewards", "--out", str(out)]) == 0
+    made = {"checkpoint": str(trainer.run.store.path(1)), "weights": "model"}
     assert json.loads((out / "index.json").read_text()) == [{"file": "0000.png", "prompt": "a cat", "rewards": {}, **made}]
 
 

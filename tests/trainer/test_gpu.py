@@ -9,8 +9,8 @@ def test_ratio_is_one_in_bf16_on_a_gpu(make_trainer, lora):
     trainer = make_trainer(model__precision="bf16", **({"model__lora__rank": 4} if lora else {}))
     assert next(trainer.denoiser.parameters()).is_cuda
     trainer.train()
-    assert max(line["train/ratio_first_update_max_dev"] for line in trainer.log.read()) <= 1e-6
-    assert all(line["memory/device_peak_gib"] > 0 for line in trainer.log.read())
+    assert max(line["train/ratio_first_update_max_dev"] for line in trainer.run.log.read()) <= 1e-6
+    assert all(line["memory/device_peak_gib"] > 0 for line in trainer.run.log.read())
 
 
 @pytest.mark.gpu
@@ -27,4 +27,4 @@ def test_ratio_is_one_on_a_gpu_for_samples_that_leave_their_rows(make_trainer, p
         rewards__max_invalid_fraction=0.5,
     )
     trainer.train()
-    assert max(line["train/ratio_first_update_max_dev"] for line in trainer.log.read()) <= 1e-6
+    assert max(line["train/ratio_first_update_max_dev"] for line in trainer.run.log.read()) <= 1e-6

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from tests import tiny_checkpoints
 from tests.trainer import runs
@@ -45,17 +45,17 @@ def test_a_tokenizer_declared_as_the_published_one_reads_as_its_file_says(make_t
 
 
 def test_evaluation_drops_media_and_pictures_keep_them(make_trainer, monkeypatch):
-    from fastvideo_grpo.evaluation import fixed_set
+    from fastvideo_grpo.trainers import fixed_set
 
     trainer = make_trainer(**runs.HUNYUAN_T2I)
     sampled = []
     sample_fixed = fixed_set.sample_fixed
     monkeypatch.setattr(
-        "fastvideo_grpo.trainers.base.sample_fixed", lambda *a, **k: sampled.append(sample_fixed(*a, **k)) or sampled[-1]
+        "fastvideo_grpo.trainers.monitoring.sample_fixed", lambda *a, **k: sampled.append(sample_fixed(*a, **k)) or sampled[-1]
     )
-    trainer.evaluate()
+    trainer.run.monitor.evaluate()
     assert sampled and all(drawn.media is None for drawn in sampled)
-    kept = trainer.save_pictures(0)
+    kept = trainer.run.monitor.save_pictures(0)
     assert kept.media.shape[0] == len(kept.prompts)
 
 

@@ -17,7 +17,7 @@ from tests.trainer import runs
 
 
 def _lines(trainer):
-    return trainer.log.read()
+    return trainer.run.log.read()
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -67,10 +67,10 @@ class _Faulty:
 
 
 def _with_reward(trainer, reward):
-    trainer.rewards.rewards["pixels"] = reward
-    trainer.rewards.attempts = 1  # the reward counts its calls
-    trainer.rewards.weights = {"pixels/score": 1.0}
-    trainer.rewards.transforms = {"pixels/score": OutputTransform()}
+    trainer.run.scoring.rewards.rewards["pixels"] = reward
+    trainer.run.scoring.rewards.attempts = 1  # the reward counts its calls
+    trainer.run.scoring.rewards.weights = {"pixels/score": 1.0}
+    trainer.run.scoring.rewards.transforms = {"pixels/score": OutputTransform()}
 
 
 def test_failed_rewards_mask_their_samples_and_are_counted(make_trainer):
@@ -81,17 +81,17 @@ def test_failed_rewards_mask_their_samples_and_are_counted(make_trainer):
     (line,) = _lines(trainer)
     assert line["reward/pixels/score/invalid"] == 3
     assert line["train/ratio_first_update_max_dev"] == 0.0 and line["train/updates"] == 2
-    assert any("scorer lost" in failure for failure in trainer.rewards.failure_counts)
+    assert any("scorer lost" in failure for failure in trainer.run.scoring.rewards.failure_counts)
 
 
 def test_too_many_failed_rewards_stop_the_run_with_what_was_trained_saved(make_trainer):
-    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
+    from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards
 
     trainer = make_trainer(rewards__max_invalid_fraction=0.1, run__iterations=5, run__save_every=4)
     _with_reward(trainer, _Faulty(lambda call: "raise" if call > 8 else None))  # from the second iteration on
     with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*scorer lost"):
         trainer.train()
-    assert trainer.store.iterations() == [1] and len(_lines(trainer)) == 1
+    assert trainer.run.store.iterations() == [1] and len(_lines(trainer)) == 1
 
 
 class _Answers(_Faulty):
@@ -256,15 +256,15 @@ def test_evaluation_is_on_fixed_noise_and_pictures_are_saved_with_rewards(make_t
     trainer = make_trainer(
         prompts__eval_path=heldout, run__eval_every=1, run__eval_samples=3, run__sample_every=2, run__iterations=2
     )
-    assert trainer.evaluate() == trainer.evaluate()
+    assert trainer.run.monitor.evaluate() == trainer.run.monitor.evaluate()
     trainer.train()
-    before = json.loads((trainer.folder / "evaluation_before.json").read_text())
+    before = json.loads((trainer.run.folder / "evaluation_before.json").read_text())
     line = _lines(trainer)[-1]
     for name in ("eval/train/pixels/brightness/mean", "eval/heldout/pixels/brightness/stderr"):
         assert name in before and name in line
-    index = json.loads((trainer.folder / "samples" / "000002" / "index.json").read_text())
+    index = json.loads((trainer.run.folder / "samples" / "000002" / "index.json").read_text())
     assert index[0]["prompt"] == "a magenta square" and "pixels/brightness" in index[0]["rewards"]
-    assert (trainer.folder / "samples" / "000000" / "grid.png").is_file()
+    assert (trainer.run.folder / "samples" / "000000" / "grid.png").is_file()
 
 
 def test_wandb_offline_writes_captioned_pictures_and_a_run_that_a_resumed_training_continues(make_trainer):
@@ -272,14 +272,14 @@ def test_wandb_offline_writes_captioned_pictures_and_a_run_that_a_resumed_traini
     for iterations in (1, 2):
         trainer = make_trainer(run__wandb="offline", run__iterations=iterations, run__sample_every=1)
         trainer.train()
-        identity = json.loads((trainer.folder / "wandb.json").read_text())["id"]
-        new = set((trainer.folder / "wandb").glob("offline-run-*")) - set(folders)
+        identity = json.loads((trainer.run.folder / "wandb.json").read_text())["id"]
+        new = set((trainer.run.folder / "wandb").glob("offline-run-*")) - set(folders)
         assert len(new) == 1
         folder = new.pop()
         assert folder.name.endswith(f"-{identity}")
         folders.append(folder)
         pictures = {path.read_bytes() for path in (folder / "files" / "media").rglob("samples*.png")}
-        saved = trainer.folder / "samples" / f"{iterations:06d}"
+        saved = trainer.run.folder / "samples" / f"{iterations:06d}"
         # wandb's own process writes it, and on a loaded machine may still be at it when the run has finished.
         for _ in range(120):
             record = (folder / f"run-{identity}.wandb").read_bytes()
@@ -309,7 +309,7 @@ def test_importing_a_trainer_on_an_unpatched_fastvideo_stops_before_fastvideo_is
         "import sys; from fastvideo_grpo import patching\n"
         "def unpatched(): raise patching.PatchError(patching.APPLY_COMMAND)\n"
         "patching.require_patched = unpatched\n"
-        "try: import fastvideo_grpo.trainers.flux\n"
+        "try: import fastvideo_grpo.models.flux.trainer\n"
         "except patching.PatchError as error: assert 'fastvideo-grpo patch apply' in str(error)\n"
         "else: raise AssertionError('imported')\n"
         "assert 'fastvideo' not in sys.modules"
@@ -361,9 +361,9 @@ def test_asynchronous_scoring_gives_the_same_numbers_beside_the_rollout(make_tra
 
 def test_a_rollout_waits_when_too_much_is_to_be_scored(make_trainer, monkeypatch):
     """Media that wait take host memory: no more than a few micro-batches do."""
-    from fastvideo_grpo.trainers import base
+    from fastvideo_grpo.trainers import scoring
 
-    monkeypatch.setattr(base, "MAX_PENDING", 1)
+    monkeypatch.setattr(scoring, "MAX_PENDING", 1)
     trainer = make_trainer(run__iterations=1, rewards__async="true")
     reward = _Slow(0.3)
     _with_reward(trainer, reward)
@@ -381,8 +381,8 @@ def test_a_rollout_waits_when_too_much_is_to_be_scored(make_trainer, monkeypatch
 
 def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_saved(make_trainer):
     """It is asked until the samples without a score are more than may be, and then no more."""
-    from fastvideo_grpo.rewards.inline import InlineReward
-    from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
+    from fastvideo_grpo.rewards.placement.inline import InlineReward
+    from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards
 
     settings = {"rewards__max_invalid_fraction": 0.2, "run__iterations": 5, "run__save_every": 4}
     make_trainer(**settings).train(stop=_After(1))
@@ -390,7 +390,7 @@ def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_
     _with_reward(trainer, InlineReward(_Slow(600.0), timeout_s=0.5))
     with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*no answer within 0.5 s.*not asked"):
         trainer.train()
-    assert trainer.store.iterations() == [1]
+    assert trainer.run.store.iterations() == [1]
 
 
 class _After:

@@ -71,7 +71,7 @@ def _kill_at_second_image():
 
 
 def _fill_the_disk_of_rank_1():
-    from fastvideo_grpo import durable_files
+    from fastvideo_grpo.disk import durable_files
 
     left = iter(range(1))
     original = durable_files.write_synced

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from fastvideo_grpo import cli
 from fastvideo_grpo.checkpoints.store import CheckpointError
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.evaluation.fixed_set import sample_fixed
+from fastvideo_grpo.models.stable_diffusion.tiny import write_stable_diffusion
 from fastvideo_grpo.prompts.files import Prompt
-from fastvideo_grpo.tiny.stable_diffusion import write_stable_diffusion
 from fastvideo_grpo.trainers.decoding import decode_checked
-from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING, newest_sound, since
-from fastvideo_grpo.trainers.scoring import TooManyInvalidRewards
+from fastvideo_grpo.trainers.fixed_set import sample_fixed
+from fastvideo_grpo.trainers.invalid_samples import TooManyInvalidRewards, newest_sound, since
+from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING
+from fastvideo_grpo.trainers.scoring import Scoring
 from tests.promises.models import MODELS
 from tests.trainer import runs
 
@@ -55,14 +57,14 @@ def test_what_the_vae_spoils_is_masked_counted_and_named_in_a_run(make_trainer, 
     with caplog.at_level(logging.WARNING):
         trainer.train()
     handle.remove()
-    (line,) = trainer.log.read()
+    (line,) = trainer.run.log.read()
     assert line["decoding/not_finite"] == 2 and line["sampling/not_finite"] == 0
     assert line["reward/pixels/brightness/invalid"] == 2 and line["train/updates"] == 1
     assert line["train/ratio_first_update_max_dev"] == 0.0
     assert line["eval/train/not_finite"] == 1 and line["eval/train/pixels/brightness/mean"] is not None
     assert caplog.text.count(DECODING) == 1 and trainer.fault_counts[DECODING] > 2
 
-    folder = trainer.folder / "samples" / "000000"
+    folder = trainer.run.folder / "samples" / "000000"
     index = json.loads((folder / "index.json").read_text())
     bad = [entry for entry in index if "invalid" in entry]
     assert [(e["file"], e["invalid"], e["rewards"]) for e in bad] == [(None, DECODING, {"pixels/brightness": None})]
@@ -98,9 +100,9 @@ def test_refl_leaves_out_what_the_vae_spoils_in_an_update(make_trainer):
 
     trainer.get_module("vae").decoder.conv_in.register_forward_hook(hook)
     trainer.train()
-    (line,) = trainer.log.read()
+    (line,) = trainer.run.log.read()
     assert line["train/unjudged"] == 0.5 and line["train/updates"] == 1 and line["train/skipped_updates"] == 0
-    assert trainer.fault_counts[DECODING] == 8 and not trainer.rewards.failure_counts
+    assert trainer.fault_counts[DECODING] == 8 and not trainer.run.scoring.rewards.failure_counts
     after = trainer.engine.state_dict()
     assert all(weight.isfinite().all() for weight in after.values()) and not runs.same_bits(before, after)
 
@@ -138,7 +140,7 @@ def test_starting_weights_that_overflow_are_blamed(make_trainer):
     said = str(stopped.value)
     assert f"{SAMPLING} (16)" in said and "from the first iteration on" in said and f"{trainer.checkpoint}/unet" in said
     assert "no checkpoint of this run is sound" in said and "epair the reward" not in said
-    assert trainer.store.iterations() == []
+    assert trainer.run.store.iterations() == []
 
 
 def test_a_network_that_diverges_names_iteration_and_sound_checkpoint(make_trainer):
@@ -155,13 +157,13 @@ def test_a_network_that_diverges_names_iteration_and_sound_checkpoint(make_train
 
     trainer.engine.step = diverging
     trainer.config.run.save_every = 100
-    trainer._save(0)  # the weights before
+    trainer.run.save(0)  # the weights before
     with pytest.raises(TooManyInvalidRewards) as stopped:
         trainer.train()
     said = str(stopped.value)
     assert "since iteration 3" in said and "epair the reward" not in said
-    assert f"{trainer.folder}/checkpoints/000000" in said and "export" in said and "--iteration 0" in said
-    assert trainer.store.iterations() == [0]
+    assert f"{trainer.run.folder}/checkpoints/000000" in said and "export" in said and "--iteration 0" in said
+    assert trainer.run.store.iterations() == [0]
 
 
 def test_a_learning_rate_that_destroys_the_weights(make_trainer):
@@ -169,19 +171,19 @@ def test_a_learning_rate_that_destroys_the_weights(make_trainer):
     wanted = r"since iteration 2.*No checkpoint is left.*start anew.*lower optim\.lr \(it is 1e\+18\) and another run\.dir$"
     with pytest.raises(TooManyInvalidRewards, match=wanted):
         trainer.train()
-    assert trainer.store.iterations() == [1]  # which is not called a comfort
+    assert trainer.run.store.iterations() == [1]  # which is not called a comfort
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_trainer, caplog):
     trainer = make_trainer(**SD, run__iterations=1)
     name = trainer.engine.trainable_names[0]
     weights = trainer.engine.state_dict()
-    trainer._save(1)
+    trainer.run.save(1)
     weights[name].view(-1)[0] = torch.inf
     trainer.engine.load_state_dict(weights)
     with caplog.at_level(logging.ERROR):
-        trainer._save(2)
-    assert trainer.store.iterations() == [1] and "iteration 2 was not saved: its weights are not finite" in caplog.text
+        trainer.run.save(2)
+    assert trainer.run.store.iterations() == [1] and "iteration 2 was not saved: its weights are not finite" in caplog.text
 
 
 def test_since_and_the_sound_checkpoint_by_the_lines_of_earlier_starts(tmp_path):
@@ -234,7 +236,8 @@ def test_pictures_drawn_for_a_figure_know_what_is_not_finite(make_trainer):
     trainer = make_trainer(train=False, **SD)
     prompts = [Prompt(text, text) for text in ("a", "b")]
     handle = overflowing_vae(trainer, lambda row: row == 1)
-    drawn = sample_fixed(trainer, prompts, 2, "pictures")
+    with closing(Scoring(trainer.config, trainer.world, trainer.fps)) as scoring:
+        drawn = sample_fixed(trainer, scoring, prompts, 2, "pictures")
     handle.remove()
     assert drawn.faults == [None, DECODING, None, None] and not drawn.media[1].any()
     assert drawn.by_sample()[1] == {"pixels/brightness": None} and drawn.summary()["not_finite"] == 1

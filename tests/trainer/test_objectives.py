@@ -36,7 +36,7 @@ def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, model
     before = trainer.engine.state_dict()
     assert (trainer._reference is not None) == (name in ("dpok", "dpo"))
     trainer.train()
-    lines = trainer.log.read()
+    lines = trainer.run.log.read()
     for line in lines:
         found = {key for key in line if key.startswith("train/")}
         assert found == EVERY | {f"train/{statistic}" for statistic in STATISTICS[name]}
@@ -49,7 +49,7 @@ def test_each_objective_trains_and_its_replay_is_the_rollout(make_trainer, model
 def test_dpo_begins_at_the_loss_of_a_policy_that_is_its_reference(make_trainer):
     trainer = make_trainer(grpo__objective="dpo", grpo__updates_per_iteration=1, run__iterations=2, optim__lr=1e-3)
     trainer.train()
-    first, second = (line["train/loss"] for line in trainer.log.read())
+    first, second = (line["train/loss"] for line in trainer.run.log.read())
     assert first == pytest.approx(math.log(2), rel=1e-6) and second != pytest.approx(math.log(2), rel=1e-3)
 
 
@@ -70,19 +70,19 @@ def test_refl_raises_its_reward(make_trainer):
     trainer = make_trainer(
         grpo__objective="refl", grpo__updates_per_iteration=1, run__iterations=3, run__eval_every=3, optim__lr=1e-3, **SMOOTH
     )
-    before = trainer.evaluate()["eval/train/pixels/brightness/mean"]
+    before = trainer.run.monitor.evaluate()["eval/train/pixels/brightness/mean"]
     trainer.train()
-    assert trainer.log.read()[-1]["eval/train/pixels/brightness/mean"] > before + 1
-    assert all(line["train/unjudged"] == 0.0 for line in trainer.log.read())
+    assert trainer.run.log.read()[-1]["eval/train/pixels/brightness/mean"] > before + 1
+    assert all(line["train/unjudged"] == 0.0 for line in trainer.run.log.read())
 
 
 def test_refl_leaves_out_samples_that_its_reward_cannot_judge_and_names_it(make_trainer, monkeypatch):
     monkeypatch.setattr(runs, "PROMPTS", ["a red circle", "something unknown"])
     trainer = make_trainer(grpo__objective="refl", grpo__prompts_per_iteration=2, run__iterations=1, **SMOOTH)
     trainer.train()
-    (line,) = trainer.log.read()
+    (line,) = trainer.run.log.read()
     assert line["train/unjudged"] == 0.5 and line["train/updates"] == 2
-    assert any("pixels/brightness: no gradient" in message for message in trainer.rewards.failure_counts)
+    assert any("pixels/brightness: no gradient" in message for message in trainer.run.scoring.rewards.failure_counts)
     assert all(weight.isfinite().all() for weight in trainer.engine.state_dict().values())
 
 
@@ -99,12 +99,12 @@ def test_a_resumed_run_remembers_the_rewards_of_each_prompt(make_trainer, tmp_pa
     whole.train()
     make_trainer(**settings, run__dir=tmp_path / "parts").train(stop=_After(1))
     resumed = make_trainer(**settings, run__dir=tmp_path / "parts")
-    assert resumed.first_iteration == 1
+    assert resumed.run.first_iteration == 1
     resumed.train()
-    assert resumed.normalisation.state() == whole.normalisation.state()
-    assert any(len(scores) == 9 for scores in whole.normalisation.state()["pixels/brightness"].values())
+    assert resumed.run.normalisation.state() == whole.run.normalisation.state()
+    assert any(len(scores) == 9 for scores in whole.run.normalisation.state()["pixels/brightness"].values())
     assert runs.same_bits(resumed.engine.state_dict(), whole.engine.state_dict())
-    whole_lines, lines = whole.log.read(), resumed.log.read()
+    whole_lines, lines = whole.run.log.read(), resumed.run.log.read()
     times = ("time/", "memory/")
     assert len(lines) == 3
     for one, two in zip(whole_lines, lines, strict=True):
@@ -117,8 +117,8 @@ def test_refl_trains_on_one_late_timestep_of_each_sample(make_trainer):
     """Of ten steps nine are trainable, and the last quarter of those are three."""
     trainer = make_trainer(grpo__objective="refl", sample__steps=10, run__iterations=1, **SMOOTH)
     seen = []
-    loss = trainer.objective.loss
-    trainer.objective.loss = lambda replay, samples, i: seen.append(samples.timesteps) or loss(replay, samples, i)
+    loss = trainer.run.objective.loss
+    trainer.run.objective.loss = lambda replay, samples, i: seen.append(samples.timesteps) or loss(replay, samples, i)
     trainer.train()
     drawn = torch.cat(seen)
     assert drawn.shape == (16, 1) and set(drawn.flatten().tolist()) <= {6, 7, 8} and len(set(drawn.flatten().tolist())) > 1

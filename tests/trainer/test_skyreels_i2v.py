@@ -75,26 +75,26 @@ def test_cached_embeddings_hold_images_and_another_image_is_encoded_anew(make_tr
     settings = {**runs.SKYREELS_I2V, "sample__steps": 3, "prompts__embeddings": tmp_path / "embeddings"}
     cached = make_trainer(run__iterations=1, **settings)
     cached.train()
-    image = cached.prompts[0].image
+    image = cached.run.prompts[0].image
     image.rename(tmp_path / "elsewhere.png")  # cached: nobody looks at the file again in this process
-    cached._save(1)
-    assert cached._cache.get(cached.prompts[0])["image_latents"].shape == (1, 4, 1, 6, 6)
+    cached.run.save(1)
+    assert cached._cache.get(cached.run.prompts[0])["image_latents"].shape == (1, 4, 1, 6, 6)
     (tmp_path / "elsewhere.png").rename(image)
     again = make_trainer(run__iterations=2, **settings)
     assert again.get_module("text_encoder") is None
     index = next((tmp_path / "embeddings").glob("*/index.json"))
     assert len(json.loads(index.read_text())["prompts"]) == len(runs.PROMPTS) + 2  # two negative prompts
     Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
-    check_images(again.prompts, 48, 48, World())
-    assert again._cache.missing(again.prompts) == [again.prompts[0]]
+    check_images(again.run.prompts, 48, 48, World())
+    assert again._cache.missing(again.run.prompts) == [again.run.prompts[0]]
 
 
 def test_fastvideo_finds_its_configuration_by_name_and_by_pipeline(tiny_skyreels_i2v, tiny_hunyuan_video, tmp_path):
     from fastvideo import registry
     from fastvideo.configs.pipelines.hunyuan import HunyuanConfig
 
-    from fastvideo_grpo.trainers.skyreels_config import SkyReelsI2VConfig
-    from fastvideo_grpo.trainers.skyreels_i2v import SkyReelsI2VGRPOTrainer  # importing it registers the configuration
+    from fastvideo_grpo.models.skyreels_i2v.fastvideo_config import SkyReelsI2VConfig
+    from fastvideo_grpo.models.skyreels_i2v.trainer import SkyReelsI2VGRPOTrainer  # importing it registers the configuration
 
     assert SkyReelsI2VGRPOTrainer.pipeline_config_class is SkyReelsI2VConfig
     unnamed = tmp_path / "checkpoint"
@@ -114,22 +114,23 @@ def test_a_text_to_video_checkpoint_is_refused(tiny_hunyuan_video, tiny_skyreels
     """By its pipeline, and where somebody wrote the other name into it, by its channels."""
     import shutil
 
-    from fastvideo_grpo import config as configuration
-    from fastvideo_grpo import families, plan
-    from fastvideo_grpo.config import ConfigError
+    from fastvideo_grpo.errors import ConfigError
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import plan
 
     (tmp_path / "empty.yaml").write_text("{}")
-    config = configuration.load(tmp_path / "empty.yaml", runs.settings(tmp_path, tiny_hunyuan_video, **runs.SKYREELS_I2V))
+    config = run_config.load(tmp_path / "empty.yaml", runs.settings(tmp_path, tiny_hunyuan_video, **runs.SKYREELS_I2V))
     with pytest.raises(ConfigError, match=r"holds a HunyuanVideoPipeline.*set model\.kind=hunyuan_video"):
-        families.model_facts(config)
+        model_facts(config)
     renamed = shutil.copytree(tiny_hunyuan_video, tmp_path / "renamed")
     shutil.copy(tiny_skyreels_i2v / "model_index.json", renamed)
     config.model.path = str(renamed)
     with pytest.raises(ConfigError, match="reads 4 channels, but image to video needs 8"):
-        plan.check_run(config, families.model_facts(config), 1)
+        plan.check_run(config, model_facts(config), 1)
     config.model.path, config.sample.frames = str(tiny_skyreels_i2v), 1
     with pytest.raises(ConfigError, match=r"sample\.frames is 1, but skyreels_i2v makes clips"):
-        plan.check_run(config, families.model_facts(config), 1)
+        plan.check_run(config, model_facts(config), 1)
 
 
 def test_resuming_with_another_image_is_refused(tiny_skyreels_i2v, tmp_path):

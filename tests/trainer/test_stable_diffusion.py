@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, memory, plan
-from fastvideo_grpo.config import ConfigError
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import memory, plan
 from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.rollout import Walk
 from tests.promises.models import GUIDANCE, MODELS
@@ -94,7 +95,7 @@ def test_what_recomputed_blocks_keep_is_what_the_estimate_counts(make_trainer, t
     conditioning = trainer.conditioning(MODEL.prompt(tmp_path), batch)
     level = trainer.schedule.at(torch.zeros(batch, dtype=torch.long))
     counted = kept_for_backward(trainer, conditioning, torch.randn(batch, *trainer.latent_shape()), level)
-    assert memory._kept_bytes(config, families.model_facts(config)) == pytest.approx(counted, rel=0.1)
+    assert memory._kept_bytes(config, model_facts(config)) == pytest.approx(counted, rel=0.1)
 
 
 DATA = Path(__file__).parents[2] / "data"
@@ -129,7 +130,7 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
     }
     trainer = make_trainer(**settings)
     trainer.train()
-    before, after = json.loads((trainer.folder / "evaluation_before.json").read_text()), trainer.log.read()[-1]
+    before, after = json.loads((trainer.run.folder / "evaluation_before.json").read_text()), trainer.run.log.read()[-1]
     for prompts in ("train", "heldout"):
         mean, error = (
             [metrics[f"eval/{prompts}/pixels/jpeg_size/{what}"] for metrics in (before, after)] for what in ("mean", "stderr")
@@ -156,8 +157,8 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
 def test_what_stable_diffusion_rules_out(tiny_stable_diffusion, tmp_path, overrides, message):
     settings = [*runs.settings(tmp_path, tiny_stable_diffusion, **SD), *overrides]
     with pytest.raises(ConfigError, match=message):
-        config = configuration.build({}, settings)
-        plan.check_run(config, families.model_facts(config), 2 if "engine.kind=deepspeed" in overrides else 1)
+        config = run_config.build({}, settings)
+        plan.check_run(config, model_facts(config), 2 if "engine.kind=deepspeed" in overrides else 1)
 
 
 def test_fastvideo_is_not_imported(tiny_stable_diffusion, tmp_path):

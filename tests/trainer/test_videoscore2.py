@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fastvideo_grpo.rewards import RewardRequest, create
+from fastvideo_grpo.rewards.base import RewardRequest
+from fastvideo_grpo.rewards.registry import create
 from fastvideo_grpo.tiny.tokenizer_files import qwen2_vocabulary, write_qwen2_tokenizer
 from fastvideo_grpo.tiny.videoalign import CHAT, PREPROCESSOR
 

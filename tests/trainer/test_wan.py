@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from fastvideo_grpo import config as configuration
-from fastvideo_grpo import families, plan
-from fastvideo_grpo.config import ConfigError
 from fastvideo_grpo.engines.parallel import World
-from fastvideo_grpo.trainers.conditioning import embedding_cache
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import plan
 from fastvideo_grpo.trainers.load import trainer_class
 from tests.trainer import runs
 
@@ -17,7 +17,7 @@ from tests.trainer import runs
 def test_cached_texts_have_their_zeros_behind_them(make_trainer, tmp_path):
     """The network reads them, it has no mask."""
     trainer = make_trainer(**runs.WAN_T2V, prompts__embeddings=tmp_path / "embeddings")
-    text = trainer._cache.get(trainer.prompts[0])["encoder_hidden_states"]
+    text = trainer._cache.get(trainer.run.prompts[0])["encoder_hidden_states"]
     assert text.shape[:2] == (1, 16) and text[0, 3].any() and not text[0, 4:].any()  # a red circle </s>
 
 
@@ -25,9 +25,9 @@ def test_embeddings_cached_from_other_tokens_are_not_taken(tiny_wan, tmp_path, m
     """Before, transformers' T5 tokenizer made them, to which UMT5's <s> was the unknown token."""
     trainer = trainer_class("wan")
     config = _config(tiny_wan, tmp_path)
-    now = embedding_cache(config, tiny_wan, trainer, World()).folder
+    now = trainer.embedding_cache(config, World()).folder
     monkeypatch.setattr(trainer, "encoding", {})
-    assert embedding_cache(config, tiny_wan, trainer, World()).folder != now
+    assert trainer.embedding_cache(config, World()).folder != now
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_embeddings_cached_from_other_tokens_are_not_taken(tiny_wan, tmp_path, m
 def test_what_wan_rules_out(tiny_wan, tmp_path, settings, message):
     config = _config(tiny_wan, tmp_path, **settings)
     with pytest.raises(ConfigError, match=message):
-        plan.check_run(config, families.model_facts(config), 1)
+        plan.check_run(config, model_facts(config), 1)
 
 
 def test_a_wan_2_2_is_refused(tiny_wan, tmp_path):
@@ -55,9 +55,9 @@ def test_a_wan_2_2_is_refused(tiny_wan, tmp_path):
     for folder in (two, other):
         config = _config(folder, tmp_path)
         with pytest.raises(ConfigError, match=r"is a Wan 2\.2"):
-            plan.check_run(config, families.model_facts(config), 1)
+            plan.check_run(config, model_facts(config), 1)
 
 
 def _config(checkpoint, folder, **settings):
     (folder / "empty.yaml").write_text("{}")
-    return configuration.load(folder / "empty.yaml", runs.settings(folder, checkpoint, **{**runs.WAN_T2V, **settings}))
+    return run_config.load(folder / "empty.yaml", runs.settings(folder, checkpoint, **{**runs.WAN_T2V, **settings}))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fastvideo_grpo.checkpoints.store import CheckpointStore
-from fastvideo_grpo.config import EngineConfig, LoRAConfig, OptimConfig
+from fastvideo_grpo.config.keys import EngineConfig, LoRAConfig, OptimConfig
 from fastvideo_grpo.engines.base import MOMENTS
 from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine, import_deepspeed, partitioned_reference

@@ -1,0 +1,349 @@
+"""The keys of a run's configuration, their defaults, meanings and bounds.
+
+Every key's meaning stands beside it (:mod:`fastvideo_grpo.config.reference` prints them). What values alone rule out is in
+:mod:`fastvideo_grpo.config.checks`; what the model rules out is in its family's ``problems``, which
+:func:`fastvideo_grpo.planning.plan.check_run` asks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvideo_grpo.config.values import LARGEST_SEED
+from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.grpo.advantages import NORMALISATIONS
+from fastvideo_grpo.rewards.placement.entries import PLACEMENTS
+from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE
+from fastvideo_grpo.sampling import transitions
+
+REQUIRED: Any = "???"
+"""In place of a default: a run has to give the key."""
+
+
+def _key(
+    default: Any,
+    help: str,
+    *,
+    choices: Callable[[], list[str]] | Sequence[str] | None = None,
+    path: bool = False,
+    **bounds: float,
+) -> Any:
+    """A configuration key: default, meaning, and what is allowed (``minimum``, ``above``, ``maximum``, ``choices``).
+
+    ``path``: it names a file or a folder, in which ``~`` and variables are expanded.
+    """
+    metadata = {"help": help, "choices": choices, "path": path, "required": default is REQUIRED, **bounds}
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters in place of full weights."""
+
+    rank: int = _key(128, "inner dimension of each adapter", minimum=1, maximum=2**16)
+    alpha: float = _key(256.0, "the adapter's output is scaled by alpha / rank", above=0)
+    targets: list[str] | None = _key(
+        None, "linear layers that get an adapter: ends of FastVideo's module names (default: the attention projections)"
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The model to train."""
+
+    kind: str = _key("flux", "model family")  # what is known: fastvideo_grpo.models
+    path: str = _key(REQUIRED, "checkpoint folder in diffusers layout (with model_index.json)", path=True)
+    lora: LoRAConfig | None = _key(None, "train low-rank adapters instead of the full weights")
+    precision: str = _key(
+        "bf16", "dtype the network is loaded and runs in; bf16 keeps float32 master weights", choices=["fp32", "bf16"]
+    )
+    vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in", choices=["fp32", "bf16", "fp16"])
+    attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
+    cfg_batched: bool = _key(
+        False,
+        "classifier-free guidance in one pass over twice the batch, instead of one pass after the other; equal to rounding",
+    )
+
+
+@dataclass
+class PromptsConfig:
+    """What to draw, and the cache of its text embeddings."""
+
+    path: str = _key(
+        REQUIRED,
+        "training prompts: .txt (one a line), or .jsonl, .json or .csv with prompt and, if wanted, id, image, negative_prompt "
+        "(docs/prompts.md)",
+        path=True,
+    )
+    eval_path: str | None = _key(
+        None,
+        "prompts kept out of training, scored at each evaluation; goes with path: who sets another path sets it anew",
+        path=True,
+    )
+    duplicates: str = _key(
+        "drop",
+        "a prompt that repeats another of its file is left out (drop), or kept under an id of its own",
+        choices=["drop", "keep"],
+    )
+    embeddings: str = _key(
+        "none",
+        "folder of cached embeddings of texts and images (encoded once, text encoders then leave memory), or none: encode as "
+        "needed",
+        path=True,
+    )
+    embedding_dtype: str = _key("bf16", "dtype of cached embeddings", choices=["fp32", "bf16"])
+    text_length: int = _key(
+        512,
+        "tokens of the text encoder whose sequence the network reads: texts are cut to them, and padded where the model reads "
+        "padding",
+        minimum=1,
+    )
+    seed: int = _key(0, "seed of the order in which prompts are drawn", minimum=0, maximum=LARGEST_SEED)
+
+
+@dataclass
+class SampleConfig:
+    """How a sample is drawn."""
+
+    height: int = _key(720, "pixels", minimum=1, maximum=2**16)
+    width: int = _key(720, "pixels", minimum=1, maximum=2**16)
+    frames: int = _key(1, "frames of a video, as many as the model's VAE takes (those here 4k + 1); 1: an image", minimum=1)
+    fps: int = _key(8, "frames a second of saved videos, and what video rewards are told", minimum=1, maximum=1000)
+    vae_tiling: bool = _key(False, "decode in overlapping tiles: long or large videos in bounded memory, seams blended")
+    steps: int = _key(16, "sampling steps, the paper's T", minimum=2, maximum=1000)
+    shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
+    transition: str = _key(
+        "flow_sde",
+        "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8), of those that predict noise ddim or "
+        "diffusion_sde (eq. 7)",
+        choices=transitions.names,
+    )
+    noise_level: float = _key(0.3, "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from", above=0)
+    noise_decay: float = _key(
+        0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
+    )
+    guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0, maximum=1000)
+    cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1, maximum=1000)
+    negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
+    init_noise: str = _key(
+        "shared",
+        "initial noise: shared by a prompt's group (the paper) or per_sample",
+        choices=["shared", "per_sample"],
+    )
+
+
+@dataclass
+class BestOfConfig:
+    """Train on the best and worst of each group only."""
+
+    top: int = _key(REQUIRED, "samples of highest advantage", minimum=1)
+    bottom: int = _key(REQUIRED, "samples of lowest advantage", minimum=1)
+
+
+@dataclass
+class TimestepsConfig:
+    """Which timesteps an update trains on."""
+
+    strategy: str = _key(
+        "random",
+        "random, first (noisiest), last, all, or late: one drawn from the last ones",
+        choices=list(timesteps.STRATEGIES),
+    )
+    fraction: float = _key(
+        0.6,
+        "tau: min(ceil(fraction x steps), steps - 1) timesteps; 1.0 with all; with late the share of the trainable ones to "
+        "draw from",
+        minimum=1e-6,
+        maximum=1,
+    )
+    per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
+
+
+@dataclass
+class HistoryConfig:
+    """What normalisation prompt_history remembers of each prompt."""
+
+    size: int = _key(32, "last rewards of a prompt that are remembered", minimum=2)
+    minimum: int = _key(
+        16, "a prompt with fewer of them is normalised with the statistics of the iteration (1: never)", minimum=1
+    )
+
+
+@dataclass
+class GRPOConfig:
+    """Algorithm 1."""
+
+    prompts_per_iteration: int = _key(32, "prompts drawn per iteration", minimum=1)
+    group_size: int = _key(12, "samples of each prompt, the paper's G", minimum=2)
+    best_of: BestOfConfig | None = _key(None, "train only on top and bottom samples of each group")
+    timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
+    normalisation: str = _key(
+        "group",
+        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards",
+        choices=list(NORMALISATIONS),
+    )
+    history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
+    # 1 + 1e-8 is 1 in float32: the ratio could never move.
+    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", minimum=1e-7)
+    advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
+    updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
+    cfg_gradients: str = _key(
+        "both",
+        "passes of classifier-free guidance that are trained: both (the paper) or conditional",
+        choices=["both", "conditional"],
+    )
+    kl_weight: float = _key(
+        0.0, "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept", minimum=0
+    )
+    objective: str = _key("grpo", "what an update minimises (docs/objectives.md)", choices=objectives.names)
+    objective_params: dict[str, Any] = _key({}, "settings of the objective's own (dpo: beta)")
+
+
+@dataclass
+class OutputConfig:
+    """What one output of a reward counts for. What changes the score comes in the order affine, clamp, threshold, invert."""
+
+    weight: float = _key(1.0, "factor of its advantage; 0 only watches it")
+    threshold: float | None = _key(None, "score becomes 1 above this, else 0 (binary reward)")
+    invert: bool = _key(False, "score becomes -score: less is better")
+    affine: list[float] | None = _key(None, "[a, b]: score becomes a * score + b")
+    clamp: list[float] | None = _key(None, "[low, high]: score is brought between them")
+
+
+@dataclass
+class RewardConfig:
+    """One reward model."""
+
+    kind: str = _key(REQUIRED, "registered reward")
+    checkpoint: str | None = _key(None, "its weights, for kinds that have some", path=True)
+    params: dict[str, Any] = _key({}, "settings of this kind")
+    placement: str = _key(
+        "inline", "where it runs: in the training process, in a process of its own, or behind a server", choices=PLACEMENTS
+    )
+    python: str | None = _key(None, "placement=process: interpreter of another environment (default: this one)", path=True)
+    device: str | None = _key(None, "placement=process: where its weights lie, e.g. cuda:1 (default: the trainer's device)")
+    url: str | None = _key(None, "placement=http: its server (fastvideo-grpo serve-reward), e.g. http://127.0.0.1:8800")
+    token_variable: str | None = _key(
+        None, f"placement=http: environment variable that holds the server's token (default: {TOKEN_VARIABLE})"
+    )
+    outputs: dict[str, OutputConfig] = _key({}, "outputs that count; none named: all, with weight 1")
+
+
+@dataclass
+class RewardsConfig:
+    """The reward models."""
+
+    # "async" in files and on the command line; Python has that word for itself.
+    async_: bool = _key(False, "score while later micro-batches of the iteration are sampled; the same numbers")
+    timeout_s: float = _key(300.0, "seconds in which a reward must have scored a micro-batch", above=0, maximum=1e7)
+    retries: int = _key(2, "how often a request that failed is made again before its samples are masked", minimum=0, maximum=30)
+    backoff_s: float = _key(0.5, "seconds before the first of these, doubled for each further one", minimum=0, maximum=1e5)
+    max_invalid_fraction: float = _key(
+        0.1, "the run stops when more than this share of an iteration's samples could not be scored", minimum=0, maximum=1
+    )
+    models: dict[str, RewardConfig] = _key({}, "name -> reward model")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = _key(1e-5, "learning rate", above=0)
+    betas: list[float] = _key([0.9, 0.999], "AdamW betas")
+    weight_decay: float = _key(1e-4, "decoupled weight decay", minimum=0)
+    max_grad_norm: float = _key(1.0, "gradients are clipped to this global norm", above=0)
+    warmup_steps: int = _key(0, "optimiser steps of linear warm-up", minimum=0)
+    ema_decay: float | None = _key(None, "decay of an exponential moving average of the weights", above=0, maximum=1)
+
+
+@dataclass
+class EngineConfig:
+    """Who moves the weights."""
+
+    kind: str = _key("local", "local: one process; deepspeed: torchrun, any number", choices=["local", "deepspeed"])
+    zero_stage: int = _key(2, "DeepSpeed ZeRO stage (deepspeed only)", minimum=0, maximum=3)
+    offload: str = _key(
+        "none", "what DeepSpeed keeps in host memory (deepspeed only)", choices=["none", "optimizer", "parameters"]
+    )
+    deepspeed_json: str | None = _key(
+        None, "your DeepSpeed JSON: may repeat ours or say auto, and tunes the rest (deepspeed)", path=True
+    )
+    sequence_parallel: int = _key(
+        1, "processes that share the tokens of one sample (Ulysses attention); divides heads and processes", minimum=1
+    )
+    offload_idle: bool = _key(False, "VAE, text encoders and inline rewards leave the device while they are not used")
+    activation_checkpointing: str = _key(
+        "none", "activations recomputed in the backward pass: none, full (every block), or every:K (every K-th block)"
+    )
+    micro_batch_size: int = _key(1, "samples of one prompt that go through the network together", minimum=1)
+
+
+@dataclass
+class RunConfig:
+    """Where and how long."""
+
+    dir: str = _key(REQUIRED, "folder of the run: metrics, samples, checkpoints; a second start resumes from it", path=True)
+    iterations: int = _key(300, "iterations of Algorithm 1", minimum=1)
+    seed: int = _key(0, "seed of all sampling noise and timestep choices", minimum=0, maximum=LARGEST_SEED)
+    save_every: int = _key(50, "iterations between checkpoints (the last iteration is always saved)", minimum=1)
+    keep: int = _key(3, "newest checkpoints kept", minimum=1)
+    eval_every: int = _key(50, "iterations between evaluations on fixed noise with the ODE sampler; 0: never", minimum=0)
+    eval_prompts: int = _key(32, "prompts of each set (training, kept out) scored at an evaluation", minimum=1)
+    eval_samples: int = _key(2, "samples per prompt at an evaluation", minimum=1)
+    sample_every: int = _key(50, "iterations between saved pictures or clips of fixed prompts and noise; 0: never", minimum=0)
+    sample_prompts: int = _key(8, "prompts of those pictures or clips", minimum=1)
+    deterministic: bool = _key(False, "deterministic GPU kernels (slower); exact resume on GPUs needs it")
+    threads: int | None = _key(None, "CPU threads per process; part of exact resume on CPUs", minimum=1, maximum=4096)
+    timeout_minutes: int = _key(30, "how long a process waits for the others before the run fails", minimum=1, maximum=10**6)
+    wandb: str = _key("disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def make_objective(config: Config) -> objectives.Objective:
+    """The configured objective.
+
+    Raises:
+        ValueError: what :func:`fastvideo_grpo.grpo.objectives.get` refuses.
+    """
+    grpo = config.grpo
+    return objectives.get(
+        grpo.objective,
+        clip_range=grpo.clip_range,
+        advantage_clip=grpo.advantage_clip,
+        kl_weight=grpo.kl_weight,
+        params=grpo.objective_params,
+    )
+
+
+def checkpointed_blocks(value: str) -> int:
+    """``engine.activation_checkpointing`` as a number: 0 none, 1 every block, K every K-th.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    known = {"none": 0, "full": 1}
+    prefix, _, every = value.partition(":")
+    if prefix == "every" and re.fullmatch("[1-9][0-9]{0,8}", every):
+        return int(every)
+    if value not in known:
+        raise ValueError(f"is {value!r}; allowed: none, full, every:K with K of 1 or more (every:2 is every second block)")
+    return known[value]

@@ -1,1 +1,0 @@
-"""Scoring a policy on fixed prompts and fixed noise."""

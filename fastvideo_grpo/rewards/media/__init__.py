@@ -1,0 +1,1 @@
+"""Pictures and clips as rewards look at them."""

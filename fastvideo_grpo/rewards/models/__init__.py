@@ -1,0 +1,1 @@
+"""Reward models: networks with published weights, a file each, and what they share."""

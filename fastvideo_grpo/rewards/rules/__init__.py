@@ -1,0 +1,1 @@
+"""Rewards of a few lines of code, a file each."""
