@@ -236,7 +236,6 @@ MAY_KNOW = {
     "commands/demo.py": "trains two of them",
     "commands/export.py": "an example in its help",
     "commands/make_references.py": "an example in its help",
-    "commands/measure_family.py": "an example in its help",
     "commands/sample.py": "an example in its help",
     "commands/serve_reward.py": "an example in its help",
     "commands/train.py": "an example in its help",

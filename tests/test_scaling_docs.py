@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling_table
-from fastvideo_grpo.config.values import known_keys
 from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.values import known_keys
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "scaling.md").read_text()

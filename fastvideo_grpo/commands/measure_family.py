@@ -12,7 +12,7 @@ from fastvideo_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from fastvideo_grpo.models.family import Activations
-    from fastvideo_grpo.trainers.activation_counting import Checked, FamilyCounter
+    from fastvideo_grpo.planning.activation_counting import Checked, FamilyCounter
 
 EPILOG = """\
 The network is built at the widths that the family publishes, with few blocks and without weights: no checkpoint and no GPU is
@@ -20,8 +20,7 @@ needed, and about a minute of one core. Lines to paste into the family go to sta
 factors are checked with more blocks at other sizes: the command fails where they are more than 3 % off what is kept for the
 backward pass there, or 10 % off what a forward holds.
 
-examples:
-  fastvideo-grpo measure-family flux
+example:
   fastvideo-grpo measure-family my_model --precision bf16"""
 
 
@@ -33,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, print what to paste and how far off it is; 1 where that is too far."""
-    from fastvideo_grpo.trainers.activation_counting import FamilyCounter
+    from fastvideo_grpo.planning.activation_counting import FamilyCounter
+    from fastvideo_grpo.trainers.load import trainer_class
 
     started = time.monotonic()
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
 
     try:
-        counter = FamilyCounter(arguments.kind, say)
+        counter = FamilyCounter(arguments.kind, trainer_class, say)
     except ValueError as error:  # no such model
         raise UserError(str(error)) from error
     precisions = [arguments.precision] if arguments.precision else ["fp32", "bf16"]
@@ -86,7 +86,7 @@ def as_written(activations: Activations) -> str:
 
 def _decoding(counter: FamilyCounter, precisions: list[str]) -> Iterator[str]:
     """``decode`` and ``decode_kept``, the larger of the precisions: of an image, and of a clip where the model makes some."""
-    from fastvideo_grpo.trainers.activation_counting import CLIP_FRAMES
+    from fastvideo_grpo.planning.activation_counting import CLIP_FRAMES
 
     image = [max(figures) for figures in zip(*(counter.decoding(each, 1) for each in precisions), strict=True)]
     of_clip: list[float | None] = [None, None]

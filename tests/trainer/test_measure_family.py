@@ -9,8 +9,9 @@ from fastvideo_grpo.commands.measure_family import as_written
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations
 from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning.activation_counting import FamilyCounter
 from fastvideo_grpo.planning.memory import kept_by_forward
-from fastvideo_grpo.trainers.activation_counting import FamilyCounter
+from fastvideo_grpo.trainers.load import trainer_class
 
 QUICK = "wan"  # cross-attention and an MLP of its own width: all factors but a refiner's
 KINDS = [
@@ -34,11 +35,11 @@ def test_families_have_what_is_counted(kind, capsys):
     facts = ModelFacts(family.name, family.configs, family.denoiser)
     for name in ("activations", "lora_activations"):
         for dtype, counted in found[name].items():
-            config = FamilyCounter(kind, print).settings(dtype, lora=name.startswith("lora"), check=True)
+            config = FamilyCounter(kind, trainer_class, print).settings(dtype, lora=name.startswith("lora"), check=True)
             own = getattr(family, name)[dtype]
             assert kept_by_forward(own, config, facts) == pytest.approx(kept_by_forward(counted, config, facts), rel=0.01)
             assert own.forward == pytest.approx(counted.forward, rel=0.05)
-    if not FamilyCounter(kind, print).makes_clips:
+    if not FamilyCounter(kind, trainer_class, print).makes_clips:
         assert (family.decode, family.decode_kept) == pytest.approx((found["decode"], found["decode_kept"]), rel=0.01)
 
 
@@ -46,7 +47,7 @@ def test_families_have_what_is_counted(kind, capsys):
 def test_whole_flux_with_adapters_keeps_what_a_gpu_took():
     """The published network at the size that was measured on an H200 (720 x 720, rank 128): what was there beside it, 25.1 GiB,
     and what is counted are the peak of 36.9 GiB."""
-    counter = FamilyCounter("flux", print)
+    counter = FamilyCounter("flux", trainer_class, print)
     config = counter.settings("bf16", lora=True, rank=128)
     config.sample.height = config.sample.width = 720
     config.prompts.text_length = 512

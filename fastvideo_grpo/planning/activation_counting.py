@@ -24,6 +24,7 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models import run_config
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, Family
+from fastvideo_grpo.models.networks import fastvideo_transformer, one_process, own_tables
 from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.planning.memory import held_by_forward, kept_by_forward
 from fastvideo_grpo.planning.unet_memory import LiveBytes
@@ -75,15 +76,16 @@ class FamilyCounter:
 
     Args:
         kind: ``model.kind``.
+        trainer_class: gives the model's trainer (:func:`fastvideo_grpo.trainers.load.trainer_class`), which calls the network.
         say: told what is being counted, for a person.
 
     Raises:
         ValueError: no such family.
     """
 
-    def __init__(self, kind: str, say: Callable[[str], None]) -> None:
+    def __init__(self, kind: str, trainer_class: Callable[[str], type[Any]], say: Callable[[str], None]) -> None:
         self.family: Family = FAMILIES[kind]
-        self.say = say
+        self.trainer_class, self.say = trainer_class, say
         self.published = ModelFacts(self.family.name, self.family.configs, self.family.denoiser)
         self._kept: dict[tuple[object, ...], int] = {}
 
@@ -268,11 +270,8 @@ class FamilyCounter:
     def _pass(self, config: Config, changed: dict[str, int]) -> Iterator[tuple[list[Tensor], Callable[[], Tensor]]]:
         """A network with these sizes: what is there before a pass, weights and inputs, and a pass as the model's trainer makes
         it."""
-        from fastvideo_grpo.models.networks import one_process, own_tables
-        from fastvideo_grpo.trainers.load import trainer_class
-
         family, dtype, facts = self.family, DTYPES[config.model.precision], self._facts(changed)
-        trainer = trainer_class(family.kind)  # first: it checks FastVideo's patches
+        trainer = self.trainer_class(family.kind)  # first: it checks FastVideo's patches
         network = self._network(facts.denoiser, dtype)
         if config.model.lora is None:
             network.requires_grad_(True)
@@ -299,8 +298,6 @@ class FamilyCounter:
             yield there, lambda: policy.network_output(sample, level, conditioning)
 
     def _network(self, denoiser: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        from fastvideo_grpo.models.networks import fastvideo_transformer
-
         if self.family.fastvideo_config is not None:
             network = fastvideo_transformer(self.family.fastvideo_config, denoiser, dtype)
         else:
