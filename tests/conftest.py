@@ -1,10 +1,22 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device; Ctrl-C is what it is at a terminal."""
+"""What holds for all tests: a folder that the workers of a session share, which tests are skipped, Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 
 import pytest
+
+from tests import fork_server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what all workers use: the fork server, checkpoints that are only read."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="fastvideo-grpo-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ[fork_server.SESSION_VARIABLE] = folder.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,9 +18,10 @@ import torch
 
 from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
-from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, register, registry, wire
+from fastvideo_grpo.rewards import RewardRequest, RewardResult, RewardSet, answers, kinds, process, register, registry, wire
 from fastvideo_grpo.rewards.process_settings import process_settings_kept
 from fastvideo_grpo.rewards.server import RewardPool
+from tests import fork_server
 from tests.workers.faulty_rewards import entry_point
 
 ROOT = Path(__file__).parents[1]
@@ -450,8 +451,9 @@ def faulty(tmp_path, monkeypatch):
     return {"folder": str(tmp_path / "came")}
 
 
-def test_a_process_survives_what_its_reward_raises_and_gives_each_attempt_its_own(faulty):
+def test_a_process_survives_what_its_reward_raises_and_gives_each_attempt_its_own(faulty, monkeypatch):
     """`serve-reward` scores with such processes."""
+    monkeypatch.setattr(process, "subprocess", fork_server)
     pool = RewardPool("faulty", checkpoint=None, params=faulty, devices=["cpu"], timeout_s=60.0)
     try:
         for kind, text in [
