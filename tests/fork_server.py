@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -211,22 +212,32 @@ def _received(connection: socket.socket) -> int:
 # --- the server
 
 
-def imported() -> list[str]:
-    """What a training run and a reward's process import."""
-    from fastvideo_grpo.families import FAMILIES
+def prepare() -> None:
+    """Import what runs and processes of rewards import, and do what each of them would do anew before its work begins."""
+    import torch
 
-    trainers = sorted({family.trainer.partition(":")[0] for family in FAMILIES.usable().values()})
-    rest = ["deepspeed", "httpx", "uvicorn", "starlette.applications", "fastvideo_grpo.trainers.load", "tests.trainer.runs"]
-    return [*trainers, *rest]
+    from fastvideo_grpo import config, families, plan
+    from fastvideo_grpo.rewards import kinds
+    from fastvideo_grpo.tiny.flux import write_flux
+    from tests.trainer import runs
+
+    torch.set_num_threads(1)
+    trainers = sorted({family.trainer.partition(":")[0] for family in families.FAMILIES.usable().values()})
+    networks = [f"fastvideo.models.dits.{name}" for name in ("flux", "hunyuanvideo", "wanvideo")]
+    for module in (*trainers, *networks, "fastvideo_grpo.trainers.load", "httpx", "uvicorn", "starlette.applications"):
+        importlib.import_module(module)
+    kinds()  # imports all files of rewards
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__  # noqa: B018 (asks a compiler)
+    with tempfile.TemporaryDirectory() as folder:  # transformers compiles some hundred expressions for the first checkpoint
+        checked = config.build({}, runs.settings(Path(folder), write_flux(Path(folder) / "model")))
+        plan.check_run(checked, families.model_facts(checked), 1)
 
 
 def serve(listener: socket.socket) -> None:
     """Fork what is asked for until nobody is connected any more."""
-    import torch
-
-    torch.set_num_threads(1)
-    for module in imported():
-        importlib.import_module(module)
+    prepare()
     gc.collect()
     gc.freeze()  # a collection in a child would copy the pages of all that is imported
     woken, wake = socket.socketpair()

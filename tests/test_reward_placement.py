@@ -25,6 +25,7 @@ from fastvideo_grpo.rewards.base import RewardResult
 from fastvideo_grpo.rewards.http import TOKEN_VARIABLE, HttpReward
 from fastvideo_grpo.rewards.process import ProcessReward, RewardProcessError
 from tests import fork_server
+from tests.trainer import runs
 from tests.workers.faulty_rewards import KINDS, entry_point, serve_reward
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ reward.score(RewardRequest(["a"], media, metadata=[{{"fault": "hang", "times": 1
 # --- faults
 
 
-def mixed_faults(models, folder, requests, faulty_every, wanted, timeout_s=1.0):
+def mixed_faults(models, folder, requests, faulty_every, wanted, timeout_s=2.0):
     """Scores of `requests` requests, every `faulty_every`-th of which fails, half of them for good, against those of the
     reward itself; `wanted` kinds of faults take turns."""
     faults = {}
@@ -303,7 +304,9 @@ def test_inline_rewards_fail_alike(faulty):
 
 
 def test_a_server_gives_the_same_numbers_asks_for_its_token_and_is_found_again(serve, monkeypatch):
-    process, url = serve("jpeg_size", "quality=50", "--workers", "2", token="secret", fresh=True)
+    port = runs.free_port()
+    process, url = serve("jpeg_size", "quality=50", "--workers", "2", port=port, token="secret", fresh=True)
+    assert url == f"http://127.0.0.1:{port}"
     for token in (None, "secre", "Secret"):
         monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
         with pytest.raises(ValueError, match=f"wants a token: set {TOKEN_VARIABLE}"):
@@ -321,7 +324,7 @@ def test_a_server_gives_the_same_numbers_asks_for_its_token_and_is_found_again(s
     process.terminate()
     process.wait(60)
     scores = rewards.submit(request_of())  # refused, until there is one again
-    serve("jpeg_size", "quality=50", token="secret", port=int(url.rpartition(":")[2]))
+    serve("jpeg_size", "quality=50", token="secret", port=port)
     batch = scores.result()
     if not batch.valid["size/jpeg_size"].all():  # the start took longer than the attempts
         batch = rewards.score(request_of())
@@ -398,7 +401,7 @@ def test_a_server_that_drips_its_answer_is_late():
 
 
 def test_who_gave_up_waiting_is_not_scored_any_more(serve, faulty):
-    _, url = serve("faulty", f"folder={faulty}", "--timeout", "2")
+    _, url = serve("faulty", f"folder={faulty}", "--timeout", "3")
     host, port = url.removeprefix("http://").split(":")
 
     def ask(name):

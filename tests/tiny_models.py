@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from importlib import import_module
@@ -10,21 +12,28 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
+
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
+def tiny_checkpoint() -> Callable[..., Path]:
     """``tiny_checkpoint(kind, **arguments)`` -> a random checkpoint of ``model.kind`` in the published on-disk form.
 
-    ``arguments`` are its writer's; equal ones are written once.
+    ``arguments`` are its writer's; equal ones are written once for all workers of the session, to be read only.
     """
-    folders: dict[str, Path] = {}
 
     def write(kind: str, **arguments: Any) -> Path:
-        key = f"{kind} {sorted(arguments.items())}"
-        if key not in folders:
-            writer = getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
-            folders[key] = writer(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
-        return folders[key]
+        words = [kind, *(f"{key}={value}" for key, value in sorted(arguments.items()))]
+        checkpoints = Path(os.environ[fork_server.SESSION_VARIABLE]) / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        folder = checkpoints / " ".join(words)
+        with (checkpoints / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                writer = getattr(import_module(f"fastvideo_grpo.tiny.{kind}"), f"write_{kind}")
+                writer(checkpoints / "unfinished" / f"tiny-{kind}", overwrite=True, **arguments)
+                (checkpoints / "unfinished").rename(folder)
+        return folder / f"tiny-{kind}"
 
     return write
 

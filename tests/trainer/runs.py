@@ -7,11 +7,13 @@ processes, which can be killed for real.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import operator
 import os
 import pkgutil
+import random
 import signal
 import socket
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from tests import fork_server
 from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
 TIMEOUT = 300  # seconds a run may take
+LOWEST_PORT = 20000  # that a run gets
 
 # Overrides that make a run one of the random tiny HunyuanVideo. 27 and 9 tokens: two processes cannot share them evenly.
 HUNYUAN_T2V: dict[str, Any] = {
@@ -146,7 +149,7 @@ def in_processes(action: Callable[[], Any], log: Path, *, processes: int = 1) ->
     An exit code is what ``action`` returns, if that is a number, 1 when it raises, -9 when it is killed. What they print is
     in ``log``.
     """
-    port = _free_port() if processes > 1 else None
+    port = free_port() if processes > 1 else None
     log.write_text("")
     with log.open("a") as file:
         workers = [
@@ -346,7 +349,22 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on and that no other call in this session returns.
+
+    It is below those that the system gives to whoever connects somewhere: one of these may be taken between being found free and
+    being listened on.
+    """
+    first_of_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with (Path(os.environ[fork_server.SESSION_VARIABLE]) / "port").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        port = int(file.read() or random.SystemRandom().randrange(LOWEST_PORT, first_of_system))
+        while True:
+            port = port + 1 if port + 1 < first_of_system else LOWEST_PORT
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                break
+        file.truncate(0)
+        file.write(str(port))
+    return port

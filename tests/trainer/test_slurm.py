@@ -201,7 +201,7 @@ def job(slurm, tiny_flux, tmp_path):
         (folder / "run.yaml").write_text("{}")
         output = (folder / "output.txt").open("w")
         command = ["bash", str(BATCH), str(folder / "run.yaml"), *settings, *overrides]
-        environment = {**slurm, "PYTHON": sys.executable, "MASTER_PORT": str(runs._free_port()), "LOGS": str(folder / "logs")}
+        environment = {**slurm, "PYTHON": sys.executable, "MASTER_PORT": str(runs.free_port()), "LOGS": str(folder / "logs")}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
         return started[-1]
 
