@@ -352,8 +352,8 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 def free_port() -> int:
     """A port that nobody listens on and that no other call in this session returns.
 
-    It is below those that the system gives to whoever connects somewhere: one of these may be taken between being found free and
-    being listened on.
+    It is below those that the system gives to whoever connects somewhere: one of these may be taken between being found free
+    and being listened on.
     """
     first_of_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     with (Path(os.environ[fork_server.SESSION_VARIABLE]) / "port").open("a+") as file:
