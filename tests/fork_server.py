@@ -222,17 +222,45 @@ def prepare() -> None:
     from tests.trainer import runs
 
     torch.set_num_threads(1)
-    trainers = sorted({family.trainer.partition(":")[0] for family in families.FAMILIES.usable().values()})
-    networks = [f"fastvideo.models.dits.{name}" for name in ("flux", "hunyuanvideo", "wanvideo")]
-    for module in (*trainers, *networks, "fastvideo_grpo.trainers.load", "httpx", "uvicorn", "starlette.applications"):
+    for family in families.FAMILIES.usable().values():
+        importlib.import_module(family.trainer.partition(":")[0])
+    for module in (
+        "fastvideo.models.dits.hunyuanvideo",
+        "fastvideo.models.dits.wanvideo",
+        "httpx",
+        "uvicorn",
+        "starlette.routing",
+    ):
         importlib.import_module(module)
-    kinds()  # imports all files of rewards
+    kinds()  # imports the files of all rewards
+    with tempfile.TemporaryDirectory() as folder:
+        settings = runs.settings(Path(folder), write_flux(Path(folder) / "model"), run__iterations=1, engine__kind="deepspeed")
+        checked = config.build({}, settings)
+        plan.check_run(checked, families.model_facts(checked), 1)  # transformers compiles some hundred expressions
+        _import_what_a_run_imports(settings, Path(folder) / "imported")
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__  # noqa: B018 (asks a compiler)
-    with tempfile.TemporaryDirectory() as folder:  # transformers compiles some hundred expressions for the first checkpoint
-        checked = config.build({}, runs.settings(Path(folder), write_flux(Path(folder) / "model")))
-        plan.check_run(checked, families.model_facts(checked), 1)
+
+
+def _import_what_a_run_imports(settings: list[str], file: Path) -> None:
+    """What is imported when it is first used, found by a run in a process of its own: it leaves threads behind."""
+    from tests.trainer import runs
+
+    before = set(sys.modules)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            runs.train(settings)
+            file.write_text("\n".join(name for name in sys.modules if name not in before))
+        except BaseException:
+            traceback.print_exc()  # into the server's log: runs begin later, and the first of them says what is wrong
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    for name in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(Exception):  # what cannot be imported by itself is left to who needs it
+            importlib.import_module(name)
 
 
 def serve(listener: socket.socket) -> None:
