@@ -64,6 +64,7 @@ class FilesAndModels(LoadScopeScheduling):
         return f"{file} {model[1]}" if model else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     config.option.loadscopereorder = False  # by numbers of tests
     return FilesAndModels(config, log)

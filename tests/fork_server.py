@@ -42,7 +42,7 @@ class Process:
     """A process that does ``action`` (it is pickled) and leaves with what it returns, if that is a number, else with 0.
 
     It leaves with 1 where ``action`` raises, and with what ``sys.exit`` is given, as an interpreter does. Arguments, attributes
-    and methods are those of ``subprocess.Popen``.
+    and methods are those of ``subprocess.Popen``. It is killed when this object goes, or the process that has it.
     """
 
     def __init__(
@@ -305,6 +305,11 @@ def serve(listener: socket.socket) -> None:
                 leave(connection)
 
     def asked(connection: socket.socket) -> None:
+        for pid, asker in children.items():
+            if asker is connection:  # who has it has gone, or has dropped it
+                waiting.unregister(connection)
+                os.kill(pid, signal.SIGKILL)
+                return
         try:
             message, files, _, _ = socket.recv_fds(connection, 1 << 20, MAX_FILES)
         except OSError:
@@ -312,7 +317,6 @@ def serve(listener: socket.socket) -> None:
         if not message:
             leave(connection)
             return
-        waiting.unregister(connection)
         pid = os.fork()
         if pid == 0:
             try:
