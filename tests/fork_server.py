@@ -28,6 +28,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any
 
@@ -222,6 +223,7 @@ def prepare() -> None:
     from tests.trainer import runs
 
     torch.set_num_threads(1)
+    resource_tracker.ensure_running()  # else each process that makes a lock, as progress bars do, starts one of its own
     for family in families.FAMILIES.usable().values():
         importlib.import_module(family.trainer.partition(":")[0])
     for module in (
