@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import fork_server
+from tests import conftest, fork_server
+from tests.trainer import runs
 
 
 def run(code, *arguments, **options):
@@ -81,7 +82,8 @@ def test_it_ends_with_who_has_it(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from tests import fork_server
+from tests import conftest, fork_server
+from tests.trainer import runs
 process = fork_server.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
 """
@@ -90,3 +92,18 @@ Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_ports_are_told_once_and_are_none_that_the_system_gives_away():
+    ports = [runs.free_port() for _ in range(5)]
+    first_of_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(ports)) == 5 and all(runs.LOWEST_PORT <= port < first_of_system for port in ports)
+
+
+def test_a_worker_gets_a_file_or_a_model_of_a_promise_and_long_files_exist():
+    unit = conftest.FilesAndModels._split_scope
+    assert unit(None, "tests/test_grpo.py::test_a[flux, b]") == "tests/test_grpo.py"
+    of_wan = "tests/promises/test_resume.py wan"
+    assert {unit(None, f"tests/promises/test_resume.py::test_{case}") for case in ("a[wan, ZeRO 2]", "b[wan]")} == {of_wan}
+    for start in conftest.LONGEST:
+        assert list(fork_server.ROOT.glob(f"{start}*")), start
