@@ -14,14 +14,15 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import fork_server
 
-# Files that take long, the longest first: a worker that got one of them last would let the other wait.
+# Files that take long, the longest first: a worker that got one of them last would let the other wait. The first two train in
+# the workers themselves: who then asks for the fork server waits for it alone.
 LONGEST = (
-    "tests/promises/test_processes.py",
-    "tests/promises/test_resume.py",
     "tests/trainer/test_commands.py",
     "tests/trainer/test_stable_diffusion.py",
+    "tests/promises/test_processes.py",
+    "tests/promises/test_resume.py",
+    "tests/promises/test_ratio_one.py",
     "tests/trainer/test_slurm.py",
-    "tests/trainer/test_objectives.py",
     "tests/test_engines_distributed.py",
     "tests/test_reward_placement.py",
     "tests/promises",
