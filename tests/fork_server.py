@@ -159,6 +159,7 @@ def _opened(given: Any, number: int, null: int, text: bool, sent: contextlib.Exi
 
 
 _kept: dict[int, socket.socket] = {}  # process -> a connection that asks for nothing: the server stays while there is one
+_started: list[subprocess.Popen[bytes]] = []
 
 
 def _connected() -> socket.socket:
@@ -196,17 +197,21 @@ def _start(address: str) -> None:
         listener.bind(address)
         listener.listen(128)  # who connects while it imports waits
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", str(listener.fileno())],
             cwd=ROOT, env=environment, pass_fds=[listener.fileno()], start_new_session=True,
             stdin=DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
+        _started.append(server)  # dropped, it would warn that it still runs
 
 
 def _received(connection: socket.socket) -> int:
-    message = connection.recv(4)
+    message = b""
+    with contextlib.suppress(ConnectionError):
+        message = connection.recv(4)
     if not message:
-        raise RuntimeError(f"the fork server has ended; its log is beside {os.environ[SESSION_VARIABLE]}/fork_server")
+        log = Path(os.environ[SESSION_VARIABLE], "fork_server.log").read_text()
+        raise RuntimeError(f"the fork server has ended; it said:\n{log[-5000:]}")
     return struct.unpack("i", message)[0]
 
 

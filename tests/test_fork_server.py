@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,15 @@ Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_what_a_server_said_that_has_ended_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv(fork_server.SESSION_VARIABLE, str(tmp_path))
+    (tmp_path / "fork_server.log").write_text("ModuleNotFoundError: No module named 'fastvideo'")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    with ours, pytest.raises(RuntimeError, match="No module named 'fastvideo'"):
+        fork_server._received(ours)
 
 
 def test_ports_are_told_once_and_are_none_that_the_system_gives_away():
