@@ -100,7 +100,7 @@ def test_the_page_shows_the_package_that_is_tested():
 def test_a_package_adds_all_four_and_trains(folder, site):
     command = [site.parents[2] / "bin" / "python", "-m", "fastvideo_grpo.cli", "train", "run.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1]
     for line in lines:

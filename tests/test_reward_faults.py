@@ -20,11 +20,12 @@ from fastvideo_grpo import cli, extensions
 from fastvideo_grpo.errors import Escape
 from fastvideo_grpo.rewards import answers, registry
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
-from fastvideo_grpo.rewards.placement import wire
+from fastvideo_grpo.rewards.placement import process, wire
 from fastvideo_grpo.rewards.placement.process_settings import process_settings_kept
 from fastvideo_grpo.rewards.placement.server import RewardPool
 from fastvideo_grpo.rewards.registry import kinds, register
 from fastvideo_grpo.rewards.reward_set import RewardSet
+from tests import fork_server
 from tests.workers.faulty_rewards import entry_point
 
 ROOT = Path(__file__).parents[1]
@@ -338,7 +339,7 @@ def test_moving_and_closing_end_no_run(error, caplog):
 
 
 def test_a_reward_that_hangs_in_close_is_left(monkeypatch, caplog):
-    from fastvideo_grpo.rewards.placement import inline
+    from fastvideo_grpo.rewards.placement.entries import inline
 
     monkeypatch.setattr(inline, "CLOSE_TIMEOUT_S", 0.1)
     release = threading.Event()
@@ -454,8 +455,9 @@ def faulty(tmp_path, monkeypatch):
     return {"folder": str(tmp_path / "came")}
 
 
-def test_a_process_survives_what_its_reward_raises_and_gives_each_attempt_its_own(faulty):
+def test_a_process_survives_what_its_reward_raises_and_gives_each_attempt_its_own(faulty, monkeypatch):
     """`serve-reward` scores with such processes."""
+    monkeypatch.setattr(process, "subprocess", fork_server)
     pool = RewardPool("faulty", checkpoint=None, params=faulty, devices=["cpu"], timeout_s=60.0)
     try:
         for kind, text in [

@@ -13,18 +13,22 @@ import sys
 import threading
 import time
 import venv
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastvideo_grpo.rewards.base import RewardRequest, RewardResult
+from fastvideo_grpo.rewards.placement import process as reward_process
 from fastvideo_grpo.rewards.placement import wire
 from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE, HttpReward
 from fastvideo_grpo.rewards.placement.process import ProcessReward, RewardProcessError
 from fastvideo_grpo.rewards.registry import create
 from fastvideo_grpo.rewards.reward_set import RewardSet
-from tests.workers.faulty_rewards import KINDS, entry_point
+from tests import fork_server
+from tests.trainer import runs
+from tests.workers.faulty_rewards import KINDS, entry_point, serve_reward
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,19 +50,28 @@ def faulty(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """`serve(kind, "key=value", ...)` -> (process, url) of a server of its own."""
+def forked(monkeypatch):
+    """Processes of rewards are forked."""
+    monkeypatch.setattr(reward_process, "subprocess", fork_server)
+
+
+@pytest.fixture
+def serve():
+    """`serve(kind, "key=value", ...)` -> (process, url) of a server of its own; `fresh`: in an interpreter of its own."""
     started = []
 
-    def start(*arguments, port=0, token=None, code=None):
+    def start(*arguments, port=0, token=None, code=None, fresh=False):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         if token:
             environment[TOKEN_VARIABLE] = token
-        command = [sys.executable, "-m", "fastvideo_grpo.cli", "serve-reward", *map(str, arguments), "--port", str(port)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE if code else None, text=True
-        )
+        words = [*map(str, arguments), "--port", str(port)]
+        files = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE if code else None, "text": True}
+        if fresh:
+            command = [sys.executable, "-m", "fastvideo_grpo.cli", "serve-reward", *words]
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, **files)
+        else:
+            process = fork_server.Process(partial(serve_reward, words), cwd=ROOT, env=environment, **files)
         started.append(process)
         if code is not None:
             assert process.wait(120) == code
@@ -176,7 +189,7 @@ def test_a_process_gives_the_same_numbers_and_leaves_with_close():
     assert last.returncode is not None
 
 
-def test_what_goes_wrong_at_the_start_of_a_process_is_told():
+def test_what_goes_wrong_at_the_start_of_a_process_is_told(forked):
     with pytest.raises(ValueError, match=r"ValueError: unknown reward kind 'jpg_size'.*did you mean 'jpeg_size'"):
         ProcessReward("jpg_size")
     with pytest.raises(ValueError, match="python is 'no/such/python'"):
@@ -269,7 +282,7 @@ def mixed_faults(models, folder, requests, faulty_every, wanted, timeout_s=2.0):
 
 
 @pytest.mark.parametrize("size", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_faults_of_all_kinds_cost_their_samples_and_nothing_else(faulty, size):
+def test_faults_of_all_kinds_cost_their_samples_and_nothing_else(faulty, forked, size):
     models = {"r": {"kind": "faulty", "placement": "process", "params": {"folder": str(faulty)}}}
     # Half of the faults pass with the second attempt.
     rewards = mixed_faults(models, faulty, size, 2 if size == 20 else 10, KINDS)
@@ -293,7 +306,9 @@ def test_inline_rewards_fail_alike(faulty):
 
 
 def test_a_server_gives_the_same_numbers_asks_for_its_token_and_is_found_again(serve, monkeypatch):
-    process, url = serve("jpeg_size", "quality=50", "--workers", "2", token="secret")
+    port = runs.free_port()
+    process, url = serve("jpeg_size", "quality=50", "--workers", "2", port=port, token="secret", fresh=True)
+    assert url == f"http://127.0.0.1:{port}"
     for token in (None, "secre", "Secret"):
         monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
         with pytest.raises(ValueError, match=f"wants a token: set {TOKEN_VARIABLE}"):
@@ -311,7 +326,7 @@ def test_a_server_gives_the_same_numbers_asks_for_its_token_and_is_found_again(s
     process.terminate()
     process.wait(60)
     scores = rewards.submit(request_of())  # refused, until there is one again
-    serve("jpeg_size", "quality=50", token="secret", port=int(url.rpartition(":")[2]))
+    serve("jpeg_size", "quality=50", token="secret", port=port)
     batch = scores.result()
     if not batch.valid["size/jpeg_size"].all():  # the start took longer than the attempts
         batch = rewards.score(request_of())
@@ -388,7 +403,7 @@ def test_a_server_that_drips_its_answer_is_late():
 
 
 def test_who_gave_up_waiting_is_not_scored_any_more(serve, faulty):
-    _, url = serve("faulty", f"folder={faulty}", "--timeout", "4")
+    _, url = serve("faulty", f"folder={faulty}", "--timeout", "3")
     host, port = url.removeprefix("http://").split(":")
 
     def ask(name):
@@ -448,7 +463,7 @@ def test_keys_that_do_not_go_with_the_placement_are_refused(entry, text):
         RewardSet({"size": {"kind": "jpeg_size", **entry}})
 
 
-def test_a_reward_that_cannot_be_loaded_again_is_started_anew_and_none_after_closing(faulty):
+def test_a_reward_that_cannot_be_loaded_again_is_started_anew_and_none_after_closing(faulty, forked):
     rewards = RewardSet(
         {"r": {"kind": "faulty", "placement": "process", "params": {"folder": str(faulty)}}}, retries=1, backoff_s=0.0
     )
@@ -470,7 +485,7 @@ def test_a_reward_that_cannot_be_loaded_again_is_started_anew_and_none_after_clo
         rewards.submit(request_of())
 
 
-def test_what_does_not_go_into_a_message_costs_no_process():
+def test_what_does_not_go_into_a_message_costs_no_process(forked):
     reward = ProcessReward("jpeg_size")
     try:
         with pytest.raises(wire.WireError, match="does not go into JSON"):
@@ -480,7 +495,7 @@ def test_what_does_not_go_into_a_message_costs_no_process():
         reward.close()
 
 
-def test_an_error_of_the_reward_in_a_process_is_told_in_its_words(faulty):
+def test_an_error_of_the_reward_in_a_process_is_told_in_its_words(faulty, forked):
     reward = ProcessReward("faulty", params={"folder": str(faulty)})
     try:
         with pytest.raises(RewardProcessError, match="RuntimeError: scorer lost"):

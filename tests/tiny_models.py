@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from fastvideo_grpo.models.registry import FAMILIES
+from tests import fork_server
 
 
 def writer(kind: str) -> Callable[..., Path]:
@@ -19,18 +22,23 @@ def writer(kind: str) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
+def tiny_checkpoint() -> Callable[..., Path]:
     """``tiny_checkpoint(kind, **arguments)`` -> a random checkpoint of ``model.kind`` in the published on-disk form.
 
-    ``arguments`` are its writer's; equal ones are written once.
+    ``arguments`` are its writer's; equal ones are written once for all workers of the session, to be read only.
     """
-    folders: dict[str, Path] = {}
 
     def write(kind: str, **arguments: Any) -> Path:
-        key = f"{kind} {sorted(arguments.items())}"
-        if key not in folders:
-            folders[key] = writer(kind)(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind}", **arguments)
-        return folders[key]
+        words = [kind, *(f"{key}={value}" for key, value in sorted(arguments.items()))]
+        checkpoints = Path(os.environ[fork_server.SESSION_VARIABLE]) / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        folder = checkpoints / " ".join(words)
+        with (checkpoints / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                writer(kind)(checkpoints / "unfinished" / f"tiny-{kind}", overwrite=True, **arguments)
+                (checkpoints / "unfinished").rename(folder)
+        return folder / f"tiny-{kind}"
 
     return write
 

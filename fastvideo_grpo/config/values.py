@@ -12,6 +12,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastvideo_grpo.characters import unusable
@@ -48,6 +49,7 @@ class Key:
 _SORTS = {str: "text", int: "whole", float: "number", bool: "truth"}
 
 
+@cache  # a configuration asks some hundred times; what it gets is not for changing
 def keys(cls: type[Any]) -> dict[str, tuple[str, Key]]:
     """The keys of a section: name as files have it -> (name of the field, what is known of it)."""
     hints = get_type_hints(cls)

@@ -20,8 +20,9 @@ from tests.trainer import runs
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_run_from_cached_embeddings_is_bitwise_the_run_that_encodes(make_trainer, tmp_path, model):
     """Negative prompts and images of prompts are in the cache, too."""
-    common = {"sample__steps": 3, "run__iterations": 1, "engine__offload_idle": True, "prompts__embedding_dtype": "fp32"}
-    settings = model.run(**common, **GUIDANCE["guidance in two passes"])
+    short = {"sample__steps": 3, "grpo__prompts_per_iteration": 2, "run__iterations": 1}
+    caching = {"engine__offload_idle": True, "prompts__embedding_dtype": "fp32"}
+    settings = model.run(**short, **caching, **GUIDANCE["guidance in two passes"])
     plain = make_trainer(**settings, run__dir=tmp_path / "plain")
     plain.train()
     settings["prompts__embeddings"] = tmp_path / "embeddings"

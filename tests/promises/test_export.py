@@ -88,7 +88,8 @@ def check_adapters_in_every_way(pipeline, network, trainer, folder, kohya):
 def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_trainer, tmp_path, capsys, model, case):
     """Checkpointed blocks, which write themselves into the parameters' names, leave no trace."""
     lora = case in ("adapters", "merged")
-    common = {"optim__lr": 1e-2, "optim__ema_decay": 0.5, "run__iterations": 2, "engine__activation_checkpointing": "full"}
+    short = {"grpo__prompts_per_iteration": 2, "run__iterations": 2, "run__save_every": 2}
+    common = {**short, "optim__lr": 1e-2, "optim__ema_decay": 0.5, "engine__activation_checkpointing": "full"}
     geometry = next(iter(model.geometries.values()))
     trainer, prompt = make_trainer(**model.run(**{**geometry, **common, **(LORA if lora else {})})), model.prompt(tmp_path)
     keys = model.keys(prompt, 1)

@@ -12,6 +12,7 @@ SHORT = {
     "grpo__timesteps__strategy": "first",
     "grpo__updates_per_iteration": 2,  # so that there are ratios to compare that are not 1
     "run__iterations": ITERATIONS,
+    "run__save_every": ITERATIONS,
     "run__sample_every": 1,
     "run__sample_prompts": 2,
 }

@@ -1,21 +1,21 @@
 """Training runs in processes of their own.
 
-FastVideo takes half a minute to import, so a fork server imports it once and every run is forked from there: real
-processes with their own process groups, which can be killed for real.
+FastVideo takes half a minute to import, so every run is forked from a server that has imported it (tests/fork_server.py): real
+processes, which can be killed for real.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
-import multiprocessing
 import operator
 import os
 import pkgutil
+import random
 import signal
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +27,11 @@ import torch
 from PIL import Image
 
 from fastvideo_grpo.models.registry import FAMILIES
+from tests import fork_server
 from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (registers them)
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *sorted({family.trainer.partition(":")[0] for family in FAMILIES.usable().values()}),
-        "deepspeed",
-        "tests.trainer.exact_rewards",
-    ]
-)
 TIMEOUT = 300  # seconds a run may take
+LOWEST_PORT = 20000  # that a run gets
 
 # Overrides that make a run one of the random tiny HunyuanVideo. 27 and 9 tokens: two processes cannot share them evenly.
 HUNYUAN_T2V: dict[str, Any] = {
@@ -155,20 +149,23 @@ def in_processes(action: Callable[[], Any], log: Path, *, processes: int = 1) ->
     An exit code is what ``action`` returns, if that is a number, 1 when it raises, -9 when it is killed. What they print is
     in ``log``.
     """
-    port = _free_port() if processes > 1 else None
-    workers = [CONTEXT.Process(target=_work, args=(action, log, rank, processes, port)) for rank in range(processes)]
+    port = free_port() if processes > 1 else None
     log.write_text("")
+    with log.open("a") as file:
+        workers = [
+            fork_server.Process(action, env={**os.environ, **_rank(rank, processes, port)}, stdout=file, stderr=file)
+            for rank in range(processes)
+        ]
     for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(TIMEOUT)
-    stuck = [worker for worker in workers if worker.is_alive()]
+        with contextlib.suppress(fork_server.TimeoutExpired):
+            worker.wait(TIMEOUT)
+    stuck = [worker for worker in workers if worker.poll() is None]
     for worker in stuck:
         worker.kill()
-        worker.join()
+        worker.wait()
     assert not stuck, f"{len(stuck)} of {processes} processes did not finish in {TIMEOUT} s:\n{log.read_text()}"
     print(log.read_text())  # pytest shows it when the test fails
-    return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
+    return [worker.wait() for worker in workers]
 
 
 def once(tmp_path_factory: Any, tiny_checkpoint: Callable[..., Path], *, record: bool = False) -> Callable[..., Path]:
@@ -197,24 +194,12 @@ def _output_file(overrides: list[str]) -> Path:
     return Path(directory).parent / "output.txt"
 
 
-def _work(action: Callable[[], Any], file: Path, rank: int, processes: int, port: int | None) -> None:
-    if port is not None:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        os.environ.update({key: str(value) for key, value in address.items()})
-    torch.set_num_threads(1)
-    log = os.open(file, os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        result = action()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    # Interpreter shutdown after a fork may wait for threads that were not forked.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(result if isinstance(result, int) else 0)
+def _rank(rank: int, processes: int, port: int | None) -> dict[str, str]:
+    """What torchrun tells a process of several."""
+    if port is None:
+        return {}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    return {key: str(value) for key, value in address.items()}
 
 
 def train(overrides: list[str], kill: Kill | None = None, record: bool = False) -> Any:
@@ -365,7 +350,22 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on and that no other call in this session returns.
+
+    It is below those that the system gives to whoever connects somewhere: one of these may be taken between being found free
+    and being listened on.
+    """
+    first_of_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with (Path(os.environ[fork_server.SESSION_VARIABLE]) / "port").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        port = int(file.read() or random.SystemRandom().randrange(LOWEST_PORT, first_of_system))
+        while True:
+            port = port + 1 if port + 1 < first_of_system else LOWEST_PORT
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                break
+        file.truncate(0)
+        file.write(str(port))
+    return port

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import yaml
 
 from fastvideo_grpo import cli
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED
+from tests import fork_server
 from tests.trainer import runs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -162,40 +164,28 @@ def test_the_progressive_recipe_goes_on_where_it_was(slurm, tmp_path):
 # --- real training --------------------------------------------------------------------------------------------------------
 
 
-def _train(folder, overrides):
-    """The command in a forked process."""
-    log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = cli.main(["train", str(folder / "run.yaml"), *overrides])
-    sys.stdout.flush()
-    os._exit(code)
-
-
 def _start(folder, checkpoint, *overrides):
+    """The command in a forked process."""
     settings = runs.settings(folder, checkpoint, rewards__models__pixels__kind="jpeg_size", run__save_every=100)
     (folder / "run.yaml").write_text("{}")
-    process = runs.CONTEXT.Process(target=_train, args=(folder, [*settings, *overrides]))
-    process.start()
-    return process
+    command = ["train", str(folder / "run.yaml"), *settings, *overrides]
+    with (folder / "output.txt").open("a") as log:
+        return fork_server.Process(partial(cli.main, command), stdout=log, stderr=log)
 
 
 def test_a_stopped_run_resumes_to_the_bits_of_one_that_ran_through(tiny_flux, tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process, metrics = _start(stopped, tiny_flux, "run.iterations=50"), stopped / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
-        assert process.is_alive(), runs.output(stopped)
+        assert process.poll() is None, runs.output(stopped)
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGUSR1)
-    process.join(runs.TIMEOUT)
-    assert process.exitcode == EXIT_STOPPED, runs.output(stopped)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(runs.TIMEOUT) == EXIT_STOPPED, runs.output(stopped)
     (saved,) = runs.checkpoints(stopped)
     assert f"stopped by SIGUSR1 after iteration {int(saved)} of 50" in runs.output(stopped)
     last = int(saved) + 1
     for folder in (stopped, whole):
-        process = _start(folder, tiny_flux, f"run.iterations={last}")
-        process.join(runs.TIMEOUT)
-        assert process.exitcode == 0, runs.output(folder)
+        assert _start(folder, tiny_flux, f"run.iterations={last}").wait(runs.TIMEOUT) == 0, runs.output(folder)
     assert runs.same_bits(runs.weights(stopped, last), runs.weights(whole, last))
     assert runs.metrics(stopped) == runs.metrics(whole)
 
@@ -211,7 +201,7 @@ def job(slurm, tiny_flux, tmp_path):
         (folder / "run.yaml").write_text("{}")
         output = (folder / "output.txt").open("w")
         command = ["bash", str(BATCH), str(folder / "run.yaml"), *settings, *overrides]
-        environment = {**slurm, "PYTHON": sys.executable, "MASTER_PORT": str(runs._free_port()), "LOGS": str(folder / "logs")}
+        environment = {**slurm, "PYTHON": sys.executable, "MASTER_PORT": str(runs.free_port()), "LOGS": str(folder / "logs")}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
         return started[-1]
 

@@ -1,4 +1,4 @@
-"""A reward that fails on demand, for processes and servers: `entry_point(folder)` makes it known there."""
+"""A reward that fails on demand, for processes and servers: `entry_point(folder)` makes it known there; and a forked server."""
 
 import os
 import sys
@@ -79,3 +79,13 @@ def entry_point(folder):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-rewards\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fastvideo_grpo.rewards]\nfaulty = tests.workers.faulty_rewards:Faulty\n")
     return folder
+
+
+def serve_reward(words):
+    """`fastvideo-grpo serve-reward`, whose processes are forked, too."""
+    from fastvideo_grpo import cli
+    from fastvideo_grpo.rewards.placement import process
+    from tests import fork_server
+
+    process.subprocess = fork_server
+    return cli.main(["serve-reward", *words])
