@@ -12,7 +12,6 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastvideo_grpo.characters import unusable
@@ -49,11 +48,15 @@ class Key:
 _SORTS = {str: "text", int: "whole", float: "number", bool: "truth"}
 
 
-@cache  # a configuration asks some hundred times; what it gets is not for changing
+_keys: dict[type[Any], dict[str, tuple[str, Key]]] = {}  # found once: a configuration asks some hundred times
+
+
 def keys(cls: type[Any]) -> dict[str, tuple[str, Key]]:
-    """The keys of a section: name as files have it -> (name of the field, what is known of it)."""
-    hints = get_type_hints(cls)
-    return {name_in_file(f.name): (f.name, _key_of(hints[f.name], f.metadata)) for f in fields(cls)}
+    """The keys of a section: name as files have it -> (name of the field, what is known of it). Not to be changed."""
+    if cls not in _keys:
+        hints = get_type_hints(cls)
+        _keys[cls] = {name_in_file(f.name): (f.name, _key_of(hints[f.name], f.metadata)) for f in fields(cls)}
+    return _keys[cls]
 
 
 def _key_of(hint: Any, metadata: Any) -> Key:

@@ -387,9 +387,15 @@ def test_a_reward_that_hangs_stops_the_run_after_its_time_with_what_was_trained_
     settings = {"rewards__max_invalid_fraction": 0.2, "run__iterations": 5, "run__save_every": 4}
     make_trainer(**settings).train(stop=_After(1))
     trainer = make_trainer(**settings)
-    _with_reward(trainer, InlineReward(_Slow(600.0), timeout_s=0.5))
-    with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*no answer within 0.5 s.*not asked"):
-        trainer.train()
+    hanging = _Slow(600.0)
+    reward = InlineReward(hanging, timeout_s=0.5)
+    _with_reward(trainer, reward)
+    try:
+        with pytest.raises(TooManyInvalidRewards, match=r"16 of 16 samples.*no answer within 0.5 s.*not asked"):
+            trainer.train()
+    finally:  # while it hangs, working directory and torch's defaults are kept for it, in the tests after this one, too
+        hanging.go.set()
+        reward._thread._thread.join(60)
     assert trainer.run.store.iterations() == [1]
 
 
