@@ -339,7 +339,7 @@ def test_moving_and_closing_end_no_run(error, caplog):
 
 
 def test_a_reward_that_hangs_in_close_is_left(monkeypatch, caplog):
-    from fastvideo_grpo.rewards.placement.entries import inline
+    from fastvideo_grpo.rewards.placement import inline
 
     monkeypatch.setattr(inline, "CLOSE_TIMEOUT_S", 0.1)
     release = threading.Event()
