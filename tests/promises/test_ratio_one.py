@@ -68,7 +68,14 @@ def quick(model, case):
 @pytest.mark.parametrize("model,case", cases(flavours, quick))
 def test_every_ratio_is_one_before_the_first_optimiser_step(make_trainer, model, case):
     """From the second update of an iteration on, ratios differ from one."""
-    common = {"sample__steps": 3, "optim__lr": 1e-3, "run__iterations": 2, "grpo__updates_per_iteration": 2}
+    common = {
+        "grpo__prompts_per_iteration": 2,
+        "grpo__updates_per_iteration": 2,
+        "sample__steps": 3,
+        "optim__lr": 1e-3,
+        "run__iterations": 2,
+        "run__save_every": 2,
+    }
     trainer = make_trainer(**model.run(**{**common, **{**FLAVOURS, **model.flavours}[case]}))
     trainer.train()
     lines = trainer.run.log.read()
