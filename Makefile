@@ -47,7 +47,7 @@ lint: $(READY)
 # Bytecode: where Python may not write it (PYTHONDONTWRITEBYTECODE, a read-only image), each process that imports FastVideo would
 # compile for ten seconds. Packages ship files, too, that are no Python of this version.
 $(READY): $(BIN)/uv requirements/lock.txt requirements/base.in requirements/dev.in setup.py $(wildcard patches/*)
-	@echo "Installing the locked versions (2 to 3 minutes the first time, about 6 GB)"
+	@echo "Installing the locked versions (3 minutes the first time, about 7 GB)"
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/lock.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --quiet -e .
 	$(BIN)/python -m fastvideo_grpo.cli patch apply
