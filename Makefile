@@ -51,7 +51,8 @@ $(READY): $(BIN)/uv requirements/lock.txt requirements/base.in requirements/dev.
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/lock.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --quiet -e .
 	$(BIN)/python -m fastvideo_grpo.cli patch apply
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib fastvideo_grpo || true
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q fastvideo_grpo
 	@touch $@
 
 $(BIN)/uv:

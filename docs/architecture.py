@@ -262,8 +262,11 @@ def model_names() -> dict[str, re.Pattern[str]]:
         words = re.match(r"[A-Za-z]+( [A-Z][a-z]+)*", FAMILIES[folder].name)
         assert words is not None
         called = "|".join(re.sub("[ _]", "[ _.-]?", name) for name in (folder, words[0]))
-        # In a class's name another word follows.
-        names[folder] = re.compile(f"(?<![A-Za-z])(?i:{called})(?![A-Za-z])|{words[0].replace(' ', '')}(?=[A-Z])")
+        # In a class's name it is a word among others.
+        joined = words[0].replace(" ", "")
+        camel = "|".join(sorted({joined, joined.capitalize()}))
+        alone, inside = f"(?<![A-Za-z])(?i:{called})(?![A-Za-z])", f"({camel})(?=[A-Z0-9])|(?<=[A-Za-z])({camel})(?![a-z])"
+        names[folder] = re.compile(f"{alone}|{inside}")
     return names
 
 

@@ -58,6 +58,11 @@ class Registry(Generic[T]):
         self._import_own()
         return sorted({*self._registered, *(point.name for point in entry_points(self.group))})
 
+    def own(self) -> dict[str, T]:
+        """This project's things by name; no package is imported for them."""
+        self._import_own()
+        return dict(self._registered)
+
     def usable(self) -> dict[str, T]:
         """All things by name, without those of other packages that cannot be had (told when one is asked for)."""
         found = {}

@@ -141,6 +141,7 @@ def _patch_files() -> list[Path]:
 
 
 def read_manifest() -> dict:
+    """The FastVideo version that the patches are for, and each file's hashes before and after them."""
     return json.loads((patches_dir() / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -318,6 +319,7 @@ def status(root: str | Path | None = None) -> list[FileStatus]:
 
 
 def is_done(item: FileStatus, manifest: dict) -> bool:
+    """Whether a file is as the patches want it."""
     return item.state == ("patched" if item.path in manifest["files"] else "original")
 
 

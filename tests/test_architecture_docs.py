@@ -145,5 +145,8 @@ def test_a_name_is_found_in_code_and_not_in_words_around_it(architecture, tmp_pa
     file.write_text('"""wan, of flux."""\nfrom a import WanPipeline  # flux\nwanted = "SWAN: Wan Stable-Diffusion"\n')
     words = "\n".join(architecture.code_words(file))
     assert [model for model, called in names.items() if called.search(words)] == ["stable_diffusion", "wan"]
+    classes = {"FluxTransformer2DModel": "flux", "AutoencoderKLWan": "wan", "AutoencoderKLHunyuanVideo": "hunyuan_video"}
+    for code, model in classes.items():
+        assert [name for name, called in names.items() if called.search(code)] == [model]
     file.write_text('wanted = "wandb"\nWANDB = swan.influx\n')
     assert not any(called.search("\n".join(architecture.code_words(file))) for called in names.values())

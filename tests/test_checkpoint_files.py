@@ -423,6 +423,15 @@ def test_skyreels_before_its_index_is_edited(copy_of):
     model_facts(config_of("skyreels_i2v", folder))
 
 
+def test_a_broken_configuration_says_where_the_real_one_is_to_be_had(copy_of):
+    """Whoever reads it first: it is asked whose checkpoint it is, too."""
+    folder = copy_of("flux")
+    folder = folder.rename(folder.with_name("FLUX.1-dev"))
+    (folder / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"transformer/config\.json: .*hf download black-forest-labs/FLUX"):
+        model_facts(config_of("flux", folder))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_checkpoint_says_where_the_real_one_is_to_be_had(tmp_path, kind):
     folder = tmp_path / "FLUX.1-dev"

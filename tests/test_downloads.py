@@ -12,7 +12,7 @@ from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.rewards.models import sources
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = [FAMILIES[kind] for kind in ("flux", "hunyuan_video", "skyreels_i2v", "wan", "stable_diffusion")]
+OWN = list(FAMILIES.own().values())
 SOURCES = [*(family.source for family in OWN), *(value for value in vars(sources).values() if isinstance(value, Source))]
 COMMANDS = {command for source in SOURCES for command in source.commands() if command.startswith("hf")}
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "train_scripts").glob("*.sh")]

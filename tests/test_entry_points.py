@@ -18,7 +18,9 @@ from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.grpo.objectives import OBJECTIVES
 from fastvideo_grpo.models import registry as model_registry
 from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
 from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.models.wan.tiny import write_wan
 from fastvideo_grpo.rewards.registry import REWARDS
 from fastvideo_grpo.sampling import transitions
 from fastvideo_grpo.sampling.transitions import TRANSITIONS
@@ -184,6 +186,19 @@ def test_wrong_names_list_those_of_packages_and_the_nearest(folder, key, wrong, 
 def test_names_are_known_without_importing_the_package(installed):
     for sort, registry in REGISTRIES.items():
         assert OFFERED[sort].partition(" ")[0] in registry.names()
+    assert not any(name.partition(".")[0] == "dots" for name in sys.modules)
+
+
+def test_a_checkpoint_of_our_own_is_read_without_importing_the_package(installed, tmp_path):
+    config = run_config.build(
+        {
+            "model": {"kind": "wan", "path": str(write_wan(tmp_path / "wan"))},
+            "prompts": {"path": "prompts.txt"},
+            "rewards": {"models": {"size": {"kind": "jpeg_size"}}},
+            "run": {"dir": "run"},
+        }
+    )
+    assert model_facts(config).hidden_width == 64
     assert not any(name.partition(".")[0] == "dots" for name in sys.modules)
 
 

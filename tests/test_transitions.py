@@ -288,3 +288,22 @@ def test_bad_input_names_what_is_wrong():
     with pytest.raises(ValueError, match="not both"):
         z = torch.zeros(1, 2)
         transitions.get("flow_sde", noise_level=0.3).step(z, z, at, at, noise=z, next_sample=z)
+
+
+def test_a_transition_may_have_a_step_of_its_own():
+    """As those of other packages had it before there was `gaussian`."""
+
+    class Still(transitions.StochasticTransition):
+        prediction = "velocity"
+
+        def step(self, output, sample, level, next_level, *, noise=None, next_sample=None):
+            return sample
+
+    assert Still(0.5).deterministic().step(None, 3, None, None) == 3
+
+    class Neither(transitions.StochasticTransition):
+        prediction = "velocity"
+
+    level = schedules.Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0)))
+    with pytest.raises(NotImplementedError, match="Neither has neither `gaussian` nor a `step` of its own"):
+        Neither(0.5).step(torch.zeros(1, 2), torch.zeros(1, 2), level, level)

@@ -166,9 +166,9 @@ def write_kohya_lora(
     from safetensors.torch import save_file
 
     if family.kohya_layer is None:
-        known = " and ".join(other.kind for other in FAMILIES.usable().values() if other.kohya_layer is not None)
+        known = " and ".join(other.name for other in FAMILIES.usable().values() if other.kohya_layer is not None)
         raise UserError(
-            f"--lora-format kohya is for {known}; {family.kind} has no names there: leave the option out, ComfyUI reads "
+            f"--lora-format kohya is for {known}; {family.name} has no names there: leave the option out, ComfyUI reads "
             "diffusers' format, too"
         )
     tensors = kohya_lora(fold_scale(adapters, lora), names.diffusers_shapes, family.kohya_layer)

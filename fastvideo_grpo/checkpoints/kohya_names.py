@@ -1,8 +1,8 @@
 """LoRA adapters under the names of kohya-ss' sd-scripts, which ComfyUI and other programs read.
 
 ``lora_unet_LAYER.lora_down.weight`` is A, ``.lora_up.weight`` B, ``.alpha`` the rank: the adapters come with their scale folded
-into B. Layers of Stable Diffusion are diffusers' with underscores. Those of FLUX are the original model's, which fuses
-projections that diffusers has apart: adapters of their own become one of the ranks' sum, whose B is block-diagonal.
+into B. Which layer of that format holds one of diffusers' is the family's ``kohya_layer``. Where it fuses several, adapters of
+their own become one of the ranks' sum, whose B is block-diagonal.
 """
 
 from __future__ import annotations

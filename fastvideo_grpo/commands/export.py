@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-format",
         choices=["diffusers", "kohya"],
-        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or kohya's, which knows some "
-        "models. In both, alpha is the rank: B A is added as it stands",
+        help="names of the adapters in the file: diffusers' (default; ComfyUI reads it, too), or of models that it knows "
+        "(FLUX, Stable Diffusion) kohya's. In both, alpha is the rank: B A is added as it stands",
     )
     parser.add_argument("--pipeline", action="store_true", help="copy VAE, text encoders, ... beside the network")
     parser.add_argument("--link", action="store_true", help="with --pipeline: hard links instead of copies of weight files")

@@ -10,45 +10,55 @@ from pkgutil import resolve_name
 from typing import Any
 
 from fastvideo_grpo.commands.arguments import path_argument, seed_argument
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.tiny.offer import TinyOffer
-
-HELP = "write a tiny checkpoint in the published form: random (seconds) or pretrained on shapes (minutes)"
-
 
 REWARD_MODELS = {
     "clip": TinyOffer(
         "fastvideo_grpo.tiny.clip:write_clip",
         "tiny-clip",
-        layouts=("open_clip", "transformers"),
-        layout_help="as DFN5B-CLIP or as PickScore",
+        layouts={"open_clip": "as DFN5B-CLIP", "transformers": "as PickScore"},
     ),
     "videoalign": TinyOffer(
         "fastvideo_grpo.tiny.videoalign:write_videoalign",
         "tiny-videoalign",
-        layouts=("full", "lora"),
-        layout_help="all weights in one file, or an adapter and the rest",
+        layouts={"full": "all weights in one file", "lora": "an adapter and the rest"},
     ),
 }
 
 
 def known() -> dict[str, TinyOffer]:
-    """All that can be written: those of models, by ``model.kind``, and of reward models."""
+    """All that can be written: those of models, by ``model.kind``, and of reward models.
+
+    Raises:
+        UserError: a package offers a model that is called like a reward model.
+    """
     models = {kind: family.tiny for kind, family in FAMILIES.usable().items() if family.tiny is not None}
+    twice = sorted(models.keys() & REWARD_MODELS.keys())
+    if twice:
+        raise UserError(
+            f"an installed package offers a model '{twice[0]}', which is the name of a reward model here; rename it"
+        )
     return models | REWARD_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = known()
     pretrained = "; ".join(f"{name} on {model.pretrained_on}" for name, model in models.items() if model.pretraining)
-    layouts = "; ".join(f"of {name} {' or '.join(m.layouts)}, {m.layout_help}" for name, m in models.items() if m.layouts)
+    layouts = [
+        f"of {name}: {', or '.join(f'{layout} ({what})' for layout, what in model.layouts.items())}"
+        for name, model in models.items()
+        if model.layouts
+    ]
+    folders = ", ".join(f"runs/{model.folder}" for model in models.values())
+    shapes = ", ".join(f"runs/{model.pretrained_folder}" for model in models.values() if model.pretrained_folder)
     parser.add_argument("model", choices=list(models), help="which model's checkpoint")
     parser.add_argument(
         "--out",
         type=path_argument,
         metavar="DIR",
-        help=f"folder to write; default runs/NAME, {', '.join(model.folder for model in models.values())}, with -shapes behind "
-        "it with --pretrain",
+        help=f"folder to write; default {folders}, with --pretrain {shapes}",
     )
     parser.add_argument("--seed", type=seed_argument, default=0, help="default 0; the same seed writes the same weights")
     parser.add_argument(
@@ -59,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         choices=[layout for model in models.values() for layout in model.layouts],
-        help=f"{layouts}; the first is the default",
+        help=f"{'; '.join(layouts)}; the first is the default",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tiny checkpoint that is already there")
 
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     settings: dict[str, Any] = {"seed": args.seed, "overwrite": args.overwrite}
     if model.layouts:
-        settings[model.layout_argument] = args.layout or model.layouts[0]
+        settings[model.layout_argument] = args.layout or next(iter(model.layouts))
     if args.pretrain:
         settings["progress"] = partial(print, flush=True)
     folder = Path(args.out or Path("runs", name))
@@ -92,4 +102,3 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder} ({size / 1e6:.1f} MB)")
     return 0
-

@@ -1,6 +1,6 @@
 """The keys of a run's configuration, their defaults, meanings and bounds.
 
-Every key's meaning stands beside it (:mod:`fastvideo_grpo.config.reference` prints them). What values alone rule out is in
+Every key's meaning stands beside it (:mod:`fastvideo_grpo.config.reference` lists them). What values alone rule out is in
 :mod:`fastvideo_grpo.config.checks`; what the model rules out is in its family's ``problems``, which
 :func:`fastvideo_grpo.planning.plan.check_run` asks.
 """

@@ -1,4 +1,4 @@
-"""docs/configuration.md, printed."""
+"""docs/configuration.md, as Markdown."""
 
 from __future__ import annotations
 

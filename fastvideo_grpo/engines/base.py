@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -437,3 +437,10 @@ class AdamWEngine(ABC):
             raise
         restore()
         self._inside_ema = False
+
+
+def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimiser of all engines."""
+    return torch.optim.AdamW(
+        list(parameters), lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=False
+    )

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.base import AdamWEngine, cast_parameters
+from fastvideo_grpo.engines.base import AdamWEngine, adamw, cast_parameters
 from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
-from fastvideo_grpo.engines.local import adamw, clip_gradients, made_state
+from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
 
 if TYPE_CHECKING:

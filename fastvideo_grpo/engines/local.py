@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.base import MOMENTS, AdamWEngine
+from fastvideo_grpo.engines.base import MOMENTS, AdamWEngine, adamw
 from fastvideo_grpo.engines.parallel import World
 
 if TYPE_CHECKING:
@@ -121,13 +121,6 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> fl
     if max_norm and math.isfinite(value):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=False)
     return value
-
-
-def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
-    """The optimiser of all engines."""
-    return torch.optim.AdamW(
-        list(parameters), lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=False
-    )
 
 
 def made_state(adam: torch.optim.AdamW, parameter: Tensor) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def model_facts(config: Config, *, published_if_missing: bool = False) -> ModelF
     if not index.is_file():
         what = "has no model_index.json" if path.exists() else "does not exist"
         raise ConfigError(f"model.path={path} {what}; expected the diffusers folder of {family.name}{advice}")
-    _check_pipeline(family, path, read_config(index, advice).get("_class_name"))
+    _check_pipeline(family, path, read_config(index, advice).get("_class_name"), advice)
     missing = [folder for folder in family.folders if not (path / folder).is_dir()]
     if missing:
         raise ConfigError(f"model.path={path} lacks the folders {', '.join(missing)}{advice}")
@@ -58,10 +58,11 @@ def where_from(family: Family, path: Path) -> str:
     return advice
 
 
-def _check_pipeline(family: Family, path: Path, found: Any) -> None:
+def _check_pipeline(family: Family, path: Path, found: Any, advice: str) -> None:
     """Raise :class:`ConfigError` if the checkpoint is another family's, by its files or by what model_index.json names."""
-    for other in FAMILIES.usable().values():
-        claim = other.claims(path)
+    # Other packages' models are not imported for a checkpoint that is none of theirs.
+    for other in {**FAMILIES.own(), family.kind: family}.values():
+        claim = other.claims(path, advice)
         if claim is not None:
             _check_claimed(family, other, path, found, f"model.path={path} holds {claim}")
     if found == family.pipeline:

@@ -194,8 +194,12 @@ class Family(ABC):
         """How each text encoder reads prompts, as its trainer has it: prompts that are cut are counted by them."""
         return ()
 
-    def claims(self, checkpoint: Path) -> str | None:
-        """What makes a checkpoint this model's, whatever pipeline its model_index.json names; None: nothing but that does."""
+    def claims(self, checkpoint: Path, advice: str) -> str | None:
+        """What makes a checkpoint this model's, whatever pipeline its model_index.json names; None: nothing but that does.
+
+        Args:
+            advice: the end of an error about a file that cannot be read.
+        """
         return None
 
     def network(self, denoiser: dict[str, Any], *, as_trained: bool = False) -> nn.Module:

@@ -60,7 +60,7 @@ def checkpoint_problems(config: Config, facts: ModelFacts, components: Collectio
         problems += _index_problems(family, path / "model_index.json")
     for component in family.folders if components is None else components:
         if not (path / component).is_dir():
-            continue  # a recipe without its checkpoint; else :meth:`Family.facts` says so
+            continue  # a recipe without its checkpoint; else :func:`~fastvideo_grpo.models.checkpoint.model_facts` says so
         try:
             _check_small_files(path / component)
             if component.startswith("scheduler") and family.fastvideo_config is not None:

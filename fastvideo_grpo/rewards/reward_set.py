@@ -55,7 +55,7 @@ class RewardSet:
         models: MODEL -> an entry with ``kind`` and, each optional, ``checkpoint``, ``params``, ``placement`` with its keys, and
             ``outputs`` (OUTPUT -> ``weight``, 1 if left out, and the keys of ``OutputTransform``), as keys or as attributes.
             Without ``outputs`` all outputs of the reward count with weight 1.
-        device, offload_idle, timeout_s: see :func:`~fastvideo_grpo.rewards.placement.place`.
+        device, offload_idle, timeout_s: see :func:`~fastvideo_grpo.rewards.placement.entries.place`.
         retries, backoff_s: how often a request that failed is asked again, and the seconds before the first time.
         elsewhere: MODEL -> the outputs that the rewards of another process have. Then none is made here, and this set knows
             names, weights and transforms only.

@@ -10,7 +10,6 @@ Everything is float32, whatever the network ran in: a trajectory kept in bf16 ch
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
@@ -86,7 +85,7 @@ class Gaussian(NamedTuple):
         return Gaussian(mean, torch.where(last, 0.0, self.std), self.denoised)
 
 
-class StochasticTransition(ABC):
+class StochasticTransition:
     """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
     noise, 0 data), and what is the same in all of them. One of its own has :meth:`gaussian`.
 
@@ -129,9 +128,9 @@ class StochasticTransition(ABC):
         mean, std, denoised = self.gaussian(output.float(), sample.float(), level, next_level)
         return draw_or_replay(mean, std, denoised, noise, next_sample)
 
-    @abstractmethod
     def gaussian(self, output: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
-        """The step's equation; ``output`` and ``sample`` are float32 ``[B, ...]``."""
+        """The step's equation; ``output`` and ``sample`` are float32 ``[B, ...]``. (Or one has a :meth:`step` of its own.)"""
+        raise NotImplementedError(f"{type(self).__name__} has neither `gaussian` nor a `step` of its own")
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

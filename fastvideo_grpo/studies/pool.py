@@ -28,7 +28,7 @@ class Job:
     Attributes:
         name: for a person: study, arm and seed of who asked first.
         folder: ``run.dir``, named by all that the run depends on.
-        values: the configuration, as :func:`fastvideo_grpo.config.build` reads it.
+        values: the configuration, as :func:`fastvideo_grpo.models.run_config.build` reads it.
         trained: False measures the untrained model.
         iterations, cost: how many there are, and network evaluations of each.
     """

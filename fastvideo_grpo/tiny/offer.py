@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,8 @@ class TinyOffer:
         pretraining: likewise of one that is trained, called with ``progress``, which takes lines, besides; None: there is none.
         pretrained_folder: where that goes, under runs/.
         pretrained_on: what it is trained on, and how long on one CPU core.
-        layouts: forms in which the model is published, the default first.
+        layouts: form in which the model is published, the default first -> what it is.
         layout_argument: the writer's argument for them.
-        layout_help: what they are.
     """
 
     writer: str
@@ -25,6 +25,5 @@ class TinyOffer:
     pretraining: str | None = None
     pretrained_folder: str | None = None
     pretrained_on: str = ""
-    layouts: tuple[str, ...] = ()
+    layouts: Mapping[str, str] = field(default_factory=dict)
     layout_argument: str = "layout"
-    layout_help: str = ""

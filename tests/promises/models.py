@@ -31,7 +31,7 @@ GUIDANCE: dict[str, Settings] = {
 
 
 class Model:
-    """A row of the table. ``kind`` is ``model.kind``; its tiny checkpoint is written by ``write_KIND`` of ``tiny/KIND.py``.
+    """A row of the table. ``kind`` is ``model.kind``; its tiny checkpoint is written by what its family's ``tiny`` names.
 
     Attributes:
         pipeline: diffusers' class.

@@ -37,10 +37,10 @@ def _reads_image_latents(transformer: Mapping[str, Any]) -> bool:
 
 
 class SkyReelsI2V(HunyuanVideo):
-    def claims(self, checkpoint: Path) -> str | None:
+    def claims(self, checkpoint: Path, advice: str) -> str | None:
         """Its folder is HunyuanVideo's with another transformer in it; people forget to say so in model_index.json."""
         file = checkpoint / "transformer" / "config.json"
-        if not file.is_file() or not _reads_image_latents(read_config(file)):
+        if not file.is_file() or not _reads_image_latents(read_config(file, advice)):
             return None
         return "the transformer of SkyReels-V1-I2V (it reads twice the channels it answers for)"
 

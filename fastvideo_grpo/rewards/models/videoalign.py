@@ -29,7 +29,6 @@ OUTPUTS = ("VQ", "MQ", "TA")
 # The smallest number of pixels a frame is brought to; the largest stands in model_config.json. Sides are multiples of 28.
 MIN_PIXELS = 128 * 28 * 28
 
-_BASE = "Qwen2-VL-2B-Instruct"
 _GET_BASE = f"set params.base to the folder of the Qwen2-VL that VideoAlign was trained from: {sources.QWEN2_VL_2B.advice()}"
 _BASE_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 
