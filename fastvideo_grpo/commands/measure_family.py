@@ -85,15 +85,13 @@ def as_written(activations: Activations) -> str:
 
 
 def _decoding(counter: FamilyCounter, precisions: list[str]) -> Iterator[str]:
-    """``decode`` and ``decode_kept``, the larger of the precisions: of an image, and of a clip where the model makes some."""
+    """The decoder's factors, the larger of the precisions: of an image, and of a clip where the model makes some."""
     from fastvideo_grpo.planning.activation_counting import CLIP_FRAMES
 
-    image = [max(figures) for figures in zip(*(counter.decoding(each, 1) for each in precisions), strict=True)]
-    of_clip: list[float | None] = [None, None]
-    if counter.makes_clips:
-        of_clip = [max(figures) for figures in zip(*(counter.decoding(each, CLIP_FRAMES) for each in precisions), strict=True)]
-    for name, of_image, clip in zip(("decode", "decode_kept"), image, of_clip, strict=True):
-        yield f"{name}={of_image}," if clip is None else f"{name}={clip},  # of a clip; of an image {of_image}"
+    for prefix, frames in (("", 1), *([("clip_", CLIP_FRAMES)] if counter.makes_clips else [])):
+        measured = zip(*(counter.decoding(each, frames) for each in precisions), strict=True)
+        for name, figures in zip(("decode", "decode_kept"), measured, strict=True):
+            yield f"{prefix}{name}={max(figures)},"
 
 
 def _described(check: Checked) -> str:

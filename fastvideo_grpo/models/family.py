@@ -79,10 +79,11 @@ class Family(ABC):
         activations: dtype -> what the blocks hold where all weights are trained; None: see :meth:`pass_bytes`.
         lora_activations: likewise, where adapters on ``lora_targets`` are trained: a frozen layer keeps no input for the
             gradient of its weight. None: as much as where all weights are trained.
-        decode: held at once while decoding, per pixel (of all frames of a tile), in multiples of (``facts.vae_width`` x bytes
-            of the dtype).
-        decode_kept: likewise, what a decoding with gradients keeps for its backward pass (per pixel of the whole; counted in
-            diffusers' decoders of the published sizes).
+        decode: held at once while an image is decoded, per pixel, in multiples of (``facts.vae_width`` x bytes of the dtype).
+        decode_kept: likewise, what a decoding with gradients keeps for its backward pass (counted in diffusers' decoders of the
+            published sizes).
+        clip_decode, clip_decode_kept: likewise of a clip, per pixel of all frames (of a tile; what is kept: of the whole);
+            None: as of an image.
         parameters: of the published VAE and text encoders.
         denoiser: the component that is trained.
         prediction: what its output means to a transition, "velocity" or "noise".
@@ -115,6 +116,8 @@ class Family(ABC):
     decode: float
     decode_kept: float
     parameters: dict[str, float]
+    clip_decode: float | None = None
+    clip_decode_kept: float | None = None
     lora_activations: dict[str, Activations] | None = None
     denoiser: str = "transformer"
     prediction: Literal["velocity", "noise"] = "velocity"

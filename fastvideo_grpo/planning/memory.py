@@ -317,15 +317,22 @@ def _decode_bytes(config: Config, facts: ModelFacts) -> float:
     family = FAMILIES[config.model.kind]
     frames = min(sample.frames, family.decodes_frames or (_TILE_FRAMES if tile else sample.frames))
     at_once = 1 if family.decodes_singly else config.engine.micro_batch_size
-    held = family.decode * height * width * frames * facts.vae_width * BYTES[config.model.vae_precision]
+    factor = _of_media(config, family.decode, family.clip_decode)
+    held = factor * height * width * frames * facts.vae_width * BYTES[config.model.vae_precision]
     return at_once * (held + 3 * 4 * sample.height * sample.width * sample.frames)
+
+
+def _of_media(config: Config, of_image: float, of_clip: float | None) -> float:
+    """A factor of the VAE for what the run makes."""
+    return of_image if config.sample.frames == 1 or of_clip is None else of_clip
 
 
 def _kept_by_decoding(config: Config, facts: ModelFacts) -> float:
     """What the decoder keeps of a micro-batch for its backward pass, tiles or not (what the rewards keep is not counted)."""
     sample = config.sample
     pixels = config.engine.micro_batch_size * sample.height * sample.width * sample.frames
-    kept = FAMILIES[config.model.kind].decode_kept * facts.vae_width * BYTES[config.model.vae_precision]
+    family = FAMILIES[config.model.kind]
+    kept = _of_media(config, family.decode_kept, family.clip_decode_kept) * facts.vae_width * BYTES[config.model.vae_precision]
     return pixels * (kept + 3 * 4)
 
 

@@ -67,8 +67,10 @@ SHARED: dict[str, Any] = {
         "fp32": Activations(15, 18, (1.1, 1), 28, adapters=(2, 2)),
         "bf16": Activations(16, 22, (1.2, 1), 36, adapters=(2, 2)),
     },
-    "decode": 9.1,  # of a clip; of an image 11.6
-    "decode_kept": 70,
+    "decode": 11.6,
+    "decode_kept": 100,
+    "clip_decode": 9.1,
+    "clip_decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
     "decodes_singly": True,
 }

@@ -121,8 +121,10 @@ FAMILY = Wan(
         "fp32": Activations(15, 0, (1.5, 1), 19, mlp=1, text=3, adapters=(6, 0)),
         "bf16": Activations(21, 0, (3, 1), 29, mlp=1, text=4, adapters=(6, 0)),
     },
-    decode=18,  # of an image, and of a clip's frames 13: the larger
-    decode_kept=70,  # of an image 65 in fp32 and 77 in bf16, of a clip 44 and 55
+    decode=18,
+    decode_kept=77,
+    clip_decode=13.3,
+    clip_decode_kept=55,
     parameters={"vae": 126.9e6, "text_encoder": 5.681e9},
     decodes_singly=True,
     decodes_frames=4,
