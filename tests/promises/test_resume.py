@@ -14,13 +14,14 @@ ITERATIONS = 2
 SHORT = {
     "sample__steps": 3,
     "grpo__timesteps__strategy": "first",
+    "grpo__prompts_per_iteration": 2,  # one for each of two that draw alone, one an update
     "grpo__updates_per_iteration": 2,
     "run__iterations": ITERATIONS,
     "optim__ema_decay": 0.9,
     "optim__warmup_steps": 4,
     "optim__lr": 1e-3,
 }
-DRAWS = 8  # of an iteration: 4 prompts x 4 samples, 2 at a time
+DRAWS = 4  # of an iteration: 2 prompts x 4 samples, 2 at a time
 BACKWARDS = DRAWS * timesteps.count(SHORT["sample__steps"], "first", 0.6)
 DEEPSPEED = {"engine__kind": "deepspeed"}
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0}
@@ -62,8 +63,8 @@ class Stop:
 
 
 KILLS = {
-    "in the rollout": Stop(runs.Kill("draw", DRAWS + 4), (DRAWS + 4, BACKWARDS, 2)),
-    "in an update": Stop(runs.Kill("engine.backward", BACKWARDS + 4), (2 * DRAWS, BACKWARDS + 4, 2)),
+    "in the rollout": Stop(runs.Kill("draw", DRAWS + 2), (DRAWS + 2, BACKWARDS, 2)),
+    "in an update": Stop(runs.Kill("engine.backward", BACKWARDS + 2), (2 * DRAWS, BACKWARDS + 2, 2)),
     "between the updates": Stop(runs.Kill("engine.step", 2, after=True), (2 * DRAWS, BACKWARDS + BACKWARDS // 2, 3)),
     # A checkpoint with EMA is three files: the first of the second one is written.
     "in a save": Stop(

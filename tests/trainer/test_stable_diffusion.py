@@ -101,8 +101,12 @@ def test_what_recomputed_blocks_keep_is_what_the_estimate_counts(make_trainer, t
 DATA = Path(__file__).parents[2] / "data"
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
+# Seed 2 learns late: on an Intel Xeon, which rounds otherwise than the AMD EPYC, by 1.6 standard errors in 30 iterations, by 10
+# in 60.
+@pytest.mark.parametrize(
+    "seed,iterations", [(0, 30), *(pytest.param(seed, 60, marks=pytest.mark.slow) for seed in (1, 2))]
+)
+def test_a_full_run_makes_pictures_compressible(make_trainer, seed, iterations):
     """The tiny model that draws shapes, full weights: on fixed prompts and noise the JPEGs are smaller than before by three
     standard errors of the difference, on prompts trained on and kept out."""
     settings = {
@@ -123,9 +127,9 @@ def test_a_full_run_makes_pictures_compressible(make_trainer, seed):
         "optim__lr": 1e-3,
         "run__seed": seed,
         "prompts__seed": seed,
-        "run__iterations": 30,
-        "run__save_every": 30,
-        "run__eval_every": 30,
+        "run__iterations": iterations,
+        "run__save_every": iterations,
+        "run__eval_every": iterations,
         "run__eval_samples": 8,
     }
     trainer = make_trainer(**settings)
