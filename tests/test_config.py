@@ -242,6 +242,14 @@ def test_a_deepspeed_json_is_compared_before_anything_is_loaded(run_config, tmp_
         _check(run_config(*settings, "engine.zero_stage=2"), 2)
 
 
+def test_blocks_are_not_compiled_where_weights_are_gathered_inside_them(run_config):
+    settings = ["engine.kind=deepspeed", "model.compile=blocks"]
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage=3.*use engine\.zero_stage=2, or compile=none"):
+        run_config(*settings, "engine.zero_stage=3")
+    run_config(*settings, "engine.zero_stage=2")
+    run_config("model.compile=blocks", "engine.zero_stage=3")  # one process, without DeepSpeed
+
+
 def test_a_reward_may_not_take_longer_than_the_other_processes_wait(run_config):
     settings = ["engine.kind=deepspeed", "rewards.timeout_s=600", "rewards.retries=2", "rewards.backoff_s=0.5"]
     with pytest.raises(ConfigError, match=r"1801.5 s for a micro-batch.*run.timeout_minutes to at least 36"):

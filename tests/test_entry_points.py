@@ -157,10 +157,12 @@ def test_a_dry_run_describes_it(folder, capsys):
         assert part in said
 
 
-def test_blocks_that_a_family_does_not_name_cannot_be_recomputed(folder, capsys):
-    assert cli.main(["train", "run.yaml", "--dry-run", "engine.activation_checkpointing=every:2"]) == 1
+def test_blocks_that_a_family_does_not_name_cannot_be_recomputed_or_compiled(folder, capsys):
+    settings = ["engine.activation_checkpointing=every:2", "model.compile=blocks"]
+    assert cli.main(["train", "run.yaml", "--dry-run", *settings]) == 1
     said = capsys.readouterr().err
     assert "engine.activation_checkpointing is every:2, but dots names no blocks to recompute; use none" in said
+    assert "model.compile is blocks, but dots names no blocks to compile; use none" in said
 
 
 def test_model_and_objective_bring_their_defaults_and_a_run_overrides_them(folder):

@@ -168,6 +168,11 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield f"engine.offload is {config.engine.offload!r}, which needs engine.kind=deepspeed"
     if config.engine.kind == "local" and config.engine.deepspeed_json is not None:
         yield f"engine.deepspeed_json is {config.engine.deepspeed_json!r}, which needs engine.kind=deepspeed"
+    if config.model.compile != "none" and config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
+        yield (
+            "model.compile is 'blocks', but with engine.zero_stage=3 weights are gathered at every layer inside a block, where "
+            "torch stops compiling; use engine.zero_stage=2, or compile=none"
+        )
     if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
         yield "engine.offload is 'parameters', which needs engine.zero_stage=3"
     if config.engine.kind == "local" and config.engine.sequence_parallel > 1:

@@ -65,6 +65,11 @@ class ModelConfig:
     )
     vae_precision: str = _key("fp32", "dtype the VAE is loaded and decodes in", choices=["fp32", "bf16", "fp16"])
     attention: str = _key("sdpa", "attention kernel: sdpa (torch) or flash (needs flash-attn)", choices=["sdpa", "flash"])
+    compile: str = _key(
+        "none",
+        "blocks: torch compiles each kind of block of the network, a minute at the first start; quicker, and the ratio stays 1",
+        choices=["none", "blocks"],
+    )
     cfg_batched: bool = _key(
         False,
         "classifier-free guidance in one pass over twice the batch, instead of one pass after the other; equal to rounding",

@@ -18,6 +18,7 @@ from fastvideo_grpo.engines.base import AdamWEngine, adamw, cast_parameters
 from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
 from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.process import no_news_of_toolkits
 
 if TYPE_CHECKING:
     from fastvideo_grpo.config.keys import EngineConfig, OptimConfig
@@ -309,13 +310,8 @@ def import_deepspeed(world: World) -> Any:
     # Without this DeepSpeed guesses from what the machine has, not from what the run uses.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, torchrun or not
-    extension_logger = logging.getLogger("torch.utils.cpp_extension")
-    level = extension_logger.level
-    extension_logger.setLevel(logging.ERROR)  # nothing is compiled here, so a CUDA toolkit without a GPU is no news
-    try:
+    with no_news_of_toolkits():
         import deepspeed
-    finally:
-        extension_logger.setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU it would compile a shared-memory all-reduce into the cache of the user: minutes, and only inference uses
     # it.

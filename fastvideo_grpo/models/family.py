@@ -94,11 +94,12 @@ class Family(ABC):
         kohya_layer: of a layer under diffusers' name the layer of kohya's adapters that holds it, and all that this one stacks,
             in order; raises ValueError for one that is in none. None: that format does not know the model.
         defaults: by section of the configuration, what it has instead of keys' own defaults where a run leaves them out.
-        blocks: names of the classes of the loaded network's blocks, which ``engine.activation_checkpointing`` recomputes; none
-            where it cannot be asked for.
+        blocks: names of the classes of the loaded network's blocks, which ``engine.activation_checkpointing`` recomputes and
+            ``model.compile`` compiles; none where neither can be asked for.
         not_recomputed: names of the classes of other modules that stand in the network's lists of modules.
         reference_images: by section of the configuration, how it draws the images that videos of other models start from
             (``fastvideo-grpo make-references``); None: it does not.
+        texts_differ_in_length: its network reads a text's own tokens, without padding.
         reads_images: each prompt comes with an image that the clip starts from.
         decodes_singly: its VAE decodes one sample at a time.
         decodes_frames: frames that its VAE decodes at once; None: a whole clip, or a tile of it.
@@ -131,6 +132,7 @@ class Family(ABC):
     not_recomputed: tuple[str, ...] = ()
     reference_images: Mapping[str, Any] | None = None
     reads_images: bool = False
+    texts_differ_in_length: bool = False
     decodes_singly: bool = False
     decodes_frames: int | None = None
 
@@ -179,6 +181,8 @@ class Family(ABC):
                 below, above = value // multiple * multiple, -(-value // multiple) * multiple
                 near = f"{below} or {above}" if below else str(above)
                 yield f"sample.{key} is {value}; it must be a multiple of {multiple} for this model: {near}"
+        if config.model.compile != "none" and not self.blocks:
+            yield f"model.compile is {config.model.compile}, but {self.kind} names no blocks to compile; use none"
         if config.engine.activation_checkpointing != "none" and not self.blocks:
             yield (
                 f"engine.activation_checkpointing is {config.engine.activation_checkpointing}, but {self.kind} names no blocks "

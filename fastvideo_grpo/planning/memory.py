@@ -100,9 +100,11 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
 
     block = _largest_block(config, facts) * size if stage == 3 else 0.0  # gathered while it runs
     beside = rewards if engine.offload_idle and config.rewards.async_ else 0.0  # scoring while the next samples are drawn
+    # Compiled, the rollout runs the graph of the update, and lets go of what that keeps.
+    forward = _forward_bytes(config, facts) if config.model.compile == "none" else _kept_bytes(config, facts)
     phases = {
         "encode": encode,
-        "rollout": _forward_bytes(config, facts) + block + beside,
+        "rollout": forward + block + beside,
         "decode": _decode_bytes(config, facts) + (vae if engine.offload_idle else 0) + beside,
         "reward": rewards if engine.offload_idle else 0,
         "update": _update_bytes(config, facts) + 2 * block + gradients,

@@ -36,6 +36,7 @@ class Monitor:
     console: Console
     log: MetricsLog
     wandb: WandbRun
+    _compiled_before: bool = False
 
     def evaluation_sets(self) -> dict[str, list[Prompt]]:
         """``train`` and, with ``prompts.eval_path``, ``heldout``: the prompts of each evaluation."""
@@ -84,6 +85,19 @@ class Monitor:
         if config.sample_every:
             self.save_pictures(0)
 
+    def note_compilations(self, finished: int, metrics: dict[str, Any]) -> None:
+        """Count what torch compiled in an iteration, ``perf/compilations``; after the run's first one say what, and why."""
+        compilations = self.policy.compilations
+        if compilations is None:
+            return
+        new = compilations.new()
+        metrics["perf/compilations"] = len(new)
+        if self._compiled_before:
+            for each in new:
+                why = "" if each.reason is None else f": {each.reason.splitlines()[0]}"
+                self.console.say(f"iteration {finished}: compiled {each.function}, {each.seconds:.0f} s{why}")
+        self._compiled_before = True
+
     def after_iteration(self, finished: int, metrics: dict[str, Any], clock: Clock) -> None:
         """Evaluate where it is due, log ``metrics`` with it, and save pictures where they are; ``finished`` iterations are
         done."""
@@ -91,6 +105,7 @@ class Monitor:
         if due(config.eval_every, finished, config.iterations):
             with clock.phase("evaluation"):
                 metrics.update(self.evaluate())
+        self.note_compilations(finished, metrics)
         metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
         metrics.update(memory_metrics(world))
         if world.rank == 0:

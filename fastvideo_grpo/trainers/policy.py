@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvideo_grpo.config.keys import Config, checkpointed_blocks
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
+from fastvideo_grpo.engines.compiled_blocks import Compilations, compile_blocks
 from fastvideo_grpo.engines.lora import add_lora, lora_disabled
 from fastvideo_grpo.engines.make import make_engine, uses_zero3
 from fastvideo_grpo.engines.parallel import World
@@ -83,6 +84,7 @@ class Policy(ABC):
         decodes_one_at_a_time: the VAE is given one sample at a time, as much as memory or the VAE itself allows.
         fault_counts: samples that were masked since they were not finite, by what was not.
         rows_apart: each row of a micro-batch passes through the network by itself.
+        compilations: of its blocks, once it is trained; None: they are not compiled.
     """
 
     decodes_one_at_a_time: ClassVar[bool] = False
@@ -99,6 +101,7 @@ class Policy(ABC):
     engine: Engine | None = None
     fault_counts: Counter[str]
     rows_apart = False
+    compilations: Compilations | None = None
 
     _conditioning: dict[str, Conditioning]
     _cache: EmbeddingCache | None = None
@@ -333,6 +336,11 @@ class Policy(ABC):
         finally:
             self._inside_reference = False
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled: they are once it is trained (``model.compile``)."""
+        return self.compilations is not None
+
     def make_trainable(self, *, reference: bool) -> Engine:
         """Give the network to the configured engine, with blocks recomputed as ``engine.activation_checkpointing`` says.
 
@@ -342,6 +350,11 @@ class Policy(ABC):
         config = self.config
         if reference and config.model.lora is None:
             self._reference = self.make_reference()
+        if config.model.compile == "blocks":
+            family = FAMILIES[config.model.kind]
+            blocks = find_blocks(self.denoiser, family.blocks, family.not_recomputed)
+            compile_blocks(self.denoiser, blocks, dynamic=family.texts_differ_in_length)
+            self.compilations = Compilations()
         every = checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, self.world)
         return self.engine
@@ -370,6 +383,13 @@ class Policy(ABC):
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
         2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
+        if self.compiled and not torch.is_grad_enabled() and not self._inside_reference:
+            # The graph of the update, which rounds otherwise than one without gradients.
+            with torch.enable_grad():
+                return self._predict_rows(sample, level, conditioning).detach()
+        return self._predict_rows(sample, level, conditioning)
+
+    def _predict_rows(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         if not self.rows_apart:
             return self._predict(sample, level, conditioning)
         outputs = []

@@ -16,6 +16,7 @@ from fastvideo_grpo.checkpoints.store import CheckpointStore
 from fastvideo_grpo.config import saved as config_saved
 from fastvideo_grpo.config.keys import make_objective
 from fastvideo_grpo.disk.durable_files import write_atomic
+from fastvideo_grpo.engines.compiled_blocks import cache_folder
 from fastvideo_grpo.errors import ConfigError, UserError
 from fastvideo_grpo.grpo import advantages
 from fastvideo_grpo.models.registry import FAMILIES
@@ -90,6 +91,11 @@ class TrainingRun:
         )
         policy.cache_embeddings([*self.prompts, *self.eval_prompts], self.console)
         self.engine = policy.make_trainable(reference=self.objective.needs_reference)
+        if policy.compiled:
+            self.console.say(
+                f"compiling each kind of block when it is first called, about a minute; {cache_folder()} keeps them for the "
+                "next start"
+            )
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep, world)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self._denoiser_identity = encoder_identity(policy.checkpoint, [FAMILIES[config.model.kind].denoiser], {})

@@ -73,6 +73,7 @@ SHARED: dict[str, Any] = {
     "clip_decode_kept": 70,
     "parameters": {"vae": 246.5e6, "text_encoder": 7.505e9, "text_encoder_2": 123e6},
     "decodes_singly": True,
+    "texts_differ_in_length": True,
 }
 
 

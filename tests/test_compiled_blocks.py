@@ -1,0 +1,86 @@
+"""Compiling blocks: what it needs, what rules it out, and what is told of it."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from fastvideo_grpo.engines import compiled_blocks
+from fastvideo_grpo.engines.compiled_blocks import Compilations, cache_folder, check_compiler, compile_blocks
+from fastvideo_grpo.errors import ConfigError
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.silu(self.linear(x))
+
+
+@pytest.fixture
+def network(monkeypatch, tmp_path):
+    """Three blocks, compiled by something that compiles nothing; nothing was compiled before."""
+    monkeypatch.setattr(compiled_blocks, "BACKEND", "eager")
+    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path))
+    torch._dynamo.reset()
+    yield nn.Sequential(Block(), Block(), Block())
+    torch._dynamo.reset()
+
+
+def call(network, tokens):
+    network(torch.randn(2, tokens, 4, requires_grad=True))
+
+
+FOUND = {"Block": ["0", "1", "2"]}
+
+
+def test_blocks_of_a_class_share_a_graph_and_another_size_is_named(network):
+    compile_blocks(network, FOUND, dynamic=False)
+    compilations = Compilations()
+    call(network, 5)
+    (first,) = compilations.new()
+    assert first.function == "forward of test_compiled_blocks.py" and first.reason is None and first.seconds > 0
+    call(network, 5)
+    assert compilations.new() == []
+    call(network, 7)
+    (second,) = compilations.new()
+    assert "size mismatch" in second.reason and "expected 5, actual 7" in second.reason
+
+
+def test_texts_of_other_lengths_need_no_other_graph(network):
+    compile_blocks(network, FOUND, dynamic=True)
+    compilations = Compilations()
+    for tokens in (5, 7, 12, 5):
+        call(network, tokens)
+    assert len(compilations.new()) == 1
+
+
+def test_more_graphs_than_torch_keeps_end_the_run_instead_of_rounding_otherwise(network, monkeypatch):
+    monkeypatch.setattr(compiled_blocks, "_GRAPHS_OF_A_FUNCTION", 2)
+    compile_blocks(network, FOUND, dynamic=False)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for tokens in range(2, 6):
+            call(network, tokens)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler no-such-compiler here.*apt-get install g\+\+"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        check_compiler(torch.device("cuda"))
+
+
+def test_graphs_are_kept_in_the_cache_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.delenv(compiled_blocks.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fastvideo_grpo" / "compiled"
+    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, "/elsewhere")
+    assert str(cache_folder()) == "/elsewhere"
