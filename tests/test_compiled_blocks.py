@@ -2,13 +2,15 @@
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from fastvideo_grpo.engines import compiled_blocks
-from fastvideo_grpo.engines.compiled_blocks import Compilations, cache_folder, check_compiler, compile_blocks
+from fastvideo_grpo.engines.compiled_blocks import Compilations, cache_folder, compile_blocks, prepare_compiler
 from fastvideo_grpo.errors import ConfigError
 
 
@@ -67,20 +69,28 @@ def test_more_graphs_than_torch_keeps_end_the_run_instead_of_rounding_otherwise(
             call(network, tokens)
 
 
-def test_a_missing_compiler_is_named(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler no-such-compiler here.*apt-get install g\+\+"):
-        check_compiler(torch.device("cpu"))
+        prepare_compiler(torch.device("cpu"))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    check_compiler(torch.device("cpu"))
+    prepare_compiler(torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton is not installed"):
-        check_compiler(torch.device("cuda"))
+        prepare_compiler(torch.device("cuda"))
 
 
 def test_graphs_are_kept_in_the_cache_of_the_user(monkeypatch, tmp_path):
     monkeypatch.delenv(compiled_blocks.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "fastvideo_grpo" / "compiled"
+    code = (
+        "import torch; from fastvideo_grpo.engines.compiled_blocks import prepare_compiler; "
+        "prepare_compiler(torch.device('cpu')); "
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(cache_folder())
     monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, "/elsewhere")
     assert str(cache_folder()) == "/elsewhere"

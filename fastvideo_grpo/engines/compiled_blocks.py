@@ -28,8 +28,13 @@ _GRAPHS_OF_A_FUNCTION = 64
 the blocks of a UNet have more sizes than that."""
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise :class:`ConfigError` where what torch compiles with is not here."""
+def prepare_compiler(device: torch.device) -> None:
+    """Choose the folder that keeps compiled graphs.
+
+    Raises:
+        ConfigError: what torch compiles with is not here.
+    """
+    os.environ[CACHE_VARIABLE] = str(cache_folder())
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("model.compile is blocks, but triton is not installed: pip install triton, or set compile=none")
@@ -55,7 +60,6 @@ def compile_blocks(network: nn.Module, found: dict[str, list[str]], *, dynamic: 
         import torch._inductor.config
         import torch.utils.cpp_extension
 
-    os.environ.setdefault(CACHE_VARIABLE, str(cache_folder()))
     torch._dynamo.config.recompile_limit = _GRAPHS_OF_A_FUNCTION
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for names in found.values():
@@ -64,9 +68,12 @@ def compile_blocks(network: nn.Module, found: dict[str, list[str]], *, dynamic: 
 
 
 def cache_folder() -> Path:
-    """Where compiled graphs are kept for the next start."""
+    """Where compiled graphs are kept for the next start: what the user chose, or a folder that outlives /tmp, which torch
+    writes into the variable when libraries import its compiler."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
+    if chosen and chosen != default_cache_dir():
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvideo_grpo" / "compiled"
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from inspect import isabstract
 
 from fastvideo_grpo.config.keys import Config
-from fastvideo_grpo.engines.compiled_blocks import check_compiler
+from fastvideo_grpo.engines.compiled_blocks import prepare_compiler
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.registry import FAMILIES
@@ -46,7 +46,7 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
         ConfigError: ``model.compile``, and nothing to compile with.
     """
     if config.model.compile != "none":
-        check_compiler(world.device)
+        prepare_compiler(world.device)
     cls = trainer_class(config.model.kind)
     left_out = unread_files(config) if world.rank == 0 else None
     if left_out:
