@@ -29,7 +29,8 @@ def network(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled_blocks, "BACKEND", "eager")
     monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path))
     torch._dynamo.reset()
-    yield nn.Sequential(Block(), Block(), Block())
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # restored after the test
+        yield nn.Sequential(Block(), Block(), Block())
     torch._dynamo.reset()
 
 

@@ -48,7 +48,8 @@ def fresh_compiler(tmp_path_factory, monkeypatch):
     """Nothing is compiled yet, and what is stays with the tests."""
     monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "compiled"))
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # restored after the test
+        yield
     torch._dynamo.reset()
 
 
