@@ -1,17 +1,22 @@
 """Compiling blocks: what it needs, what rules it out, and what is told of it."""
 
 import importlib.util
+import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from fastvideo_grpo import cli
 from fastvideo_grpo.engines import compiled_blocks
-from fastvideo_grpo.engines.compiled_blocks import Compilations, cache_folder, compile_blocks, prepare_compiler
+from fastvideo_grpo.engines.compiled_blocks import CACHE_VARIABLE, Compilations, cache_folder, check_compiler, compile_blocks
 from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.trainers import load
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 class Block(nn.Module):
@@ -27,7 +32,7 @@ class Block(nn.Module):
 def network(monkeypatch, tmp_path):
     """Three blocks, compiled by something that compiles nothing; nothing was compiled before."""
     monkeypatch.setattr(compiled_blocks, "BACKEND", "eager")
-    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # restored after the test
         yield nn.Sequential(Block(), Block(), Block())
@@ -70,28 +75,34 @@ def test_more_graphs_than_torch_keeps_end_the_run_instead_of_rounding_otherwise(
             call(network, tokens)
 
 
-def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, str(tmp_path))
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler no-such-compiler here.*apt-get install g\+\+"):
-        prepare_compiler(torch.device("cpu"))
+        check_compiler(torch.device("cpu"))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    prepare_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton is not installed"):
-        prepare_compiler(torch.device("cuda"))
+        check_compiler(torch.device("cuda"))
+
+
+def test_a_run_asks_for_the_compiler_before_it_loads_anything(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(load, "load_trainer", lambda *args: pytest.fail("loaded"))
+    settings = [f"model.path={DATA / 'tiny-sd-shapes'}", "model.kind=stable_diffusion", "prompts.text_length=77"]
+    settings += ["sample.height=32", "sample.width=32", "sample.noise_level=1", "rewards.models.size.kind=jpeg_size"]
+    settings += [f"prompts.path={DATA / 'prompts' / 'shapes_train.txt'}", f"run.dir={tmp_path / 'run'}", "model.compile=blocks"]
+    (tmp_path / "run.yaml").write_text("{}")
+    assert cli.main(["train", str(tmp_path / "run.yaml"), *settings]) == 1
+    assert "no C++ compiler no-such-compiler here" in capsys.readouterr().err
 
 
 def test_graphs_are_kept_in_the_cache_of_the_user(monkeypatch, tmp_path):
-    monkeypatch.delenv(compiled_blocks.CACHE_VARIABLE, raising=False)
+    """Also where a library has imported torch's compiler, which then writes its folder below /tmp into the variable."""
+    monkeypatch.setenv(CACHE_VARIABLE, default_cache_dir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "fastvideo_grpo" / "compiled"
-    code = (
-        "import torch; from fastvideo_grpo.engines.compiled_blocks import prepare_compiler; "
-        "prepare_compiler(torch.device('cpu')); "
-        "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str(cache_folder())
-    monkeypatch.setenv(compiled_blocks.CACHE_VARIABLE, "/elsewhere")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        compile_blocks(nn.Sequential(), {}, dynamic=False)
+    assert os.environ[CACHE_VARIABLE] == str(cache_folder()) == str(tmp_path / "fastvideo_grpo" / "compiled")
+    monkeypatch.setenv(CACHE_VARIABLE, "/elsewhere")
     assert str(cache_folder()) == "/elsewhere"

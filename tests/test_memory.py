@@ -129,6 +129,14 @@ def test_what_lowers_the_update_and_the_decode(planned):
     assert planned(8, model__vae_precision="bf16")[1].phases["decode"] < 0.6 * base.phases["decode"]
 
 
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_a_compiled_rollout_holds_what_the_update_does(planned, recomputed):
+    settings = {"engine__activation_checkpointing": recomputed, "model__lora__rank": 4, "model__lora__alpha": 4.0}
+    (_, plain), (_, compiled) = (planned(8, trained=0, **settings, model__compile=each) for each in ("none", "blocks"))
+    assert compiled.phases["rollout"] == compiled.phases["update"] == plain.phases["update"] > plain.phases["rollout"]
+    assert compiled.resident == plain.resident
+
+
 def test_rewards_count_where_they_are_placed(planned, tmp_path):
     checkpoint = tmp_path / "reward"
     (checkpoint / "checkpoint-5").mkdir(parents=True)

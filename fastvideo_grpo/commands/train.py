@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(config: Config, stop: StopSignal | None = None) -> bool:
     """Load the model and train; the configuration was checked. False: ``stop`` asked to leave before the end."""
+    from fastvideo_grpo.engines.compiled_blocks import check_compiler
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.engines.process import prepare_process
     from fastvideo_grpo.tracking.console import Console
@@ -68,6 +69,8 @@ def train(config: Config, stop: StopSignal | None = None) -> bool:
 
     prepare_process(config)
     world = World.current(timeout_minutes=config.run.timeout_minutes, sequence_parallel=config.engine.sequence_parallel)
+    if config.model.compile != "none":
+        check_compiler(world.device)
     plan.check_images(config, world)
     plan.check_folder(config)
     done = plan.iterations_done(config, world)

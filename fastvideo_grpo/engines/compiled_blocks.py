@@ -28,13 +28,8 @@ _GRAPHS_OF_A_FUNCTION = 64
 the blocks of a UNet have more sizes than that."""
 
 
-def prepare_compiler(device: torch.device) -> None:
-    """Choose the folder that keeps compiled graphs.
-
-    Raises:
-        ConfigError: what torch compiles with is not here.
-    """
-    os.environ[CACHE_VARIABLE] = str(cache_folder())
+def check_compiler(device: torch.device) -> None:
+    """Raise :class:`ConfigError` where what torch compiles with is not here."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("model.compile is blocks, but triton is not installed: pip install triton, or set compile=none")
@@ -60,6 +55,7 @@ def compile_blocks(network: nn.Module, found: dict[str, list[str]], *, dynamic: 
         import torch._inductor.config
         import torch.utils.cpp_extension
 
+    os.environ[CACHE_VARIABLE] = str(cache_folder())
     torch._dynamo.config.recompile_limit = _GRAPHS_OF_A_FUNCTION
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for names in found.values():

@@ -101,7 +101,7 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     block = _largest_block(config, facts) * size if stage == 3 else 0.0  # gathered while it runs
     beside = rewards if engine.offload_idle and config.rewards.async_ else 0.0  # scoring while the next samples are drawn
     # Compiled, the rollout runs the graph of the update, and lets go of what that keeps.
-    forward = _forward_bytes(config, facts) if config.model.compile == "none" else _kept_bytes(config, facts)
+    forward = _forward_bytes(config, facts) if config.model.compile == "none" else _update_bytes(config, facts)
     phases = {
         "encode": encode,
         "rollout": forward + block + beside,

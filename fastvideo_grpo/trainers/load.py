@@ -7,7 +7,6 @@ from importlib import import_module
 from inspect import isabstract
 
 from fastvideo_grpo.config.keys import Config
-from fastvideo_grpo.engines.compiled_blocks import prepare_compiler
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.registry import FAMILIES
@@ -40,13 +39,7 @@ def trainer_class(kind: str) -> type[GRPOTrainer]:
 
 
 def load_trainer(config: Config, world: World) -> GRPOTrainer:
-    """Load the checkpoint. Text encoders stay on disk when every prompt's embedding is cached already.
-
-    Raises:
-        ConfigError: ``model.compile``, and nothing to compile with.
-    """
-    if config.model.compile != "none":
-        prepare_compiler(world.device)
+    """Load the checkpoint. Text encoders stay on disk when every prompt's embedding is cached already."""
     cls = trainer_class(config.model.kind)
     left_out = unread_files(config) if world.rank == 0 else None
     if left_out:
