@@ -17,7 +17,7 @@ SHORT = {
     "optim__warmup_steps": 4,
     "run__iterations": ITERATIONS,
     "run__save_every": ITERATIONS,
-    "run__sample_every": 1,
+    "run__sample_every": ITERATIONS,  # and before the first
     "run__sample_prompts": 2,
 }
 # How a run is done, not what it computes.
@@ -45,6 +45,9 @@ WHAT = {
     "4 samples": {"engine__micro_batch_size": 4},
     "image": {"sample__frames": 1},
 }
+FRAMES = 5
+"""Of clips whose tokens are not shared: decoding is most of a tiny run. Nine frames have tokens that two processes cannot share
+evenly."""
 EVERYTHING = "guidance in one pass, every second block checkpointed, idle offload, asynchronous rewards"
 ALL = [
     f"ZeRO 3, {EVERYTHING}",
@@ -83,14 +86,19 @@ def prompts_of(words):
     return 4 if len(words) == 1 or "4 samples" in words or ("4 processes" in words and not shared) else 2
 
 
+def how_of(words):
+    return {key: value for word in words for key, value in HOW.get(word, {}).items()}
+
+
 def settings_of(model, case):
     """(processes, settings of the run, those that are also the one process's)."""
     words = case.split(", ")
     processes = 4 if words[-1] == "4 processes" else 2
-    how, what = {}, dict(WHAT["guidance in one pass" if model.guided else "no guidance"])
+    how, what = how_of(words), dict(WHAT["guidance in one pass" if model.guided else "no guidance"])
     what["grpo__prompts_per_iteration"] = prompts_of(words)
+    if model.settings.get("sample__frames", 1) > 1 and "engine__sequence_parallel" not in how:
+        what["sample__frames"] = FRAMES
     for word in words:
-        how.update(HOW.get(word, {}))
         what.update(WHAT.get(word, {}))
         assert word in HOW or word in WHAT or word == "4 processes", word
     return processes, model.run(**SHORT, **how, **what), model.run(**SHORT, **what)

@@ -14,7 +14,7 @@ SHORT = {
     "grpo__timesteps__strategy": "first",
     "grpo__updates_per_iteration": 2,
     "run__iterations": ITERATIONS,
-    "run__sample_every": 1,
+    "run__sample_every": ITERATIONS,  # and before the first
     "run__sample_prompts": 2,
 }
 OBJECTIVES = {
