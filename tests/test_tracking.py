@@ -273,12 +273,13 @@ def test_console_shows_rewards_invalid_scores_and_evaluations(capsys):
         "train/grad_norm": 0.5,
         "train/clip_fraction": 0.1,
         "time/rollout": 1.0,
+        "perf/seconds_per_sample": 0.125,
         "eval/train/hps/hps/mean": 0.3,
         "eval/train/hps/hps/stderr": 0.01,
     }
     Console().iteration(3, 10, metrics)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "iteration  3/10  hps/hps 0.250  2 invalid  clipped 10%  grad 0.5  1.0 s"
+    assert first == "iteration  3/10  hps/hps 0.250  2 invalid  clipped 10%  grad 0.5  1.0 s, 0.12 a sample"
     assert second == "evaluation after 3: train hps/hps 0.300 ± 0.010"
     Console(quiet=True).iteration(3, 10, metrics)
     assert capsys.readouterr().out == ""

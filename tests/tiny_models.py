@@ -55,8 +55,10 @@ def make_trainer(tiny_checkpoint, tmp_path) -> Iterator[Callable[..., Any]]:
         from fastvideo_grpo.engines.parallel import World
         from fastvideo_grpo.models import run_config
         from fastvideo_grpo.trainers.load import load_trainer
+        from tests import counted_operations
         from tests.trainer import runs
 
+        counted_operations.share()
         # Thread counts change sums; the forked runs use one thread, too.
         torch.set_num_threads(overrides.get("run__threads", 1))
         empty = tmp_path / "empty.yaml"

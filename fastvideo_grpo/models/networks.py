@@ -60,20 +60,18 @@ def fastvideo_transformer(
 @contextmanager
 def one_process() -> Iterator[None]:
     """Entered around the making of a transformer and its passes: FastVideo looks up how many processes share a sample, where
-    there may be no process groups yet. (Whether that many divide its heads is checked by ``plan.check_run``.)"""
+    there may be no process groups yet, or those of a run. (Whether that many divide its heads is checked by
+    ``plan.check_run``.)"""
     from fastvideo.distributed import parallel_state
 
-    if parallel_state._SP is not None:
-        yield
-        return
     # With one process in it a group hands back what it is given, and needs nothing but its sizes for that.
     group = parallel_state.GroupCoordinator.__new__(parallel_state.GroupCoordinator)
     group.world_size, group.rank_in_group = 1, 0
-    parallel_state._SP = group
+    before, parallel_state._SP = parallel_state._SP, group
     try:
         yield
     finally:
-        parallel_state._SP = None
+        parallel_state._SP = before
 
 
 @contextmanager

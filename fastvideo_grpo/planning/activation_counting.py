@@ -1,42 +1,38 @@
 """What a model's network and its decoder hold while they run, counted without weights, data or a GPU, and the factors of the
 estimate of memory that follow (``fastvideo-grpo measure-family``).
 
-The network is the class that is loaded, at its published widths with one or two blocks of each kind, called by the model's own
-trainer. It runs on tensors without storage (torch's FakeTensorMode), so that a pass takes a fraction of a second. What it keeps
-grows with image tokens, text tokens and blocks in straight lines: differences of two passes give their slopes.
+The network is the class that is loaded, at its published widths with one or two blocks of each kind
+(:mod:`fastvideo_grpo.planning.weightless`). What it keeps grows with image tokens, text tokens and blocks in straight lines:
+differences of two passes give their slopes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvideo_grpo.config.keys import Config, SampleConfig, checkpointed_blocks
-from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
-from fastvideo_grpo.engines.lora import add_lora
+from fastvideo_grpo.config.keys import Config, SampleConfig
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models import run_config
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, Family
-from fastvideo_grpo.models.networks import fastvideo_transformer, one_process, own_tables
-from fastvideo_grpo.models.registry import FAMILIES, lora_settings
+from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning.memory import held_by_forward, kept_by_forward
 from fastvideo_grpo.planning.unet_memory import LiveBytes
+from fastvideo_grpo.planning.weightless import LAYERS, weightless_pass, with_sizes
 from fastvideo_grpo.precision import DTYPES
-from fastvideo_grpo.sampling.schedules import Level
 
 RANK = 16
 """Of the adapters that are counted."""
 CLIP_FRAMES = 17
 """Of the clip whose decoding is counted: those of one tile of FastVideo's video VAEs."""
 
-_LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers")
 _MLP_WIDTH = "ffn_dim"
 _CHECKED_LAYERS = 8
 _DECODED_SIDE = 256  # pixels, of one tile
@@ -94,26 +90,26 @@ class FamilyCounter:
         self.say(f"{precision}, {_trained(lora)}: networks of one and two blocks of a kind")
         denoiser, width = self.published.denoiser, self.published.hidden_width
         config = self.settings(precision, lora=lora)
-        ones = {name: 1 for name in _LAYERS if denoiser.get(name)}
+        ones = {name: 1 for name in LAYERS if denoiser.get(name)}
 
         def of_block(layers: str, slope: _Slope, config: Config = config, **changed: int) -> float:
             if layers not in ones:
                 return 0.0
             return slope(config, {**ones, layers: 2, **changed}) - slope(config, {**ones, **changed})
 
-        image = [of_block(layers, self._image) for layers in _LAYERS]
-        text = [of_block(layers, self._text) for layers in _LAYERS]
+        image = [of_block(layers, self._image) for layers in LAYERS]
+        text = [of_block(layers, self._text) for layers in LAYERS]
         recomputed = self.settings(precision, lora=lora, recomputed="full")
-        inputs = [of_block(layers, slope, recomputed) for layers in _LAYERS for slope in (self._image, self._text)]
+        inputs = [of_block(layers, slope, recomputed) for layers in LAYERS for slope in (self._image, self._text)]
         rest = self._image(recomputed, ones) - sum(inputs[::2]), self._text(recomputed, ones) - sum(inputs[1::2])
         mlp, mlp_width = 0.0, int(denoiser.get(_MLP_WIDTH) or 0)
         if mlp_width:
-            wider = of_block(_LAYERS[0], self._image, **{_MLP_WIDTH: 2 * mlp_width})
+            wider = of_block(LAYERS[0], self._image, **{_MLP_WIDTH: 2 * mlp_width})
             mlp = (wider - image[0]) * width / mlp_width
         adapters = [0.0, 0.0]
         if lora:
             more = self.settings(precision, lora=True, rank=2 * RANK)
-            changes = [of_block(layers, self._image, more) for layers in _LAYERS[:2]]
+            changes = [of_block(layers, self._image, more) for layers in LAYERS[:2]]
             adapters = [(change - one) * width / RANK for change, one in zip(changes, image, strict=False)]
         double, single = (one - count * RANK / width for one, count in zip(image, adapters, strict=False))
         return Activations(
@@ -132,7 +128,7 @@ class FamilyCounter:
         self.say(f"{precision}, {_trained(lora)}: networks of {_CHECKED_LAYERS} blocks of a kind, at other sizes")
         measured = self.family.lora_activations if lora else self.family.activations
         own = None if measured is None else measured[precision]
-        blocks = {name: int(self.published.denoiser.get(name) or 0) for name in _LAYERS}
+        blocks = {name: int(self.published.denoiser.get(name) or 0) for name in LAYERS}
         changed = {name: min(_CHECKED_LAYERS, count) for name, count in blocks.items() if count}
         facts, plain = self._facts(changed), self.settings(precision, lora=lora, check=True)
         recomputed = self.settings(precision, lora=lora, check=True, recomputed="full")
@@ -247,8 +243,7 @@ class FamilyCounter:
         return self.published.hidden_width * DTYPES[config.model.precision].itemsize
 
     def _facts(self, changed: dict[str, int]) -> ModelFacts:
-        denoiser = {**self.published.denoiser, **changed}
-        return replace(self.published, components={**self.published.components, self.family.denoiser: denoiser})
+        return with_sizes(self.published, self.family, changed)
 
     def kept_bytes(self, config: Config, changed: dict[str, int]) -> int:
         """What a pass of the published network, some sizes of its configuration ``changed``, keeps for its backward pass over a
@@ -266,74 +261,15 @@ class FamilyCounter:
             once()
             return live.peak
 
-    @contextmanager
-    def _pass(self, config: Config, changed: dict[str, int]) -> Iterator[tuple[list[Tensor], Callable[[], Tensor]]]:
-        """A network with these sizes: what is there before a pass, weights and inputs, and a pass as the model's trainer makes
-        it."""
-        family, dtype, facts = self.family, DTYPES[config.model.precision], self._facts(changed)
-        trainer = self.trainer_class(family.kind)  # first: it checks FastVideo's patches
-        network = self._network(facts.denoiser, dtype)
-        if config.model.lora is None:
-            network.requires_grad_(True)
-        else:
-            add_lora(network, lora_settings(config), seed=0)
-        with ExitStack() as stack:
-            if family.fastvideo_config is not None:
-                stack.enter_context(one_process())
-                stack.enter_context(own_tables())
-            # On the "cpu", whose attention keeps what GPUs' kernels keep, too: no matrix of all tokens with all.
-            stack.enter_context(FakeTensorMode())
-            stack.enter_context(torch.device("cpu"))
-            _on_cpu(network, dtype)
-            every = checkpointed_blocks(config.engine.activation_checkpointing)
-            if every:
-                checkpoint_blocks(network, find_blocks(network, family.blocks, family.not_recomputed), every)
-            policy = _around(trainer, network, config, facts)
-            shapes = family.conditioning_shapes(facts, config.sample, config.prompts.text_length)
-            conditioning = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
-            sample = policy.pack(torch.randn(1, *family.latent_shape(facts, config.sample)))
-            level = Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0)))
-            stack.enter_context(policy.forward_context(conditioning))
-            there = [*network.parameters(), *network.buffers(), sample, *conditioning.values()]
-            yield there, lambda: policy.network_output(sample, level, conditioning)
-
-    def _network(self, denoiser: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        if self.family.fastvideo_config is not None:
-            network = fastvideo_transformer(self.family.fastvideo_config, denoiser, dtype)
-        else:
-            network = self.family.network(denoiser, as_trained=True)
-        return network.eval()
+    def _pass(
+        self, config: Config, changed: dict[str, int]
+    ) -> AbstractContextManager[tuple[list[Tensor], Callable[[], Tensor]]]:
+        trainer = self.trainer_class(self.family.kind)  # first: it checks FastVideo's patches
+        return weightless_pass(trainer, config, self._facts(changed))
 
 
 _Count = Callable[[Config, dict[str, int]], int]
 _Slope = Callable[[Config, dict[str, int]], float]
-
-
-def _on_cpu(network: nn.Module, dtype: torch.dtype) -> None:
-    """Put a network that is on the meta device onto the CPU of the FakeTensorMode that is entered, parameters in ``dtype``, as
-    they are loaded."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                there = torch.empty(parameter.shape, dtype=dtype)
-                module._parameters[name] = nn.Parameter(there, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _around(trainer: type[Any], network: nn.Module, config: Config, facts: ModelFacts) -> Any:
-    """The trainer of a model of which nothing is loaded but the network: enough for a pass."""
-    denoiser = FAMILIES[config.model.kind].denoiser
-
-    class NetworkAlone(trainer):
-        def __init__(self) -> None:
-            self.config, self.facts, self.dtype = config, facts, DTYPES[config.model.precision]
-
-        def get_module(self, name: str, default: Any = None) -> Any:
-            return network if name == denoiser else default
-
-    return NetworkAlone()
 
 
 @contextmanager

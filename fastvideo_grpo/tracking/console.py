@@ -55,6 +55,7 @@ class Console:
         ]
         invalid = sum(value for key, value in metrics.items() if key.endswith("/invalid"))
         seconds = sum(value for key, value in metrics.items() if key.startswith("time/"))
+        each = metrics["perf/seconds_per_sample"]
         parts = [
             f"iteration {finished:{len(str(total))}}/{total}",
             *rewards,
@@ -66,7 +67,7 @@ class Console:
             ),
             f"clipped {metrics.get('train/clip_fraction', float('nan')):.0%}",
             f"grad {metrics['train/grad_norm']:.3g}",
-            f"{seconds:.1f} s",
+            f"{seconds:.1f} s, {each:.{2 if each < 10 else 1}f} a sample",
         ]
         self.say("  ".join(parts))
         self.evaluation(f"after {finished}", {k: v for k, v in metrics.items() if k.startswith("eval/")})

@@ -1,10 +1,10 @@
-"""Numbers of an iteration: seconds per phase, statistics of its updates, memory."""
+"""Numbers of an iteration: seconds and passes of the network per phase, statistics of its updates, memory."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,26 +13,35 @@ from torch import Tensor
 
 from fastvideo_grpo.engines.parallel import World
 
+FORWARD, TRAINED = "forward", "trained"
+"""Passes of the network without gradients, and with them."""
+
 
 class Clock:
-    """Seconds per phase of an iteration.
+    """Seconds and passes of the network per phase of an iteration.
 
     Args:
         watch: called with the name of each phase when it begins.
+        passes: how many there were so far of each kind, ``FORWARD`` and ``TRAINED``, of one sample and text each.
+
+    Attributes:
+        passes: phase -> those made in it.
     """
 
-    def __init__(self, watch: Callable[[str], None] = lambda phase: None) -> None:
+    def __init__(self, watch: Callable[[str], None] = lambda phase: None, passes: Counter[str] | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._watch = watch
+        self.passes: dict[str, Counter[str]] = defaultdict(Counter)
+        self._watch, self._made = watch, Counter[str]() if passes is None else passes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._watch(name)
-        start = time.perf_counter()
+        start, made = time.perf_counter(), self._made.copy()
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+            self.passes[name].update(self._made - made)
 
 
 def _largest(*values: float | None) -> float | None:

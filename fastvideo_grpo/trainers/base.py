@@ -76,7 +76,7 @@ class GRPOTrainer(Policy):
                 run.stop(iteration)
                 return False
             run.status.iteration(iteration + 1)
-            clock = Clock(run.status.doing)
+            clock = Clock(run.status.doing, self.passes)
             prompts = run.draw_prompts(iteration)
             rollout = self.rollout(iteration, prompts, clock)
             metrics = {"iteration": iteration, **fault_metrics(rollout.faults), **reward_metrics(rollout, rewards)}

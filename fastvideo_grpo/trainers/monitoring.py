@@ -18,13 +18,15 @@ from fastvideo_grpo.tracking.wandb_run import WandbRun
 from fastvideo_grpo.trainers.fixed_set import FixedSamples, sample_fixed
 from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.scoring import Scoring
+from fastvideo_grpo.trainers.throughput import Throughput
 
 
 @dataclass
 class Monitor:
     """Shows and writes what becomes of a policy; a disk that refuses ends no run.
 
-    ``folder``: of the run. ``prompts``, ``eval_prompts``: those that are trained on, and those kept out.
+    ``folder``: of the run. ``prompts``, ``eval_prompts``: those that are trained on, and those kept out. ``throughput``: what
+    it logs of an iteration's speed.
     """
 
     policy: Policy
@@ -36,6 +38,7 @@ class Monitor:
     console: Console
     log: MetricsLog
     wandb: WandbRun
+    throughput: Throughput
     _compiled_before: bool = False
 
     def evaluation_sets(self) -> dict[str, list[Prompt]]:
@@ -107,6 +110,7 @@ class Monitor:
                 metrics.update(self.evaluate())
         self.note_compilations(finished, metrics)
         metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
+        metrics.update(self.throughput.metrics(clock))
         metrics.update(memory_metrics(world))
         if world.rank == 0:
             with keep_going(self.log.path):

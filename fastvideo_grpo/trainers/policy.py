@@ -36,6 +36,7 @@ from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_rows
 from fastvideo_grpo.sampling.schedules import Level, Schedule
 from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
+from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED
 from fastvideo_grpo.trainers.conditioning import NEGATIVE, embedding_cache, negative_of, split_guidance, to_encode
 from fastvideo_grpo.trainers.decoding import as_rows, decode_checked
 from fastvideo_grpo.trainers.not_finite import DECODING, SAMPLING, check_weights
@@ -85,6 +86,8 @@ class Policy(ABC):
         fault_counts: samples that were masked since they were not finite, by what was not.
         rows_apart: each row of a micro-batch passes through the network by itself.
         compilations: of its blocks, once it is trained; None: they are not compiled.
+        passes: of the network so far, without gradients and with them, of one sample and text each (``FORWARD``, ``TRAINED`` of
+            :mod:`~fastvideo_grpo.tracking.statistics`).
     """
 
     decodes_one_at_a_time: ClassVar[bool] = False
@@ -100,6 +103,7 @@ class Policy(ABC):
     transition: Transition
     engine: Engine | None = None
     fault_counts: Counter[str]
+    passes: Counter[str]
     rows_apart = False
     compilations: Compilations | None = None
 
@@ -292,7 +296,7 @@ class Policy(ABC):
             config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
         )
         self._conditioning = {}
-        self.fault_counts = Counter()
+        self.fault_counts, self.passes = Counter(), Counter()
         if config.model.lora is not None:
             add_lora(self.denoiser, lora_settings(config), config.run.seed)
         else:
@@ -385,8 +389,12 @@ class Policy(ABC):
         """
         if self.compiled and not torch.is_grad_enabled() and not self._inside_reference:
             # The graph of the update, which rounds otherwise than one without gradients.
+            before = self.passes[TRAINED]
             with torch.enable_grad():
-                return self._predict_rows(sample, level, conditioning).detach()
+                output = self._predict_rows(sample, level, conditioning).detach()
+            self.passes[FORWARD] += self.passes[TRAINED] - before  # none goes back through it
+            self.passes[TRAINED] = before
+            return output
         return self._predict_rows(sample, level, conditioning)
 
     def _predict_rows(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
@@ -401,19 +409,23 @@ class Policy(ABC):
     def _predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         positive, negative = split_guidance(conditioning)
         if negative is None:
-            return self.network_output(sample, level, positive)
+            return self._pass(sample, level, positive)
         constant = self.config.grpo.cfg_gradients == "conditional"
         if self.config.model.cfg_batched:
             twice = Level(*(torch.cat([part, part]) for part in (level.alpha, level.sigma, level.timestep)))
-            output = self.network_output(torch.cat([sample, sample]), twice, self.join(negative, positive))
+            output = self._pass(torch.cat([sample, sample]), twice, self.join(negative, positive))
             unconditional, conditional = output.float().chunk(2)
             if constant:
                 unconditional = unconditional.detach()
         else:
             with torch.no_grad() if constant else nullcontext():
-                unconditional = self.network_output(sample, level, negative).float()
-            conditional = self.network_output(sample, level, positive).float()
+                unconditional = self._pass(sample, level, negative).float()
+            conditional = self._pass(sample, level, positive).float()
         return unconditional + self.config.sample.cfg_scale * (conditional - unconditional)
+
+    def _pass(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        self.passes[TRAINED if torch.is_grad_enabled() else FORWARD] += len(sample)
+        return self.network_output(sample, level, conditioning)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put trained weights (names without wrappers) into the network, before there is an engine.

@@ -36,6 +36,7 @@ from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.row_rounding import keep_rows_apart
 from fastvideo_grpo.trainers.scoring import Scoring
 from fastvideo_grpo.trainers.stopping import EXIT_STOPPED
+from fastvideo_grpo.trainers.throughput import throughput
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class TrainingRun:
             console=self.console,
             log=self.log,
             wandb=self.wandb,
+            throughput=throughput(policy),
         )
 
     def _write_config(self) -> None:

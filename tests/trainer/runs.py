@@ -32,6 +32,8 @@ from tests.trainer import exact_rewards as _exact_rewards  # noqa: F401  (regist
 
 TIMEOUT = 300  # seconds a run may take
 LOWEST_PORT = 20000  # that a run gets
+OF_THE_MACHINE = ("time/", "memory/", "perf/")
+"""What keys of metrics begin with whose values differ from run to run."""
 
 # Overrides that make a run one of the random tiny HunyuanVideo. 27 and 9 tokens: two processes cannot share them evenly.
 HUNYUAN_T2V: dict[str, Any] = {
@@ -210,7 +212,9 @@ def train(overrides: list[str], kill: Kill | None = None, record: bool = False) 
     from fastvideo_grpo.models.checkpoint import model_facts
     from fastvideo_grpo.planning import plan
     from fastvideo_grpo.trainers.load import load_trainer
+    from tests import counted_operations
 
+    counted_operations.share()
     empty = Path(overrides[0].partition("=")[2]).parent / "empty.yaml"
     empty.write_text("{}")
     config = run_config.load(empty, overrides)
@@ -334,9 +338,9 @@ def weights(folder: Path, iteration: int, which: str = "model") -> dict[str, tor
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and memory."""
+    """metrics.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(OF_THE_MACHINE)} for line in lines]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
