@@ -9,7 +9,7 @@ CHECKED := $(wildcard fastvideo_grpo/sampling fastvideo_grpo/grpo fastvideo_grpo
 
 DEMO_ARGUMENTS = $(if $(REWARD),--reward $(REWARD)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help env demo demo-video test test-all bench lint lock clean
+.PHONY: help env demo demo-video test test-all bench gpu-kit lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make demo-video  a tiny HunyuanVideo on moving shapes, in under five minutes (the same variables)"
 	@echo "make test      checks and tests; test-all adds the slow ones"
 	@echo "make bench     every script in benchmarks/"
+	@echo "make gpu-kit   a folder for a GPU machine without a network: checkout, wheels, script (GPU_PYTHON=3.12)"
 	@echo "make lint      ruff, and mypy on sampling, grpo and config"
 	@echo "make env       only make .venv (PYTHON=python3.12 picks the interpreter, 3.11 or newer)"
 	@echo "make lock      compile requirements/lock.txt anew (LOCK_FLAGS=--upgrade for the newest versions)"
@@ -38,6 +39,9 @@ test-all: lint
 
 bench: $(READY)
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+gpu-kit: $(READY)
+	$(BIN)/python benchmarks/gpu_kit/make.py --python $(or $(GPU_PYTHON),3.12)
 
 lint: $(READY)
 	$(BIN)/ruff check .

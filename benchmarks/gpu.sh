@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can show, in ten minutes: tests, the tiny recipe in bf16, and the phases of a larger model.
+# What only a machine with a GPU can show, in ten minutes: tests, the tiny recipe in bf16, and models at their published sizes.
 #
 #   bash benchmarks/gpu.sh [OUT]                     # results in OUT (runs/gpu)
-#   MINUTES=20 bash benchmarks/gpu.sh                # more time: larger sizes
+#   CASES="flux_1024 wan_image:compiled" MINUTES=15 bash benchmarks/gpu.sh    # others (benchmarks/gpu_cases.py --list)
+#   CASES=phases bash benchmarks/gpu.sh              # a random HunyuanVideo on all GPUs: ZeRO 2, ZeRO 3, two to a sample
 #   DEVICE=cpu bash benchmarks/gpu.sh [OUT]          # the same steps at tiny sizes on a CPU, to try this script
 #
 # .venv is made if it is missing, which the ten minutes do not count. Every step runs, whatever becomes of the others; each has
-# a log in OUT, and the exit code is 1 if one failed. OUT/gpu_phases.md is for docs/scaling.md.
+# a log in OUT, and the exit code is 1 if one failed. Tests and the tiny recipe run where CASES is empty. OUT/gpu_cases.md is
+# for docs/performance.md.
 #   PYTHON   interpreter that has fastvideo_grpo (.venv/bin/python; another one is taken as it is)
 set -euo pipefail
 
@@ -69,27 +71,37 @@ PY
 if [ "$device" = cuda ]; then
   nvidia-smi >"$out/nvidia-smi.log" 2>&1 || true
 fi
-step tests "$patience" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
-tiny sdpa
-if [ "$device" = cuda ] && "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
-  # The tiny model's heads of 16 are too small for flash-attn; these have 64.
-  rm -rf "$out/heads_of_64"
-  mkdir -p "$out/heads_of_64"
-  PYTHONPATH=benchmarks step heads_of_64 "$patience" "$PYTHON" -c \
-    'import sys; from pathlib import Path; from memory import write_scaled; write_scaled(Path(sys.argv[1]), 256, 2, 2)' \
-    "$out/heads_of_64"
-  tiny flash model.path="$out/heads_of_64/scaled"
-else
-  echo "left out: flash (it needs a GPU and flash-attn: pip install -e .[flash])"
+if [ -z "${CASES:-}" ]; then
+  step tests "$patience" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
+  tiny sdpa
+  if [ "$device" = cuda ] && "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
+    # The tiny model's heads of 16 are too small for flash-attn; these have 64.
+    rm -rf "$out/heads_of_64"
+    mkdir -p "$out/heads_of_64"
+    PYTHONPATH=benchmarks step heads_of_64 "$patience" "$PYTHON" -c \
+      'import sys; from pathlib import Path; from memory import write_scaled; write_scaled(Path(sys.argv[1]), 256, 2, 2)' \
+      "$out/heads_of_64"
+    tiny flash model.path="$out/heads_of_64/scaled"
+  else
+    echo "left out: flash (it needs a GPU and flash-attn: pip install -e .[flash])"
+  fi
 fi
 
 left=$((budget - SECONDS))
 if [ "$left" -lt 120 ]; then left=120; fi
-sizes=()
-if [ "$device" = cpu ]; then sizes=(--tiny); fi
-step gpu_phases $((left + 60)) "$PYTHON" benchmarks/gpu_phases.py --device "$device" "${sizes[@]}" \
-  --minutes "$(awk "BEGIN {print $left / 60}")" --out "$out"
-if [ -f "$out/gpu_phases.md" ]; then cat "$out/gpu_phases.md"; fi
+minutes=$(awk "BEGIN {print $left / 60}")
+if [ "${CASES:-}" = phases ]; then
+  sizes=()
+  if [ "$device" = cpu ]; then sizes=(--tiny); fi
+  step gpu_phases $((left + 60)) "$PYTHON" benchmarks/gpu_phases.py --device "$device" "${sizes[@]}" --minutes "$minutes" \
+    --out "$out"
+  results=$out/gpu_phases.md
+else
+  # shellcheck disable=SC2086  # several words
+  step gpu_cases $((left + 60)) "$PYTHON" benchmarks/gpu_cases.py ${CASES:-} --device "$device" --minutes "$minutes" --out "$out"
+  results=$out/gpu_cases.md
+fi
+if [ -f "$results" ]; then cat "$results"; fi
 echo "$SECONDS s, results in $out"
 if [ "${#failed[@]}" -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2

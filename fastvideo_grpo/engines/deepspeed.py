@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvideo_grpo.engines.base import AdamWEngine, adamw, cast_parameters
 from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_stated
 from fastvideo_grpo.engines.local import clip_gradients, made_state
-from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.engines.parallel import World, make_group_of_one
 from fastvideo_grpo.engines.process import no_news_of_toolkits
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def with_process_group(world: World) -> World:
     """`world`, or, where there is no process group, that of one made of this process alone: DeepSpeed needs one."""
     if dist.is_initialized():
         return world
-    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    make_group_of_one(world.device)
     return World.current(device=world.device.type)
 
 

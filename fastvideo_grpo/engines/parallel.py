@@ -6,6 +6,7 @@ identity."""
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,21 @@ from fastvideo_grpo.errors import UserError, one_line
 # torch can make a gloo group only once per run on every rank; World.current() may be called from several places.
 _cpu_group: dist.ProcessGroup | None = None
 _cpu_group_of: dist.ProcessGroup | None = None
+
+
+def make_group_of_one(device: torch.device, timeout: timedelta | None = None) -> None:
+    """torch's process group of this process alone, where a library wants one and there is none; it needs no port. It is taken
+    down when the process ends, however it does: nccl warns of one that is left."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    atexit.register(_take_down)
+
+
+def _take_down() -> None:
+    global _cpu_group, _cpu_group_of
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        _cpu_group = _cpu_group_of = None
+        dist.destroy_process_group()
 
 
 @dataclass

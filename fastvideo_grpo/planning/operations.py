@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastvideo_grpo.config.keys import Config, checkpointed_blocks
+from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning.weightless import LAYERS, weightless_pass, with_sizes
@@ -59,6 +61,27 @@ def count_operations(trainer: type[Any], config: Config, facts: ModelFacts) -> O
     every = checkpointed_blocks(config.engine.activation_checkpointing)
     recomputed = _recomputed(trainer, config, facts, every) / shared if every else 0.0
     return Operations(float(forward), float(backward), recomputed)
+
+
+def count_decoding(config: Config, facts: ModelFacts) -> float:
+    """Operations of decoding a sample, by diffusers' VAE; with ``sample.vae_tiling`` tiles overlap, which is not counted.
+
+    Raises:
+        UserError: diffusers has no such VAE.
+    """
+    import diffusers
+
+    family = FAMILIES[config.model.kind]
+    vae_config = dict(facts.vae)
+    cls = getattr(diffusers, vae_config.pop("_class_name"), None)
+    if cls is None:
+        raise UserError(f"diffusers has no {facts.vae['_class_name']}: what decoding takes cannot be counted")
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+        vae = cls.from_config(vae_config)
+        latents = torch.randn(1, *family.latent_shape(facts, config.sample))
+        with _OperationCounter() as counter:
+            vae.decode(latents)
+    return float(counter.counted.sum())
 
 
 def _network(trainer: type[Any], config: Config, facts: ModelFacts) -> np.ndarray[Any, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ require_patched()  # before FastVideo is imported: the message names the command
 
 os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "WARNING")  # FastVideo narrates every component it loads
 
+import fastvideo.logger  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from fastvideo.attention import DistributedAttention  # noqa: E402
@@ -24,6 +26,7 @@ from fastvideo.configs.models.encoders import CLIPTextConfig  # noqa: E402
 from fastvideo.configs.pipelines.base import PipelineConfig  # noqa: E402
 from fastvideo.fastvideo_args import FastVideoArgs  # noqa: E402
 from fastvideo.forward_context import set_forward_context  # noqa: E402
+from fastvideo.models.loader import weight_utils  # noqa: E402
 from fastvideo.pipelines.composed_pipeline_base import ComposedPipelineBase  # noqa: E402
 from fastvideo.pipelines.pipeline_batch_info import ForwardBatch  # noqa: E402
 from fastvideo.pipelines.stages import PipelineStage, TextEncodingStage  # noqa: E402
@@ -31,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from fastvideo_grpo.config.keys import Config  # noqa: E402
 from fastvideo_grpo.engines.make import uses_zero3  # noqa: E402
-from fastvideo_grpo.engines.parallel import World  # noqa: E402
+from fastvideo_grpo.engines.parallel import World, make_group_of_one  # noqa: E402
 from fastvideo_grpo.errors import ConfigError  # noqa: E402
 from fastvideo_grpo.model_files.clean_folder import clean_folder  # noqa: E402
 from fastvideo_grpo.model_files.headers import read_entries  # noqa: E402
@@ -50,6 +53,8 @@ from fastvideo_grpo.trainers.policy import Drawn  # noqa: E402
 from fastvideo_grpo.trainers.stages import LeaderDecodingStage, RolloutRequest, RolloutStage  # noqa: E402
 
 logging.getLogger("fastvideo").setLevel(logging.WARNING)
+# In a run of several processes it tells once, as warnings, which of them log.
+fastvideo.logger._warned_local_main_process = fastvideo.logger._warned_main_process = True
 
 ATTENTION_BACKENDS = {"sdpa": "TORCH_SDPA", "flash": "FLASH_ATTN"}
 
@@ -74,14 +79,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         """
         self.config, self.world = config, world  # the stages are made while FastVideo loads
         if not dist.is_initialized():
-            # FastVideo wants process groups even for one process; this one needs no port.
-            dist.init_process_group(
-                "nccl" if world.device.type == "cuda" else "gloo",
-                store=dist.HashStore(),
-                rank=0,
-                world_size=1,
-                timeout=timedelta(minutes=config.run.timeout_minutes),
-            )
+            # FastVideo wants process groups even for one process.
+            make_group_of_one(world.device, timedelta(minutes=config.run.timeout_minutes))
         args = FastVideoArgs(
             model_path=config.model.path,
             pipeline_config=self.pipeline_config(config),
@@ -105,7 +104,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         with clean_folder(self.checkpoint, FAMILIES[config.model.kind].folders) as folder:
             if with_text_encoders:
                 loaded |= self.read_tokenizers(folder)
-            ComposedPipelineBase.__init__(self, str(folder), args, components, loaded or None)
+            with _no_bars():
+                ComposedPipelineBase.__init__(self, str(folder), args, components, loaded or None)
             self.post_init()
         _check_vae(self.get_module("vae"), self.checkpoint / "vae")
         self.prepare_transformer(self.get_module("transformer"))
@@ -261,3 +261,15 @@ def _check_vae(vae: nn.Module, folder: Path) -> None:
     missing = sorted(vae.state_dict().keys() - read_entries(select(folder)).keys())
     if missing:
         raise WeightFilesError(f"{folder}: {len(missing)} tensors of FastVideo's VAE are in no file, {missing[0]} is the first")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Entered while FastVideo loads: for each component it leaves a bar of its files on the error stream. What was loaded is
+    said in one line (:func:`~fastvideo_grpo.trainers.load.load_trainer`)."""
+    before = weight_utils.tqdm
+    weight_utils.tqdm = lambda files, **_: files
+    try:
+        yield
+    finally:
+        weight_utils.tqdm = before

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from importlib import import_module
 from inspect import isabstract
 
+from torch import nn
+
 from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.engines.base import whole_shape
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.models.run_prompts import configured_prompts
 from fastvideo_grpo.planning.checkpoint_checks import unread_files
+from fastvideo_grpo.printed_sizes import gib
+from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.trainers.base import GRPOTrainer
 from fastvideo_grpo.trainers.conditioning import to_encode
 
@@ -39,7 +46,8 @@ def trainer_class(kind: str) -> type[GRPOTrainer]:
 
 
 def load_trainer(config: Config, world: World) -> GRPOTrainer:
-    """Load the checkpoint. Text encoders stay on disk when every prompt's embedding is cached already."""
+    """Load the checkpoint, and say what it took. Text encoders stay on disk when every prompt's embedding is cached already."""
+    started = time.perf_counter()
     cls = trainer_class(config.model.kind)
     left_out = unread_files(config) if world.rank == 0 else None
     if left_out:
@@ -50,4 +58,14 @@ def load_trainer(config: Config, world: World) -> GRPOTrainer:
         with_text_encoders = bool(cache.missing(to_encode(configured_prompts(config), config)))
         if with_text_encoders:
             cache.check_writable()
-    return cls(config, world, with_text_encoders=with_text_encoders)
+    trainer = cls(config, world, with_text_encoders=with_text_encoders)
+    size = gib(sum(_loaded_bytes(trainer.get_module(name)) for name in FAMILIES[config.model.kind].folders))
+    Console(quiet=world.rank != 0).say(f"loaded {config.model.path}: {size} in {time.perf_counter() - started:.1f} s")
+    return trainer
+
+
+def _loaded_bytes(component: object) -> int:
+    """Of a component's weights, those in other processes' partitions included; of what is no network nothing."""
+    if not isinstance(component, nn.Module):
+        return 0
+    return sum(math.prod(whole_shape(weight)) * weight.itemsize for weight in component.parameters())
