@@ -1,9 +1,9 @@
 """The tables of docs/scaling.md: memory by the estimate of ``train --dry-run``, from the published sizes alone.
 
-    python benchmarks/scaling_table.py [--part choice settings full lora trajectories] [--write docs/scaling.md]
+    python benchmarks/scaling_table.py [--part choice settings full lora time trajectories] [--write docs/scaling.md]
 
-Nothing is measured here and no weights are needed. ``--write`` puts the tables between the file's markers. The part "lora"
-imports FastVideo to count HunyuanVideo's adapters.
+Nothing is measured here and no weights are needed. ``--write`` puts the tables between the file's markers. The parts "lora" and
+"time" import FastVideo, to count HunyuanVideo's adapters and the operations of networks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from typing import Any
 from fastvideo_grpo.config.checks import check
 from fastvideo_grpo.config.keys import Config
 from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.registry import FAMILIES
+from fastvideo_grpo.planning.cards import card_of
+from fastvideo_grpo.planning.cost import RunCost, cost_of
 from fastvideo_grpo.planning.memory import MemoryEstimate, estimate
+from fastvideo_grpo.planning.operations import Operations, count_decoding, count_operations
 from fastvideo_grpo.planning.plan import count_parameters
+from fastvideo_grpo.trainers.load import trainer_class
 
+CONFIGS = Path(__file__).parents[1] / "train_scripts" / "configs"
 GIB = 2**30
 GPUS = (8, 16, 32, 64)
 PER_NODE = 8
@@ -287,6 +293,54 @@ def _on_node(memory: MemoryEstimate, way: Way) -> float:
     return sum(parts.values())
 
 
+PAPER = {
+    "flux_t2i_paper": 32,
+    "flux_t2i_paper_lora": 8,
+    "hunyuan_t2i_paper": 32,
+    "hunyuan_t2v_paper_vq": 64,
+    "hunyuan_t2v_paper_vq_zero3": 64,
+    "skyreels_i2v_paper": 32,
+    "wan_t2v_paper": 32,
+    "stable_diffusion_t2i_paper": 8,
+}
+"""Recipe of the paper's settings -> the GPUs that it is for."""
+
+
+def recipe_cost(recipe: str, gpus: int, **engine: Any) -> RunCost:
+    """What a recipe takes on H100s; ``engine``: keys that it has otherwise."""
+    overrides = [f"engine.{key}={value}" for key, value in engine.items()]
+    config = run_config.load(CONFIGS / f"{recipe}.yaml", overrides)
+    facts = model_facts(config, published_if_missing=True)
+    operations = _operations(recipe, config, facts)
+    return cost_of(config, facts, gpus, card_of("h100"), *operations)
+
+
+_counted: dict[str, tuple[Operations, float]] = {}
+
+
+def _operations(recipe: str, config: Config, facts: ModelFacts) -> tuple[Operations, float]:
+    """Of a pass and of a decoding; the ZeRO stage changes neither."""
+    if recipe not in _counted:
+        trainer = trainer_class(config.model.kind)
+        _counted[recipe] = count_operations(trainer, config, facts), count_decoding(config, facts)
+    return _counted[recipe]
+
+
+def time() -> str:
+    """Seconds of an iteration and GPU-hours of the recipes with the paper's settings."""
+    lines = [
+        "| recipe | H100 | sampling | decoding | update | exchange | an iteration | 300 iterations, GPU-hours | with ZeRO 1 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe, gpus in PAPER.items():
+        cost, first = recipe_cost(recipe, gpus), recipe_cost(recipe, gpus, zero_stage=1)
+        seconds = (cost.sampling, cost.decoding, cost.updating, sum(cost.exchange.values()), cost.seconds)
+        cells = " | ".join(f"{value:.0f} s" if value >= 10 else f"{value:.1f} s" for value in seconds)
+        hours = [f"{each.seconds * 300 / 3600 * gpus:,.0f}" for each in (cost, first)]
+        lines.append(f"| `{recipe}` | {gpus} | {cells} | {hours[0]} | {hours[1]} |")
+    return "\n".join(lines)
+
+
 def trajectories() -> str:
     """Host memory of the samples of an iteration."""
     lines = [
@@ -316,6 +370,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "full": full,
     "lora": lora,
+    "time": time,
     "trajectories": trajectories,
 }
 

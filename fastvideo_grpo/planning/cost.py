@@ -21,12 +21,11 @@ from fastvideo_grpo.printed_sizes import gib
 CEILING = 0.8
 """Of a card's peak that large matrix products reach, where that was not measured: 0.80 on an H200."""
 EFFICIENCY = 0.35
-"""Of that ceiling, what forwards and updates reached on an H200 (FLUX.1-dev 0.38 and 0.34, Wan 2.1 1.3B 0.33 and 0.34,
-HunyuanVideo's update 0.39; docs/performance.md)."""
+"""Of that ceiling, what forwards and updates reached on an H200: 0.33 to 0.39 for three models (docs/performance.md)."""
 COMPILED = 1.15
-"""How much faster ``model.compile=blocks`` is: FLUX.1-dev's update on an H200, before rollouts ran its graphs, too."""
+"""How much faster ``model.compile=blocks`` is: an update on an H200, before rollouts ran its graphs, too."""
 DECODING_IMAGE, DECODING_CLIP = 0.045, 0.18
-"""Of the ceiling, what decoding in bf16 reached there: FLUX.1-dev's VAE at 720 x 720, and Wan's and HunyuanVideo's in tiles."""
+"""Of the ceiling, what decoding in bf16 reached there: of an image of 720 x 720, and of clips in tiles."""
 NODE = 8
 """GPUs of a node."""
 NETWORK = 50e9
@@ -188,7 +187,7 @@ def describe_cost(cost: RunCost, config: Config, needed: float) -> list[str]:
         f"{DECODING_CLIP if config.sample.frames > 1 else DECODING_IMAGE:g} in bf16, as on an H200",
     ]
     if config.model.compile != "none":
-        lines.append(f"  assumed    compiled blocks are {COMPILED:g} times as fast, as FLUX.1-dev's update was on an H200")
+        lines.append(f"  assumed    compiled blocks are {COMPILED:g} times as fast, as an update was on an H200")
     if exchanged:
         where = f"{card.link / 1e9:.0f} GB/s to each side within a node of {NODE}"
         if cost.ranks > NODE:

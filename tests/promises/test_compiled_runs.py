@@ -50,5 +50,5 @@ def test_processes_give_the_samples_and_weights_of_one(recorded, tiny_checkpoint
     processes, settings, of_one = test_processes.settings_of(MODELS[KIND], case)
     overrides = runs.settings(tmp_path, tiny_checkpoint(KIND), **settings, **COMPILED)
     assert runs.run(overrides, processes=processes, record=True) == [0] * processes
-    assert_same_to_rounding(tmp_path, recorded({**of_one, **COMPILED}), test_processes.ITERATIONS)
+    assert_same_to_rounding(tmp_path, recorded({**of_one, **COMPILED}), settings["run__iterations"])
     assert all(line["train/ratio_first_update_max_dev"] == 0.0 for line in runs.metrics(tmp_path))

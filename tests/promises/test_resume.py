@@ -82,7 +82,7 @@ QUICK = {
 }
 
 
-WHOLE = ("flux", "hunyuan_video")  # one of images, one of clips; where a kill falls is the loop's affair, not the model's
+WHOLE = ("flux",)  # where a kill falls is the loop's affair, not the model's
 
 
 def kills(model):

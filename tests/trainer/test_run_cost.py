@@ -106,9 +106,11 @@ def test_what_zero_exchanges(stage, gradients, weights):
     found = cost_of(spread(config, zero_stage=stage), facts, 2, H200, ONCE, 1e12)
     half = count_parameters(config, facts)[1] / 2
     assert found.exchange == pytest.approx({"gradients": gradients * half / H200.link, "weights": weights * half / H200.link})
-    further = cost_of(spread(config, zero_stage=stage), facts, 16, H200, ONCE, 1e12)
-    of_sixteen = (1 if stage == 1 else 1 / 8) * (15 / 16) / (1 / 2) * H200.link / cost.NETWORK
-    assert further.exchange["gradients"] == pytest.approx(of_sixteen * found.exchange["gradients"])
+    config = spread(config, zero_stage=stage)
+    eight_times = replace(config, grpo=replace(config.grpo, prompts_per_iteration=32))
+    further = cost_of(eight_times, facts, 16, H200, ONCE, 1e12)  # over two nodes, each with the same samples
+    more = (15 / 16) / (1 / 2) * H200.link / cost.NETWORK
+    assert further.exchange == pytest.approx({what: more * seconds for what, seconds in found.exchange.items()})
 
 
 def test_what_sharing_tokens_exchanges():
@@ -144,5 +146,5 @@ def test_a_dry_run_says_it_and_a_run_does_not_take_it(tiny_checkpoint, tmp_path,
     assert cli.main(["train", *settings, "--dry-run", "--gpu", "a100"]) == 0
     printed = capsys.readouterr().out
     assert "an iteration on 1 A100 SXM 80 GB" in printed and "GPU-hours" in printed
-    assert cli.main(["train", *settings, "--gpu", "a100"]) == 2
+    assert cli.main(["train", *settings, "--gpu", "a100"]) == 1
     assert "--gpu only goes with --dry-run" in capsys.readouterr().err
