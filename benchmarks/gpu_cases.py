@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: those that fit ten minutes; --list names all")
     parser.add_argument("--minutes", type=float, default=8.0, help="all cases together; what does not fit in is named")
     parser.add_argument("--out", type=Path, help="folder of the results (without it they are only printed)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny checkpoints")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: tiny checkpoints; the default without a GPU")
     parser.add_argument("--list", action="store_true", help="name the cases and the ways to run them")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -121,11 +121,12 @@ def main() -> int:
             settings_of(name)
         except ValueError as error:
             parser.error(str(error))
-    machine = describe_machine(arguments.device)
+    device = arguments.device or ("cuda" if _sees_gpu() else "cpu")
+    machine = describe_machine(device)
     print(f"machine: {json.dumps(machine)}", flush=True)
     deadline, rows = time.monotonic() + 60 * arguments.minutes, []
     for name in names:
-        row = run_case(name, arguments.device, deadline)
+        row = run_case(name, device, deadline)
         rows.append(row)
         print(f"{name}: {row.error or json.dumps(row.numbers)}", flush=True)
         if arguments.out:
@@ -166,6 +167,12 @@ def settings_of(name: str) -> tuple[Case, dict[str, Any]]:
     return case, settings
 
 
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """What there is; on a GPU with its measured ceiling, operations a second of a large matrix product in bf16."""
     import torch
@@ -173,7 +180,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     machine: dict[str, Any] = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     if device == "cpu":
         return {**machine, "device": f"{platform.machine()} CPU, tiny checkpoints"}
-    if not torch.cuda.is_available():
+    if not _sees_gpu():
         sys.exit("torch sees no GPU; --device cpu tries the script")
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     seconds = _timed(lambda: a @ a, 10, torch.device("cuda"))

@@ -103,12 +103,14 @@ def test_a_package_adds_all_four_and_trains(folder, site):
     command = [site.parents[2] / "bin" / "python", "-m", "fastvideo_grpo.cli", "train", "run.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.stderr == ""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1]
     for line in lines:
         assert line["train/ratio_first_update_max_dev"] == 0.0
         assert line["train/grad_norm"] > 0 and line["train/updates"] == 2
         assert line["reward/look/contrast/mean"] > 0
+        assert line["perf/update_tflop"] > 0
     assert (folder / "run" / "checkpoints" / "000002").is_dir()
 
 

@@ -158,8 +158,8 @@ class Family(ABC):
         return int(facts.denoiser["num_attention_heads"])
 
     def conditioning_shapes(self, facts: ModelFacts, sample: SampleConfig, text_length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that a prompt is encoded to, without the batch, with which ``fastvideo-grpo measure-family``
-        calls the network: the sequence, and a pooled embedding where the network reads one."""
+        """Shapes of the tensors that a prompt is encoded to, without the batch, with which the network is called to count what
+        it computes and holds: the sequence, and a pooled embedding where the network reads one."""
         shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (text_length, self.text_width(facts))}
         if facts.denoiser.get("pooled_projection_dim"):
             shapes["pooled_projections"] = (int(facts.denoiser["pooled_projection_dim"]),)

@@ -27,6 +27,9 @@ class Dots(Family):
         with torch.device("meta"):
             return make("mixer", denoiser)
 
+    def conditioning_shapes(self, facts, sample, text_length):
+        return {"text": (facts.denoiser["text_width"],)}
+
     def pass_bytes(self, config, facts):
         tokens = config.engine.micro_batch_size * self.image_tokens(facts, config.sample)
         hidden = 4 * tokens * facts.denoiser["width"]
