@@ -51,6 +51,7 @@ WHEELS = (
     "typing-inspection",
     "typing-extensions",
     "annotated-types",
+    "sentencepiece",
 )
 """What a machine lacked that had torch with CUDA (docs/performance.md)."""
 EXPECTED = (

@@ -15,8 +15,10 @@ import runpy
 import sys
 import sysconfig
 import tempfile
-from importlib.machinery import PathFinder
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from make import EXPECTED  # type: ignore[import-not-found]  # beside this file
 
@@ -51,24 +53,25 @@ def _plain(name: str) -> str:
 
 
 class Hider:
-    """Finds no module of this environment that the GPU machine has not."""
+    """Finds modules as Python does, those of this environment only if the GPU machine has them."""
 
     def __init__(self, expected: set[str]) -> None:
         self.expected = expected
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if path is None and name not in self.expected:
-            spec = PathFinder.find_spec(name, [str(SITE)])
-            here = PathFinder.find_spec(name, [entry for entry in sys.path if entry and Path(entry).resolve() != SITE])
-            if spec is not None and here is None:
-                raise ModuleNotFoundError(f"No module named {name!r} (hidden: the GPU machine has none)", name=name)
+            path = [entry for entry in sys.path if Path(entry).resolve() != SITE]
+        return PathFinder.find_spec(name, path, target)
+
+    find_distributions = staticmethod(PathFinder.find_distributions)
+    invalidate_caches = staticmethod(PathFinder.invalidate_caches)
 
 
 def hide() -> None:
     """From here on in this process."""
     expected = os.environ.get("GPU_KIT_EXPECTED") or ",".join(sorted(expected_modules()))
     os.environ["GPU_KIT_EXPECTED"] = expected
-    sys.meta_path.insert(0, Hider(set(expected.split(","))))
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Hider(set(expected.split(",")))
 
 
 def main() -> None:
