@@ -37,11 +37,15 @@ budget=$((60 * ${MINUTES:-10}))
 patience=150
 if [ "$device" = cpu ]; then patience=600; fi
 failed=()
-# step NAME SECONDS COMMAND ...: run it for so long at most, its output in OUT/NAME.log.
+# step NAME SECONDS COMMAND ...: run it for so long at most, its output in OUT/NAME.log (and here with SHOW=1).
 step() {
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
-  timeout --kill-after 30 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  if [ -n "${SHOW:-}" ]; then
+    timeout --kill-after 30 "$limit" "$@" 2>&1 | tee "$out/$name.log" || code=$?
+  else
+    timeout --kill-after 30 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  fi
   if [ "$code" -ne 0 ]; then
     failed+=("$name")
     echo "FAILED  $name after $((SECONDS - start)) s, exit code $code; the end of $out/$name.log:"
@@ -93,15 +97,12 @@ minutes=$(awk "BEGIN {print $left / 60}")
 if [ "${CASES:-}" = phases ]; then
   sizes=()
   if [ "$device" = cpu ]; then sizes=(--tiny); fi
-  step gpu_phases $((left + 60)) "$PYTHON" benchmarks/gpu_phases.py --device "$device" "${sizes[@]}" --minutes "$minutes" \
+  SHOW=1 step gpu_phases $((left + 60)) "$PYTHON" benchmarks/gpu_phases.py --device "$device" "${sizes[@]}" --minutes "$minutes" \
     --out "$out"
-  results=$out/gpu_phases.md
 else
   # shellcheck disable=SC2086  # several words
-  step gpu_cases $((left + 60)) "$PYTHON" benchmarks/gpu_cases.py ${CASES:-} --device "$device" --minutes "$minutes" --out "$out"
-  results=$out/gpu_cases.md
+  SHOW=1 step gpu_cases $((left + 60)) "$PYTHON" benchmarks/gpu_cases.py ${CASES:-} --device "$device" --minutes "$minutes" --out "$out"
 fi
-if [ -f "$results" ]; then cat "$results"; fi
 echo "$SECONDS s, results in $out"
 if [ "${#failed[@]}" -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
