@@ -69,9 +69,31 @@ SHARED = [
 ]
 
 
+WHOLE = ("flux", "wan")  # one of images, one of clips and with guidance
+SOME = [  # of the other models: each stage, and each setting with one stage
+    f"ZeRO 3, {EVERYTHING}",
+    *(f"ZeRO {stage}" for stage in (0, 1, 2, 3)),
+    "ZeRO 0, KL",
+    "ZeRO 1, 4 processes",
+    "ZeRO 2, LoRA",
+    "ZeRO 2, optimiser offloaded",
+    "ZeRO 2, 1 sample",
+    "ZeRO 3, parameters offloaded",
+    "ZeRO 3, full checkpointing",
+    "ZeRO 3, 4 samples",
+    "ZeRO 3, guidance in two passes",
+    f"ZeRO 2, shared tokens, {EVERYTHING}",
+    *(f"ZeRO {stage}, shared tokens" for stage in (1, 2, 3)),
+    "ZeRO 2, shared tokens, 4 processes",
+    "ZeRO 3, shared tokens, LoRA",
+    "ZeRO 3, tokens shared by 4, 4 processes",
+]
+
+
 def runs_of(model):
     images = ["ZeRO 2, shared tokens, image"] if "image" in model.flavours else []
-    return [*ALL, *(SHARED if model.shares_tokens else []), *images]
+    every = [*ALL, *(SHARED if model.shares_tokens else []), *images]
+    return every if model.kind in WHOLE else [case for case in every if case in SOME or case in images]
 
 
 def quick(model, case):
@@ -84,6 +106,9 @@ def prompts_of(words):
     micro-batches of four, and where two have several calls of an update to add up. The other cases need no more than two."""
     shared = any(word.startswith(("shared tokens", "tokens shared")) for word in words)
     return 4 if len(words) == 1 or "4 samples" in words or ("4 processes" in words and not shared) else 2
+
+
+assert set(SOME) <= {*ALL, *SHARED}
 
 
 def iterations_of(words, case):

@@ -82,15 +82,13 @@ QUICK = {
 }
 
 
-WHOLE = ("flux",)  # where a kill falls is the loop's affair, not the model's
-
-
 def kills(model):
-    """Every way with every kill, or every way with one and every kill in one."""
+    """Every way with one kill and every kill in one: where a kill falls is the loop's affair, not the model's or the way's."""
     ways = [*WAYS, *(SHARED if model.shares_tokens else ())]
     some = [f"{way}, in an update" for way in ways] + [f"ZeRO 2, {kill}" for kill in KILLS]
-    every = [f"{way}, {kill}" for way in ways for kill in KILLS]
-    return every if model.kind in WHOLE else list(dict.fromkeys([*some, *QUICK.get(model.kind, ())]))
+    if model.kind == "flux":  # on one process, and in partitions
+        some += [f"{way}, {kill}" for way in ("one process", "ZeRO 3") for kill in KILLS]
+    return list(dict.fromkeys([*some, *QUICK.get(model.kind, ())]))
 
 
 def way_of(model, case):
