@@ -356,8 +356,9 @@ class Policy(ABC):
             self._reference = self.make_reference()
         if config.model.compile == "blocks":
             family = FAMILIES[config.model.kind]
-            blocks = find_blocks(self.denoiser, family.blocks, family.not_recomputed)
-            compile_blocks(self.denoiser, blocks, dynamic=family.texts_differ_in_length)
+            for network in filter(None, (self.denoiser, self._reference)):
+                blocks = find_blocks(network, family.blocks, family.not_recomputed)
+                compile_blocks(network, blocks, dynamic=family.texts_differ_in_length)
             self.compilations = Compilations()
         every = checkpointed_blocks(config.engine.activation_checkpointing)
         self.engine = make_engine(self.checkpoint_activations(every) if every else self.denoiser, config, self.world)

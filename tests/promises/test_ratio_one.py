@@ -195,6 +195,11 @@ def rounds_by_gradients(graph, inputs):
     return run
 
 
+def networks(trainer):
+    """Those that are called: what is trained, and what KL compares with where it is another."""
+    return [network for network in (trainer.denoiser, trainer._reference) if network is not None]
+
+
 def quick_compiled(model, case):
     """FastVideo's networks and diffusers', with what is recomputed and without."""
     return case == {"flux": next(iter(COMPILED)), "stable_diffusion": list(COMPILED)[1]}.get(model.kind)
@@ -204,9 +209,12 @@ def quick_compiled(model, case):
 def test_ratios_are_one_where_graphs_without_gradients_round_otherwise(
     fresh_compiler, make_trainer, monkeypatch, model, case
 ):
-    """So that the rollout must run those of the update."""
+    """So that the rollout must run those of the update. A reference of its own is compiled, too."""
     monkeypatch.setattr(compiled_blocks, "BACKEND", rounds_by_gradients)
-    lines = all_are_one(make_trainer(**model.run(**{**SHORT, **COMPILED[case]}, model__compile="blocks")))
+    trainer = make_trainer(**model.run(**{**SHORT, **COMPILED[case]}, model__compile="blocks"))
+    compiled = [sum(part._compiled_call_impl is not None for part in network.modules()) for network in networks(trainer)]
+    assert compiled[0] > 0 and set(compiled) == {compiled[0]}
+    lines = all_are_one(trainer)
     assert lines[0]["perf/compilations"] > 0
 
 
