@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvideo_grpo.engines import compiled_blocks
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning import operations
 from fastvideo_grpo.planning.activation_counting import FamilyCounter
@@ -195,6 +196,15 @@ def test_passes_are_counted_by_phase_and_logged(make_trainer, monkeypatch):
     rate = line["perf/rollout_tflop"] / line["time/rollout"]
     assert line["perf/rollout_tflop_per_second"] == pytest.approx(rate)
     assert line["perf/rollout_tflop"] / 24 == pytest.approx(line["perf/update_tflop"] / (32 + 16 * 2), rel=0.1)
+
+
+def test_a_compiled_rollout_is_forwards_though_it_runs_the_graphs_of_the_update(make_trainer, monkeypatch):
+    monkeypatch.setattr(compiled_blocks, "BACKEND", "eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # restored after the test
+        passes, _ = passes_of(make_trainer, monkeypatch, model__compile="blocks")
+    torch._dynamo.reset()
+    assert passes["rollout"] == Counter({FORWARD: 8 * 3}) and passes["update"] == Counter({TRAINED: 8 * 2})
 
 
 @pytest.mark.parametrize(
