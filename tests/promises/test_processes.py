@@ -88,12 +88,21 @@ SOME = [  # of the other models: each stage, and each setting with one stage
     "ZeRO 3, shared tokens, LoRA",
     "ZeRO 3, tokens shared by 4, 4 processes",
 ]
+STAGES = [  # of a model whose network is another's
+    f"ZeRO 3, {EVERYTHING}",
+    *(f"ZeRO {stage}" for stage in (0, 1, 2, 3)),
+    f"ZeRO 2, shared tokens, {EVERYTHING}",
+    *(f"ZeRO {stage}, shared tokens" for stage in (1, 2, 3)),
+]
 
 
 def runs_of(model):
     images = ["ZeRO 2, shared tokens, image"] if "image" in model.flavours else []
     every = [*ALL, *(SHARED if model.shares_tokens else []), *images]
-    return every if model.kind in WHOLE else [case for case in every if case in SOME or case in images]
+    if model.kind in WHOLE:
+        return every
+    some = STAGES if model.kind == "skyreels_i2v" else SOME
+    return [case for case in every if case in some or case in images]
 
 
 def quick(model, case):
@@ -108,7 +117,7 @@ def prompts_of(words):
     return 4 if len(words) == 1 or "4 samples" in words or ("4 processes" in words and not shared) else 2
 
 
-assert set(SOME) <= {*ALL, *SHARED}
+assert {*SOME, *STAGES} <= {*ALL, *SHARED}
 
 
 def iterations_of(words, case):

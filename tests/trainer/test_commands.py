@@ -37,7 +37,8 @@ def test_the_demo_learns_on_training_and_kept_out_prompts(tmp_path, capsys, seed
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_video_demo_learns_on_training_prompts(tmp_path, capsys, seed):
-    assert cli.main(["demo", "--video", "--seed", str(seed), "--out", str(tmp_path / "demo")]) == 0
+    once = ["run.eval_every=30", "run.save_every=30"]  # in the end
+    assert cli.main(["demo", "--video", "--seed", str(seed), "--out", str(tmp_path / "demo"), *once]) == 0
     number = r"(\d\.\d+) ± (\d\.\d+)"
     printed = re.search(rf"training prompts: motion/moving_colour {number} -> {number}", capsys.readouterr().out)
     before, error_before, after, error_after = map(float, printed.groups())
