@@ -207,7 +207,7 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
             valid = {name: torch.ones(2, config.grpo.group_size, dtype=torch.bool) for name in scores}
             values_ = group_advantages(scores, valid, trainer.run.scoring.rewards.weights)
             trainer.update(1, rollout, values_, trainer.select(values_), Clock())
-        held = sum(t.nbytes for t in rollout.latents.values())
+        held = sum(t.nbytes for t in rollout.trajectories.values() if t.ndim > 1)
         # On a CPU, trajectories lie in the memory that is measured.
         on_device = peak.bytes - (held if device.type == "cpu" else 0)
         return {"iteration": [on_device, max(planned.phases.values())], "trajectories": [held, planned.host["trajectories"]]}

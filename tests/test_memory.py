@@ -99,7 +99,7 @@ def test_device_memory_does_not_grow_with_the_group_and_trajectories_are_linear(
     assert small.resident == large.resident and small.phases == large.phases
     assert large.host["trajectories"] == 3 * small.host["trajectories"]
     state = 16 * 14 * 60 * 60 * 4
-    assert small.host["trajectories"] == 32 * 8 / 2 * 17 * state
+    assert small.host["trajectories"] == 32 * 8 / 2 * 16 * state
     longer = planned(2, grpo__group_size=8, sample__steps=33)[1]
     assert longer.host["trajectories"] == pytest.approx(2 * small.host["trajectories"])
 
@@ -225,4 +225,4 @@ def test_a_checkpoint_on_disk_is_measured_not_assumed(planned, tmp_path):
     _, memory = planned(1, model__path=folder, sample__height=32, sample__width=32, sample__frames=5)
     vae = sum(math.prod(shape) for shape in CheckpointReader(Path(folder) / "vae").shapes.values())
     assert memory.resident["VAE"] == 4 * vae
-    assert memory.host["trajectories"] == 32 * 12 * 17 * 4 * (4 * 2 * 4 * 4)
+    assert memory.host["trajectories"] == 32 * 12 * 16 * 4 * (4 * 2 * 4 * 4)

@@ -20,7 +20,7 @@ def _denoised(z, alpha, sigma):
 
 def _level(t, path):
     alpha, sigma = path(t)
-    return Level(alpha.float(), sigma.float(), (1000 * t).float())
+    return Level(alpha.float(), sigma.float(), (1000 * t).float(), torch.zeros(1, dtype=torch.long))
 
 
 def _flow(t):
@@ -105,7 +105,7 @@ def test_without_noise_a_diffusion_step_is_the_flow_step_in_other_units(name):
     def in_flow(level):
         total = level.alpha.double() + level.sigma.double()
         t = (level.sigma / total).float()
-        return total.float().view(-1, 1), Level(1 - t, t, 1000 * t)
+        return total.float().view(-1, 1), Level(1 - t, t, 1000 * t, torch.zeros(1, dtype=torch.long))
 
     scale, flow_level = in_flow(level)
     next_scale, next_flow_level = in_flow(following)

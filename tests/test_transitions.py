@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastvideo_grpo.sampling import schedules, transitions
+from fastvideo_grpo.sampling.noise_levels import NoiseLevel
 from fastvideo_grpo.sampling.rollout import Walk, rollout
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "transitions.json"
@@ -128,7 +129,6 @@ def test_flow_sde_keeps_the_marginals_of_a_gaussian_target(noise_level):
             schedules.flow(100, 1.0),
             transitions.get("flow_sde", noise_level=noise_level),
             lambda i: torch.randn(4000, 2),
-            record=False,
         ),
     )
     assert latents.std() == pytest.approx(0.5, abs=0.02)
@@ -145,7 +145,7 @@ def test_diffusion_keeps_the_marginals_of_a_gaussian_target(name, steps):
     latents, _ = rollout(
         epsilon,
         torch.randn(4000, 2),
-        Walk(schedule, transitions.get(name, noise_level=1.0), lambda i: torch.randn(4000, 2), record=False),
+        Walk(schedule, transitions.get(name, noise_level=1.0), lambda i: torch.randn(4000, 2)),
     )
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
@@ -269,7 +269,7 @@ def test_ddim_of_a_scheduler_file():
 
 
 def test_bad_input_names_what_is_wrong():
-    with pytest.raises(ValueError, match="known: ddim, diffusion_sde, flow_sde, ode"):
+    with pytest.raises(ValueError, match="known: cps, ddim, diffusion_sde, flow_sde, ode"):
         transitions.get("euler")
     with pytest.raises(ValueError, match="noise_level"):
         transitions.get("flow_sde", noise_level=-1)
@@ -299,11 +299,11 @@ def test_a_transition_may_have_a_step_of_its_own():
         def step(self, output, sample, level, next_level, *, noise=None, next_sample=None):
             return sample
 
-    assert Still(0.5).deterministic().step(None, 3, None, None) == 3
+    assert Still(NoiseLevel(0.5)).deterministic().step(None, 3, None, None) == 3
 
     class Neither(transitions.StochasticTransition):
         prediction = "velocity"
 
-    level = schedules.Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0)))
+    level = schedules.Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0, 0)))
     with pytest.raises(NotImplementedError, match="Neither has neither `gaussian` nor a `step` of its own"):
         Neither(0.5).step(torch.zeros(1, 2), torch.zeros(1, 2), level, level)

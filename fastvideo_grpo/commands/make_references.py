@@ -320,7 +320,7 @@ def draw(trainer: GRPOTrainer, prompt: Prompt, seed: int) -> Tensor:
     """
     from fastvideo_grpo.sampling.noise import SampleKey
 
-    drawn = trainer.draw(prompt, [SampleKey(seed, 0, 0, prompt.id, 0, "reference")], deterministic=True)
+    drawn = trainer.draw_fixed(prompt, [SampleKey(seed, 0, 0, prompt.id, 0, "reference")])
     trainer.forget_conditioning()  # it will not be asked for again
     assert drawn.media is not None  # every process leads: none shares a sample
     (fault,) = drawn.faults()

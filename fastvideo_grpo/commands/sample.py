@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -76,18 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
     from fastvideo_grpo.prompts.images import check_images
 
     checkpoint: RunCheckpoint | None = None
+    overrides = [_of_drawing(item) for item in arguments.overrides]
     if Path(arguments.source).is_dir():
         if arguments.weights == "start":
             if arguments.iteration is not None:
                 raise UserError("--weights start is before the first iteration: leave --iteration out, or take model or ema")
-            config = run_config.load(Path(arguments.source) / "config.yaml", arguments.overrides)
+            config = run_config.load(Path(arguments.source) / "config.yaml", overrides)
         else:
-            checkpoint = open_run(arguments.source, arguments.iteration, arguments.overrides)
+            checkpoint = open_run(arguments.source, arguments.iteration, overrides)
             config = checkpoint.config
     else:
         if arguments.weights in ("model", "ema") or arguments.iteration is not None:
             raise UserError("--weights and --iteration need a run folder; a configuration has its starting weights only")
-        config = run_config.load(arguments.source, arguments.overrides)
+        config = run_config.load(arguments.source, overrides)
     if arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
     prompts = [Prompt(text_id(text), text) for text in arguments.prompt]
@@ -122,6 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
     for fault, count in found.items():
         print(f"{count} of {len(faults)} are invalid and have no file: {fault}")
     return 0 if found.total() < len(faults) else 1
+
+
+def _of_drawing(override: str) -> str:
+    """What is drawn here takes ``sample.eval_steps`` where the run has them: who gives ``sample.steps`` means these, whatever
+    the rollouts of the run make of theirs."""
+    return re.sub(r"^sample\.steps=(?=\d+$)", "sample.eval_steps=", override)
 
 
 def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, which: str) -> Path:

@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 
-from fastvideo_grpo.config.keys import Config, GRPOConfig, checkpointed_blocks, make_objective
+from fastvideo_grpo.config.keys import (
+    Config,
+    GRPOConfig,
+    StochasticConfig,
+    checkpointed_blocks,
+    make_objective,
+    make_transition,
+    stochastic_steps,
+)
 from fastvideo_grpo.config.values import name_in_file
 from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.extensions import nearest
-from fastvideo_grpo.grpo import objectives
+from fastvideo_grpo.grpo import objectives, timesteps
 from fastvideo_grpo.sampling import transitions
 
 _FLOAT32, _INT32 = torch.finfo(torch.float32), torch.iinfo(torch.int32)
@@ -118,11 +126,13 @@ def _check_combinations(config: Config) -> Iterator[str]:
             f"of a prompt are remembered: set the size to at least {grpo.history.minimum}"
         )
     try:
-        objective = make_objective(config)
+        objective: objectives.Objective | None = make_objective(config)
     except ValueError as error:
+        objective = None
         yield str(error)
-    else:
+    if objective is not None:
         yield from _check_objective(config, objective)
+    yield from _check_stochastic(config, objective)
     if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
         yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
     if sample.negative_prompt and sample.cfg_scale <= 1:
@@ -144,7 +154,7 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield "sample.transition is 'ode', which has no log-prob to train on; use flow_sde (of noise predictors: ddim)"
     else:
         try:
-            transitions.get(sample.transition, noise_level=sample.noise_level, noise_decay=sample.noise_decay)
+            make_transition(sample)
         except ValueError as error:
             yield f"sample.transition: {error}"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
@@ -185,6 +195,103 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield "engine.offload is 'optimizer', which needs engine.zero_stage of 1, 2 or 3"
 
 
+# Keys of grpo -> the settings of an objective by which it has them.
+_SETTINGS_OF = {
+    ("clip_range",): ("clip_range", "trust_region"),
+    ("clip_range_upper", "trust_region", "kl_threshold"): ("trust_region",),
+    ("advantage_clip",): ("advantage_clip", "advantage_range"),
+    ("advantage_clip_upper",): ("advantage_range",),
+}
+
+
+def _check_trust_region(grpo: GRPOConfig, default: GRPOConfig) -> Iterator[str]:
+    """Keys that the trust region does not read."""
+    if grpo.trust_region == "dppo":
+        for key in ("clip_range", "clip_range_upper"):
+            if getattr(grpo, key) != getattr(default, key):
+                yield (
+                    f"grpo.{key} is {getattr(grpo, key)}, but trust region dppo clips no ratio: leave it out (it reads "
+                    "grpo.kl_threshold)"
+                )
+    elif grpo.kl_threshold != default.kl_threshold:
+        yield f"grpo.kl_threshold is {grpo.kl_threshold:g}, which only trust region dppo reads: leave it out"
+
+
+# Which choice of sample.stochastic.steps reads which of its keys.
+_READ_BY = {
+    "width": ("window",),
+    "start": ("window",),
+    "moves": ("window",),
+    "stride": ("window",),
+    "every": ("window",),
+    "fraction": ("one",),
+    "per": ("one",),
+    "tail": ("window", "one"),
+}
+
+
+def _check_stochastic(config: Config, objective: objectives.Objective | None) -> Iterator[str]:
+    """What cannot be of the steps that draw noise, and of the samplers that draw none."""
+    sample, grpo = config.sample, config.grpo
+    chosen, default = sample.stochastic, StochasticConfig()
+    unread = [
+        key
+        for key, choices in _READ_BY.items()
+        if chosen.steps not in choices and getattr(chosen, key) != getattr(default, key)
+    ]
+    for key in unread:
+        yield (
+            f"sample.stochastic.{key} is {getattr(chosen, key)}, which is of steps={' or '.join(_READ_BY[key])}, and steps is "
+            f"{chosen.steps}: leave it out"
+        )
+    if chosen.steps == "window":
+        if chosen.moves != "progressive":
+            for key in ("stride", "every"):
+                if getattr(chosen, key) != getattr(default, key):
+                    yield f"sample.stochastic.{key} is {getattr(chosen, key)}, which is of moves=progressive: leave it out"
+        if chosen.moves == "random" and chosen.start:
+            yield f"sample.stochastic.start is {chosen.start}, but moves=random draws where the window begins: leave it out"
+    velocity = transitions.prediction(sample.transition) == "velocity"
+    if chosen.tail < 1:
+        if not velocity:
+            yield (
+                f"sample.stochastic.tail is {chosen.tail:g}, but its solver is made for networks that predict a velocity, and "
+                f"transition {sample.transition} is one of those that predict noise: use 1"
+            )
+        if chosen.steps == "one" and chosen.per == "sample":
+            yield (
+                f"sample.stochastic.tail is {chosen.tail:g}, but with per=sample the samples of a micro-batch have their "
+                "stochastic steps at several places, and no tail in common: use per=group, or tail=1"
+            )
+    if sample.eval_solver == "dpm_solver" and not velocity:
+        yield (
+            f"sample.eval_solver is dpm_solver, which is made for networks that predict a velocity, and transition "
+            f"{sample.transition} is one of those that predict noise: use ode"
+        )
+    try:
+        steps = stochastic_steps(config)
+    except ValueError as error:
+        yield f"sample.stochastic.{error}"
+        return
+    when = grpo.timesteps
+    try:
+        timesteps.count(sample.steps, when.strategy, when.fraction, steps.trainable)
+    except ValueError as error:
+        yield f"grpo.timesteps.{error}"
+    if objective is None or chosen.steps == "all":
+        return
+    if not getattr(objective, "needs_density", True):
+        yield (
+            f"sample.stochastic.steps is {chosen.steps}, but objective {grpo.objective} needs no density and trains steps of "
+            "any kind: use all"
+        )
+    if objective.pairs and chosen.steps == "one" and chosen.per == "sample":
+        yield (
+            f"sample.stochastic.per is 'sample', but the two samples of a pair of objective {grpo.objective} are compared at "
+            "the same timesteps: use per=group"
+        )
+
+
 def _check_objective(config: Config, objective: objectives.Objective) -> Iterator[str]:
     """What the objective's needs rule out (whether the rewards have gradients: :mod:`fastvideo_grpo.planning.plan`)."""
     grpo, engine = config.grpo, config.engine
@@ -195,9 +302,11 @@ def _check_objective(config: Config, objective: objectives.Objective) -> Iterato
             f"{', '.join(objectives.taking('kl_weight'))} have)"
         )
     default = GRPOConfig()
-    for key in ("clip_range", "advantage_clip"):
-        if not objectives.takes(name, key) and getattr(grpo, key) != getattr(default, key):
-            yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
+    for keys, settings in _SETTINGS_OF.items():
+        for key in keys:
+            if getattr(grpo, key) != getattr(default, key) and not any(objectives.takes(name, one) for one in settings):
+                yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
+    yield from _check_trust_region(grpo, default)
     if objective.needs_reward_gradients and grpo.normalisation != default.normalisation:
         yield f"grpo.normalisation is {grpo.normalisation}, but objective {name} has no advantages: leave it out"
     if grpo.normalisation != "prompt_history" and grpo.history != default.history:

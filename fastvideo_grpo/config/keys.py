@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastvideo_grpo.config.values import LARGEST_SEED
-from fastvideo_grpo.grpo import objectives, timesteps
+from fastvideo_grpo.grpo import objectives, timestep_weights, timesteps
 from fastvideo_grpo.grpo.advantages import NORMALISATIONS
+from fastvideo_grpo.grpo.objectives import trust_regions
 from fastvideo_grpo.rewards.placement.entries import PLACEMENTS
 from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE
-from fastvideo_grpo.sampling import transitions
+from fastvideo_grpo.sampling import noise_levels, transitions
+from fastvideo_grpo.sampling.stochastic_steps import CHOICES, MOVES, StochasticSteps
 
+SOLVERS = ("ode", "dpm_solver")
 REQUIRED: Any = "???"
 """In place of a default: a run has to give the key."""
 
@@ -113,6 +116,37 @@ class PromptsConfig:
 
 
 @dataclass
+class StochasticConfig:
+    """Which steps of a rollout draw noise; the others are those of the ODE."""
+
+    steps: str = _key(
+        "all",
+        "all (the paper), a window of them, or one for each group or sample (docs/methods.md); a group that shares its initial "
+        "noise is one trajectory until its first, and drawn once",
+        choices=list(CHOICES),
+    )
+    width: int = _key(4, "window: how many", minimum=1)
+    start: int = _key(0, "window: the first of them, 0 the noisiest, where it is fixed or begins", minimum=0)
+    moves: str = _key(
+        "fixed",
+        "window: fixed, progressive (on by stride every so many iterations, from 0 again behind the end), or random: a place "
+        "for each iteration",
+        choices=list(MOVES),
+    )
+    stride: int = _key(1, "progressive: steps that it moves on by", minimum=1)
+    every: int = _key(25, "progressive: iterations between moves", minimum=1)
+    fraction: float = _key(0.5, "one: the share of the steps, from noise on, that it is drawn from", minimum=1e-6, maximum=1)
+    per: str = _key("group", "one: a draw per group, or per sample", choices=["group", "sample"])
+    tail: float = _key(
+        1.0,
+        "the steps behind the stochastic ones become this share of their number, made by a solver of second order "
+        "(DPM-Solver++, of models that predict a velocity); 1: each by itself",
+        minimum=1e-3,
+        maximum=1,
+    )
+
+
+@dataclass
 class SampleConfig:
     """How a sample is drawn."""
 
@@ -125,11 +159,19 @@ class SampleConfig:
     shift: float = _key(3.0, "shift of the flow schedule: sigma = shift t / (1 + (shift - 1) t)", above=0)
     transition: str = _key(
         "flow_sde",
-        "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8), of those that predict noise ddim or "
-        "diffusion_sde (eq. 7)",
+        "sampler of the rollout: of models that predict a velocity flow_sde (eq. 8) or cps, of those that predict noise ddim "
+        "or diffusion_sde (eq. 7)",
         choices=transitions.names,
     )
-    noise_level: float = _key(0.3, "epsilon_t of the SDE, eta of ddim; 0 would leave nothing to learn from", above=0)
+    noise_level: float = _key(
+        0.3, "epsilon_t of the SDE, eta of ddim, a of cps (below 1); 0 would leave nothing to learn from", above=0
+    )
+    noise_schedule: str = _key(
+        "constant",
+        "the noise level is constant, or multiplied by sqrt(sigma / (1 - sigma)) (flow_grpo, of models that predict a "
+        "velocity)",
+        choices=list(noise_levels.NOISE_SCHEDULES),
+    )
     noise_decay: float = _key(
         0.0, "the noise level falls towards the data as t ** noise_decay, t from 1 to 0; 0: constant, 1: linear", minimum=0
     )
@@ -140,6 +182,16 @@ class SampleConfig:
         "shared",
         "initial noise: shared by a prompt's group (the paper) or per_sample",
         choices=["shared", "per_sample"],
+    )
+    stochastic: StochasticConfig = _key(StochasticConfig, "which steps draw noise")
+    eval_steps: int | None = _key(
+        None, "steps of evaluations, of pictures and of fastvideo-grpo sample (default: sample.steps)", minimum=2, maximum=1000
+    )
+    eval_solver: str = _key(
+        "ode",
+        "their sampler: the ODE of the transition, or dpm_solver: DPM-Solver++ of second order (of models that predict a "
+        "velocity)",
+        choices=list(SOLVERS),
     )
 
 
@@ -168,6 +220,12 @@ class TimestepsConfig:
         maximum=1,
     )
     per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
+    weight: str = _key(
+        "none",
+        "what a timestep counts: none (the paper: each as much), rectified (1 / the scale of its gradient), guard (1 / its "
+        "step) or noise (its standard deviation), each 1 on average over an iteration",
+        choices=list(timestep_weights.WEIGHTS),
+    )
 
 
 @dataclass
@@ -190,13 +248,27 @@ class GRPOConfig:
     timesteps: TimestepsConfig = _key(TimestepsConfig, "timestep selection")
     normalisation: str = _key(
         "group",
-        "what rewards are normalised over: the prompt's group (the paper), the iteration, or the prompt's last rewards",
+        "what rewards are normalised over: the prompt's group (the paper), the iteration (global), the prompt's last rewards, "
+        "or the group's mean and the iteration's standard deviation (global_std)",
         choices=list(NORMALISATIONS),
     )
     history: HistoryConfig = _key(HistoryConfig, "of normalisation prompt_history")
     # 1 + 1e-8 is 1 in float32: the ratio could never move.
-    clip_range: float = _key(1e-4, "clip range of the ratio (grpo, ddpo, dpok)", minimum=1e-7)
-    advantage_clip: float | None = _key(5.0, "advantages are clamped to +- this (grpo, ddpo, dpok)", above=0)
+    clip_range: float = _key(
+        1e-4, "how far the ratio may go below 1, and above (grpo, ddpo, dpok; trust regions clip and guard)", minimum=1e-7
+    )
+    clip_range_upper: float | None = _key(None, "how far it may go above 1 (default: clip_range)", minimum=1e-7)
+    trust_region: str = _key(
+        "clip",
+        "what keeps the policy near that of the rollout (grpo, ddpo, dpok): clip (the paper), guard (the ratio without the "
+        "drift that steps give it, clipped), or dppo (no update of what has moved away by kl_threshold already)",
+        choices=list(trust_regions.TRUST_REGIONS),
+    )
+    kl_threshold: float = _key(1e-5, "trust region dppo: KL to the rollout's policy, a mean over dimensions", above=0)
+    advantage_clip: float | None = _key(
+        5.0, "advantages are clamped to at least - this, and at most this (grpo, ddpo, dpok)", above=0
+    )
+    advantage_clip_upper: float | None = _key(None, "what they are at most (default: advantage_clip)", above=0)
     updates_per_iteration: int = _key(4, "optimiser steps per iteration; each takes whole prompts", minimum=1)
     cfg_gradients: str = _key(
         "both",
@@ -332,10 +404,46 @@ def make_objective(config: Config) -> objectives.Objective:
     grpo = config.grpo
     return objectives.get(
         grpo.objective,
+        trust_region=trust_regions.get(grpo.trust_region, grpo.clip_range, grpo.clip_range_upper, grpo.kl_threshold),
+        advantage_range=(grpo.advantage_clip, grpo.advantage_clip_upper),
         clip_range=grpo.clip_range,
         advantage_clip=grpo.advantage_clip,
         kl_weight=grpo.kl_weight,
         params=grpo.objective_params,
+    )
+
+
+def stochastic_steps(config: Config) -> StochasticSteps:
+    """Those of the configuration.
+
+    Raises:
+        ValueError: there is no such window.
+    """
+    chosen = config.sample.stochastic
+    return StochasticSteps(
+        steps=config.sample.steps,
+        choice=chosen.steps,
+        width=chosen.width,
+        start=chosen.start,
+        moves=chosen.moves,
+        stride=chosen.stride,
+        every=chosen.every,
+        fraction=chosen.fraction,
+        per=chosen.per,
+    )
+
+
+def make_transition(sample: SampleConfig) -> transitions.Transition:
+    """The configured transition.
+
+    Raises:
+        ValueError: what :func:`fastvideo_grpo.sampling.transitions.get` refuses.
+    """
+    return transitions.get(
+        sample.transition,
+        noise_level=sample.noise_level,
+        noise_schedule=sample.noise_schedule,
+        noise_decay=sample.noise_decay,
     )
 
 

@@ -72,6 +72,15 @@ def global_advantages(rewards: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     return _standard_scores(rewards, ok, weights, lambda name, group: rewards[name][ok])
 
 
+def mixed_advantages(rewards: Mapping[str, Tensor], valid: Mapping[str, Tensor], weights: Mapping[str, float]) -> Advantages:
+    """Like :func:`group_advantages`, with the mean of the group and the unbiased std of all valid samples of the iteration, as
+    Flow-GRPO's and later recipes have it (``global_std``): a group that rewards hardly tell apart teaches little."""
+    ok = _counted(rewards, valid, weights)
+    return _standard_scores(
+        rewards, ok, weights, lambda name, group: rewards[name][group][ok[group]], spread=lambda name: rewards[name][ok]
+    )
+
+
 class PromptHistory:
     """DDPO's normalisation per prompt (Black et al. 2023, arXiv:2305.13301): mean and std of the prompt's last rewards.
 
@@ -146,7 +155,7 @@ class _Stateless:
             raise ValueError(f"this normalisation remembers nothing, but was given the scores of {', '.join(state)}")
 
 
-NORMALISATIONS = ("group", "global", "prompt_history")
+NORMALISATIONS = ("group", "global", "prompt_history", "global_std")
 
 
 def get(name: str, *, history_size: int, history_minimum: int) -> Normalisation:
@@ -159,6 +168,8 @@ def get(name: str, *, history_size: int, history_minimum: int) -> Normalisation:
         return _Stateless(group_advantages)
     if name == "global":
         return _Stateless(global_advantages)
+    if name == "global_std":
+        return _Stateless(mixed_advantages)
     if name == "prompt_history":
         return PromptHistory(history_size, history_minimum)
     raise ValueError(f"unknown normalisation {name!r}; known: {', '.join(NORMALISATIONS)}")
@@ -180,9 +191,14 @@ def _counted(rewards: Mapping[str, Tensor], valid: Mapping[str, Tensor], weights
 
 
 def _standard_scores(
-    rewards: Mapping[str, Tensor], ok: Tensor, weights: Mapping[str, float], compared: Callable[[str, int], Tensor]
+    rewards: Mapping[str, Tensor],
+    ok: Tensor,
+    weights: Mapping[str, float],
+    compared: Callable[[str, int], Tensor],
+    spread: Callable[[str], Tensor] | None = None,
 ) -> Advantages:
-    """Advantages, where ``compared(reward, group)`` are the scores whose mean and std a group is measured by."""
+    """Advantages, where ``compared(reward, group)`` are the scores whose mean and std a group is measured by;
+    ``spread(reward)``: those whose std it is measured by instead."""
     total = torch.zeros(ok.shape, dtype=torch.float64)
     told_apart = torch.zeros(len(ok), dtype=torch.bool)
     for name in _used(rewards, weights):
@@ -192,5 +208,6 @@ def _standard_scores(
             if len(values) == 0 or len(others) < 2 or others.max() == others.min():
                 continue
             told_apart[group] = True
-            total[group][ok[group]] += weights[name] * (values - others.mean()) / others.std()
+            std = others.std() if spread is None else spread(name).double().std()
+            total[group][ok[group]] += weights[name] * (values - others.mean()) / std
     return Advantages(total.float(), ok, ~told_apart)

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.sampling.rollout import Span
 
 STRATEGIES = ("random", "first", "last", "all", "late")
 
 
-def count(steps: int, strategy: str, fraction: float) -> int:
+def count(steps: int, strategy: str, fraction: float, trainable: int | None = None) -> int:
     """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density.
-    With ``late`` it is 1.
+    With ``all`` it is all that are trainable, with ``late`` 1.
+
+    Args:
+        trainable: transitions that can be trained (default: all but the last).
 
     Raises:
-        ValueError: an unknown strategy, a fraction outside (0, 1], or fewer than two steps.
+        ValueError: an unknown strategy, a fraction outside (0, 1], fewer than two steps, or more timesteps than can be trained.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown timestep strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
@@ -25,11 +29,32 @@ def count(steps: int, strategy: str, fraction: float) -> int:
         raise ValueError(f"the timestep fraction must be above 0 and at most 1; got {fraction}")
     if steps < 2:
         raise ValueError(f"training needs at least 2 steps, since the last transition is never trained; got {steps}")
+    trainable = steps - 1 if trainable is None else trainable
     if strategy == "all":
-        return steps - 1
+        return trainable
     if strategy == "late":
         return 1
-    return min(_ceil(fraction * steps), steps - 1)
+    wanted = min(_ceil(fraction * steps), steps - 1)
+    if wanted > trainable:
+        raise ValueError(
+            f"fraction {fraction:g} of {steps} steps is {wanted} trained timesteps, but only {trainable} are stochastic: use "
+            f"strategy=all (with fraction=1.0), or a fraction of at most {trainable / steps:.3g}"
+        )
+    return wanted
+
+
+def kept(steps: int, strategy: str, fraction: float, trainable: int | None = None) -> tuple[int, int]:
+    """(first, how many) of the trainable transitions of a sample, which ``choose`` may take: a rollout keeps no others."""
+    trainable = steps - 1 if trainable is None else trainable
+    n = count(steps, strategy, fraction, trainable)
+    if strategy == "first":
+        return 0, n
+    if strategy == "last":
+        return trainable - n, n
+    if strategy == "late":
+        earliest = _earliest(trainable, fraction)
+        return earliest, trainable - earliest
+    return 0, trainable
 
 
 def _ceil(number: float) -> int:
@@ -37,22 +62,32 @@ def _ceil(number: float) -> int:
     return math.ceil(number - 1e-9)
 
 
-def choose(keys: list[SampleKey], steps: int, strategy: str, fraction: float, per: str) -> Tensor:
+def _earliest(trainable: int, fraction: float) -> int:
+    return trainable - _ceil(fraction * trainable)
+
+
+def choose(
+    keys: list[SampleKey], steps: int, strategy: str, fraction: float, per: str, trainable: Span | None = None
+) -> Tensor:
     """The trained transitions of each sample, int64 ``[B, n]`` on the CPU.
 
-    ``random`` draws without replacement from the ``steps - 1`` trainable ones, ``first`` are the noisiest, ``last`` the
-    ones nearest data, ``late`` is one drawn from the last ``fraction`` of the trainable ones. ``per``: "sample" (each its own
-    draw, as the released code) or "group" (one draw for the group, as Algorithm 1 is written).
+    ``random`` draws without replacement from the trainable ones, ``first`` are the noisiest, ``last`` the ones nearest data,
+    ``late`` is one drawn from the last ``fraction`` of the trainable ones. ``per``: "sample" (each its own draw, as the
+    released code) or "group" (one draw for the group, as Algorithm 1 is written).
+
+    Args:
+        trainable: of each sample (default: all but the last).
     """
-    n = count(steps, strategy, fraction)
-    trainable = steps - 1
+    trainable = Span.of(len(keys), 0, steps - 1) if trainable is None else trainable
+    n = count(steps, strategy, fraction, trainable.count)
+    first, among = trainable.first.unsqueeze(1), trainable.count
     if strategy == "first" or strategy == "all":
-        return torch.arange(n).repeat(len(keys), 1)
+        return first + torch.arange(n)
     if strategy == "last":
-        return torch.arange(trainable - n, trainable).repeat(len(keys), 1)
+        return first + torch.arange(among - n, among)
+    drawn = [key.generator("timesteps", shared=per == "group") for key in keys]
     if strategy == "late":
-        earliest = trainable - _ceil(fraction * trainable)
-        drawn = [key.generator("timesteps", shared=per == "group") for key in keys]
-        return torch.stack([torch.from_numpy(draws.integers(earliest, trainable, (1,))) for draws in drawn])
-    rows = [torch.from_numpy(key.generator("timesteps", shared=per == "group").permutation(trainable)[:n]) for key in keys]
-    return torch.stack(rows)
+        rows = [torch.from_numpy(draws.integers(_earliest(among, fraction), among, (1,))) for draws in drawn]
+    else:
+        rows = [torch.from_numpy(draws.permutation(among)[:n]) for draws in drawn]
+    return first + torch.stack(rows)

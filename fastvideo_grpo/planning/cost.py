@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_objective
-from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning.cards import Card
 from fastvideo_grpo.planning.operations import Operations, count_decoding, count_operations
 from fastvideo_grpo.planning.plan import count_parameters, dealing
+from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of
 from fastvideo_grpo.planning.weightless import LAYERS
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.printed_sizes import gib
@@ -127,8 +127,8 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
     dealt = dealing(config, ranks // engine.sequence_parallel)
     drawn = sum(len(members) for _, members in dealt.rollout_batches(0))
     batches = [batch for update in range(grpo.updates_per_iteration) for batch in dealt.update_batches(update, 0)]
-    per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
-    transitions = len(batches) * per_sample
+    drawing = drawing_of(config, dealt, 0)
+    transitions = len(batches) * RunSteps(config).trained
     rows = transitions * engine.micro_batch_size
     constant = apart and grpo.cfg_gradients == "conditional"
     trained = rows * (1 if constant else passes)
@@ -150,7 +150,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         if stage == 3:
             recomputed = checkpointed_blocks(engine.activation_checkpointing) > 0
             gathered = size * total * others
-            sent[_WEIGHTS] = len(dealt.rollout_batches(0)) * sample.steps * calls * gathered
+            sent[_WEIGHTS] = drawing.predictions * calls * gathered
             updating[_WEIGHTS] = transitions * calls * (3 if recomputed else 2) * gathered
         elif stage:
             updating[_WEIGHTS] = steps * size * trainable * others
@@ -161,10 +161,10 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         local = math.ceil(family.image_tokens(facts, sample) / shared) * facts.hidden_width * size
         blocks = sum(int(facts.denoiser.get(layers) or 0) for layers in LAYERS[:2])
         once = 4 * blocks * local * (shared - 1) / shared
-        sent[_TOKENS] = drawn * sample.steps * passes * once
+        sent[_TOKENS] = drawing.samples * passes * once
         again = 3 if checkpointed_blocks(engine.activation_checkpointing) else 2
         updating[_TOKENS] = (trained * again + referring) * once
-    return Work(drawn * sample.steps * passes, referring, trained, drawn, sent, updating)
+    return Work(drawing.samples * passes, referring, trained, drawn, sent, updating)
 
 
 def describe_cost(cost: RunCost, config: Config, needed: float) -> list[str]:

@@ -17,6 +17,7 @@ from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_objecti
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, PassBytes
 from fastvideo_grpo.models.registry import FAMILIES, lora_settings
+from fastvideo_grpo.planning.run_steps import RunSteps
 from fastvideo_grpo.planning.unet_memory import unet_bytes
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.printed_sizes import gib
@@ -113,7 +114,7 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
         phases["update"] += _kept_by_decoding(config, facts)
     samples = config.grpo.prompts_per_iteration * config.grpo.group_size * shared / ranks
     state = math.prod(family.latent_shape(facts, config.sample)) * 4
-    host["trajectories"] = samples * (config.sample.steps + 1) * state
+    host["trajectories"] = samples * RunSteps(config).states * state
     if shared > 1 or config.grpo.best_of is not None:
         # The samples of one update are fetched from who drew them; only the kept ones are trained on.
         best_of = config.grpo.best_of

@@ -27,6 +27,7 @@ from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.models.run_prompts import configured_prompts, prompt_file_of, prompts_of
 from fastvideo_grpo.planning.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.planning.memory import describe_memory, estimate, too_little, too_little_on_host
+from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of, evaluations_per_sample
 from fastvideo_grpo.planning.sampling_checks import sampling_problem
 from fastvideo_grpo.printed_sizes import gib
 from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
@@ -348,7 +349,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     dealt = dealing(config, ranks // shared)
     latent = family.latent_shape(facts, sample)
     tokens = family.image_tokens(facts, sample)
-    per_sample = timesteps.count(sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+    steps = RunSteps(config)
+    drawn, trained = evaluations_per_sample(config, dealt)
     prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout_batches(0))
@@ -370,6 +372,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"{config.prompts.text_length} text tokens, {sample.steps} steps of {sample.transition} "
         f"(noise level {sample.noise_level}"
         + (f", falling as t ** {sample.noise_decay:g}" if sample.noise_decay else "")
+        + (" sqrt(sigma / (1 - sigma))" if sample.noise_schedule == "flow_grpo" else "")
         + (f", shift {sample.shift})" if family.prediction == "velocity" else ")")
         + (f", guidance {sample.cfg_scale:g} in {'one pass' if config.model.cfg_batched else 'two passes'}" * (passes - 1))
         + (", the conditional one trained" if grpo.cfg_gradients == "conditional" else ""),
@@ -386,14 +389,18 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         + f"); {gpus} GPUs here",
         f"iteration    {grpo.prompts_per_iteration} prompts x {grpo.group_size} samples = {samples} samples "
         f"({sample.init_noise} initial noise)",
-        f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps = "
-        f"{rollouts * sample.steps * passes} forwards a process",
+        f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps"
+        + _stochastic(config, steps)
+        + f" = {_number(drawing_of(config, dealt, 0).predictions * passes)} forwards a process",
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
-        f"  update     {grpo.objective}, {_normalised(config)}: {grpo.updates_per_iteration} "
+        f"  update     {grpo.objective}{_changed(config)}, {_normalised(config)}: {grpo.updates_per_iteration} "
         f"optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
-        + f"; {per_sample} of {sample.steps} timesteps a sample = {updates * per_sample * passes} forwards and backwards "
+        + f"; {steps.trained} of {sample.steps} timesteps a sample = {updates * steps.trained * passes} forwards and backwards "
         "a process",
+        f"  network    {_number(drawn)} evaluations a sample in the rollout, {trained} in the update (a backward counts two), "
+        f"{_number(drawn + trained)} in all; DanceGRPO's recipe, all steps stochastic and 0.6 of them trained, makes "
+        f"{sample.steps + 3 * timesteps.count(sample.steps, 'random', 0.6)}",
         f"run          {config.run.iterations} iterations in {config.run.dir}; checkpoint every {config.run.save_every}",
     ]
     if not Path(config.model.path).exists():
@@ -406,11 +413,44 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     return "\n".join(lines)
 
 
+def _stochastic(config: Config, steps: RunSteps) -> str:
+    """Which steps of a sample are stochastic, for a person; nothing where all are."""
+    chosen, group = config.sample.stochastic, config.grpo.group_size
+    if chosen.steps == "all":
+        return ""
+    if chosen.steps == "one":
+        text = f", one of the first {steps.stochastic.candidates} stochastic, drawn per {chosen.per}"
+    else:
+        moves = {
+            "fixed": f"from step {chosen.start + 1} on",
+            "progressive": f"from step {chosen.start + 1} on, {chosen.stride} further every {chosen.every} iterations",
+            "random": "anywhere",
+        }[chosen.moves]
+        text = f", {chosen.width} stochastic {moves}"
+    if config.sample.init_noise == "shared" and max(first for first, _ in steps.stochastic.places(group)) > 0:
+        text += ", those before once a group"
+    if chosen.tail < 1:
+        text += f", those behind solved in {chosen.tail:g} of their number"
+    return text
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}".removesuffix(".0")
+
+
+def _changed(config: Config) -> str:
+    """What an update does otherwise than the paper's."""
+    grpo = config.grpo
+    region = f" in trust region {grpo.trust_region}" if grpo.trust_region != "clip" else ""
+    return region + (f", timesteps weighted by {grpo.timesteps.weight}" if grpo.timesteps.weight != "none" else "")
+
+
 def _normalised(config: Config) -> str:
     if make_objective(config).needs_reward_gradients:
         return "by the rewards' gradients"
     last = f"prompt's last {config.grpo.history.size} rewards"
-    over = {"group": "group", "global": "iteration", "prompt_history": last}[config.grpo.normalisation]
+    mixed = "group's mean and the iteration's standard deviation"
+    over = {"group": "group", "global": "iteration", "prompt_history": last, "global_std": mixed}[config.grpo.normalisation]
     return f"rewards normalised over the {over}"
 
 

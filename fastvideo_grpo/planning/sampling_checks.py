@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fastvideo_grpo.config.keys import Config, SampleConfig
-from fastvideo_grpo.sampling import transitions
+from fastvideo_grpo.config.keys import Config, SampleConfig, make_transition
 from fastvideo_grpo.sampling.schedules import Schedule
 from fastvideo_grpo.sampling.transitions import Transition
 
@@ -36,7 +35,7 @@ def sampling_problem(config: Config, schedule_of: Callable[[SampleConfig], Sched
     def flaw_of(sample: SampleConfig) -> str | None:
         try:
             schedule = schedule_of(sample)
-            made = transitions.get(sample.transition, noise_level=sample.noise_level, noise_decay=sample.noise_decay)
+            made = make_transition(sample)
         except ValueError as error:
             return f"{str(error).partition('; got [')[0]} in float32"  # all levels would be a page
         return flaw(schedule, made)

@@ -70,7 +70,7 @@ def weightless_pass(
         shapes = family.conditioning_shapes(facts, config.sample, config.prompts.text_length)
         conditioning = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
         sample = policy.pack(torch.randn(1, *family.latent_shape(facts, config.sample)))
-        level = Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0)))
+        level = Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0, 0)))
         stack.enter_context(policy.forward_context(conditioning))
         there = [*network.parameters(), *network.buffers(), sample, *conditioning.values()]
         yield there, lambda: policy.network_output(sample, level, conditioning)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Level:
-    """Where each sample of a batch stands on the path: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU.
+    """Where each sample of a batch stands on the path: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU,
+    and the ``index`` of that level in its schedule, int64 ``[B]``.
 
     They stay on the CPU so that asking whether a level is the last one never waits for a device.
     """
@@ -25,6 +26,19 @@ class Level:
     alpha: Tensor
     sigma: Tensor
     timestep: Tensor
+    index: Tensor
+
+    def row(self, i: int) -> Level:
+        """That of one sample, as a batch of one."""
+        return Level(*(part[i : i + 1] for part in self._parts))
+
+    def twice(self) -> Level:
+        """Of the batch and itself again."""
+        return Level(*(torch.cat([part, part]) for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.alpha, self.sigma, self.timestep, self.index
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Schedule:
     def at(self, index: Tensor) -> Level:
         """The level of each sample: ``index`` int64 ``[B]``, samples of one batch may stand at different levels."""
         index = index.cpu()
-        return Level(self.alpha[index], self.sigma[index], self.timestep[index])
+        return Level(self.alpha[index], self.sigma[index], self.timestep[index], index)
 
 
 def flow(steps: int, shift: float) -> Schedule:

@@ -3,8 +3,8 @@
 A transition takes the network's ``output`` at ``sample`` and the levels it goes between, and returns the Gaussian
 ``N(mean, std^2)`` of the next sample together with a draw from it, or the density of a given next sample (replay).
 Everything is float32, whatever the network ran in: a trajectory kept in bf16 changes log-probs by 3e-3 (the clip range is
-1e-4). ``noise_level`` is the paper's epsilon_t, and DDIM's eta; with ``noise_decay`` it falls on the way to the data, see
-:class:`StochasticTransition`. Equation numbers are those of DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
+1e-4). How much noise a step adds is its :class:`~fastvideo_grpo.sampling.noise_levels.NoiseLevel`, ``e`` in the equations here.
+Equation numbers are those of DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from fastvideo_grpo.extensions import Registry, not_callable
+from fastvideo_grpo.sampling.noise_levels import NoiseLevel
 from fastvideo_grpo.sampling.schedules import Level
 
 Prediction = Literal["velocity", "noise"]
@@ -41,13 +42,15 @@ class Step:
 
 
 class Transition(Protocol):
-    """A sampler's step. Made with ``(noise_level, noise_decay)``.
+    """A sampler's step. Made with a :class:`~fastvideo_grpo.sampling.noise_levels.NoiseLevel`.
 
     ``prediction``: what ``step`` takes the network's output for. ``noise_level``: 0 where the step draws nothing.
     """
 
     prediction: ClassVar[Prediction]
-    noise_level: float
+
+    @property
+    def noise_level(self) -> float: ...
 
     def step(
         self,
@@ -86,33 +89,35 @@ class Gaussian(NamedTuple):
 
 
 class StochasticTransition:
-    """Base of transitions: how much noise they add, ``noise_level * t ** noise_decay`` at time ``t = timestep / 1000`` (1
-    noise, 0 data), and what is the same in all of them. One of its own has :meth:`gaussian`.
-
-    ``noise_decay`` 0 leaves the noise constant (the paper); 1 lets it fall linearly.
+    """Base of transitions: what is the same in all of them. One of its own has :meth:`gaussian`.
 
     Raises:
-        ValueError: one of them is negative.
+        ValueError: a noise level that the step cannot have.
     """
 
     prediction: ClassVar[Prediction]
 
-    def __init__(self, noise_level: float, noise_decay: float = 0.0) -> None:
-        for name, value in (("noise_level", noise_level), ("noise_decay", noise_decay)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative; got {value}")
-        self.noise_level = float(noise_level)
-        self.noise_decay = float(noise_decay)
+    def __init__(self, noise: NoiseLevel) -> None:
+        if noise.schedule == "flow_grpo" and self.prediction != "velocity":
+            raise ValueError(
+                "noise_schedule flow_grpo is made for networks that predict a velocity, and this transition is one of those "
+                "that predict noise: use noise_schedule=constant"
+            )
+        self.noise = noise
 
-    def noise_at(self, level: Level) -> float | Tensor:
-        """The noise level of each sample of a batch that stands at ``level``: float32 ``[B]`` on the CPU, or one for all."""
-        if self.noise_decay == 0:
-            return self.noise_level
-        return self.noise_level * (level.timestep / 1000) ** self.noise_decay
+    @property
+    def noise_level(self) -> float:
+        """0 where the step draws nothing."""
+        return self.noise.scale
 
-    def deterministic(self) -> Self:
+    def noise_at(self, level: Level, next_level: Level) -> float | Tensor:
+        """The noise level of each sample of a batch that steps from ``level`` to ``next_level``: float32 ``[B]`` on the CPU, or
+        one for all."""
+        return self.noise.at(level, next_level)
+
+    def deterministic(self) -> Transition:
         """The same step without noise."""
-        return type(self)(0.0)
+        return type(self)(NoiseLevel())
 
     def step(
         self,
@@ -179,7 +184,7 @@ class FlowSDE(StochasticTransition):
         mean = sample - per_sample(distance, sample) * velocity
         if self.noise_level == 0:
             return Gaussian(mean, torch.zeros_like(distance), denoised)
-        noise_level = self.noise_at(level)
+        noise_level = self.noise_at(level, next_level)
         score = -(sample + per_sample(level.alpha, sample) * velocity) / sigma
         mean = mean + per_sample(0.5 * noise_level**2 * distance, sample) * score
         return Gaussian(mean, noise_level * distance.sqrt(), denoised).ending_at(next_level)
@@ -192,10 +197,52 @@ class ODE(FlowSDE):
         ValueError: a noise level other than 0.
     """
 
-    def __init__(self, noise_level: float = 0.0, noise_decay: float = 0.0) -> None:
-        if noise_level != 0:
-            raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise_level}")
-        super().__init__(0.0)
+    def __init__(self, noise: NoiseLevel) -> None:
+        if noise.scale != 0:
+            raise ValueError(f"transition 'ode' takes no noise: noise_level must be 0; got {noise.scale:g}")
+        super().__init__(NoiseLevel())
+
+
+class CPS(StochasticTransition):
+    """Coefficients that preserve the noise (Flow-CPS, arXiv:2509.05952): the state has at every level the noise that the
+    schedule says, however much of it is new, so that the last pictures of a rollout are clean.
+
+    With ``x = z - sigma u``, ``eps = z + alpha u`` and the noise level ``a`` as a part of a right angle:
+    ``std = sigma_next sin(a pi / 2)``, ``mean = alpha_next x + sigma_next cos(a pi / 2) eps``. Without noise it is Euler's
+    step.
+
+    Raises:
+        ValueError: a noise level of 1 or above, which leaves nothing of the state's own noise (or less), or one that does not
+            stay below 1.
+    """
+
+    prediction: ClassVar[Prediction] = "velocity"
+
+    def __init__(self, noise: NoiseLevel) -> None:
+        if not noise.scale < 1:
+            raise ValueError(
+                f"noise_level is {noise.scale:g}, but transition 'cps' takes it as a part of a right angle: set it above 0 and "
+                "below 1, for example 0.7"
+            )
+        if noise.schedule != "constant":
+            raise ValueError(
+                f"noise_schedule {noise.schedule} grows beyond 1, which transition 'cps' cannot have: use noise_schedule="
+                "constant, or transition=flow_sde"
+            )
+        super().__init__(noise)
+
+    def deterministic(self) -> Transition:
+        """Euler's step."""
+        return ODE(NoiseLevel())
+
+    def gaussian(self, velocity: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
+        """See :class:`StochasticTransition`; ``velocity`` is ``eps - x``."""
+        angle = torch.as_tensor(self.noise_at(level, next_level), dtype=torch.float64) * (math.pi / 2)
+        denoised = sample - per_sample(level.sigma, sample) * velocity
+        epsilon = sample + per_sample(level.alpha, sample) * velocity
+        kept = (next_level.sigma * angle.cos()).float()
+        mean = per_sample(next_level.alpha, sample) * denoised + per_sample(kept, sample) * epsilon
+        return Gaussian(mean, (next_level.sigma * angle.sin()).float(), denoised)
 
 
 def _denoised(epsilon: Tensor, sample: Tensor, level: Level) -> Tensor:
@@ -207,18 +254,29 @@ class DDIM(StochasticTransition):
     """The diffusion step with noise, equations (2) and (7): diffusers' ``DDIMScheduler`` with ``eta`` = noise level.
 
     ``denoised = (z - sigma eps) / alpha``;
-    ``std = eta sqrt(sigma_next^2 / sigma^2 (1 - alpha^2 / alpha_next^2))``;
+    ``std = e sqrt(sigma_next^2 / sigma^2 (1 - alpha^2 / alpha_next^2))``;
     ``mean = alpha_next denoised + sqrt(sigma_next^2 - std^2) eps``.
+
+    Raises:
+        ValueError: a noise level above 1.
     """
 
     prediction: ClassVar[Prediction] = "noise"
+
+    def __init__(self, noise: NoiseLevel) -> None:
+        if noise.scale > 1:
+            raise ValueError(
+                f"noise_level is {noise.scale:g}, which is the eta of ddim and at most 1 (a level has no room for more noise): "
+                "use 1, or transition=diffusion_sde"
+            )
+        super().__init__(noise)
 
     def gaussian(self, epsilon: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
         """See :class:`StochasticTransition`; ``epsilon`` is the predicted noise."""
         # Variances in float64: 1 - alpha^2 / alpha_next^2 cancels towards the end of the path.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         sigma, sigma_next = level.sigma.double(), next_level.sigma.double()
-        variance = self.noise_at(level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
+        variance = self.noise_at(level, next_level) ** 2 * (sigma_next / sigma) ** 2 * (1 - (alpha / alpha_next) ** 2)
         direction = (sigma_next**2 - variance).clamp(min=0).sqrt().float()
         denoised = _denoised(epsilon, sample, level)
         mean = per_sample(next_level.alpha, sample) * denoised + per_sample(direction, sample) * epsilon
@@ -242,7 +300,7 @@ class DiffusionSDE(StochasticTransition):
 
     def gaussian(self, epsilon: Tensor, sample: Tensor, level: Level, next_level: Level) -> Gaussian:
         """See :class:`StochasticTransition`; ``epsilon`` is the predicted noise."""
-        noise_level = self.noise_at(level)
+        noise_level = self.noise_at(level, next_level)
         # In float64: both ratios are large near noise, and their difference is what counts.
         alpha, alpha_next = level.alpha.double(), next_level.alpha.double()
         ratio, ratio_next = level.sigma.double() / alpha, next_level.sigma.double() / alpha_next
@@ -254,7 +312,27 @@ class DiffusionSDE(StochasticTransition):
         return Gaussian(mean, std.float(), denoised).ending_at(next_level)
 
 
-Make = Callable[[float, float], Transition]
+def sensitivity(transition: Transition, level: Level, next_level: Level) -> Tensor:
+    """How much the mean of the next sample moves with the network's output, ``|d mean / d output|``: float32 ``[B]``.
+
+    The mean of every transition here is linear in the output, element by element, with a factor of the levels alone. One for
+    which that is not so has a method of this name and these arguments itself.
+    """
+    own = getattr(transition, "sensitivity", None)
+    if own is not None:
+        return own(level, next_level)
+    zeros = torch.zeros(len(level.sigma), 1)
+    moved, still = (transition.step(output, zeros, level, next_level).mean for output in (zeros + 1, zeros))
+    return (moved - still).abs()[:, 0]
+
+
+def deviation(transition: Transition, level: Level, next_level: Level) -> Tensor:
+    """The standard deviation of the step from ``level`` to ``next_level``: float32 ``[B]``."""
+    zeros = torch.zeros(len(level.sigma), 1)
+    return transition.step(zeros, zeros, level, next_level).std
+
+
+Make = Callable[[NoiseLevel], Transition]
 
 
 def _problem(name: str, offered: Any) -> str | None:
@@ -282,13 +360,13 @@ def prediction(name: str) -> Prediction:
     return _prediction(TRANSITIONS[name])
 
 
-def get(name: str, *, noise_level: float = 0.0, noise_decay: float = 0.0) -> Transition:
-    """The transition called ``name`` at ``noise_level``, which decays as :class:`StochasticTransition` says.
+def get(name: str, *, noise_level: float = 0.0, noise_schedule: str = "constant", noise_decay: float = 0.0) -> Transition:
+    """The transition called ``name`` with the :class:`~fastvideo_grpo.sampling.noise_levels.NoiseLevel` of these.
 
     Raises:
-        ValueError: an unknown name, a negative noise level or decay, or a noise level with the deterministic ``ode``.
+        ValueError: an unknown name, or a noise level that there is not, or not with this transition.
     """
-    return TRANSITIONS[name](noise_level, noise_decay)
+    return TRANSITIONS[name](NoiseLevel(float(noise_level), noise_schedule, float(noise_decay)))
 
 
 def _prediction(make: Any) -> Prediction:
@@ -297,6 +375,7 @@ def _prediction(make: Any) -> Prediction:
 
 
 TRANSITIONS.register("flow_sde", FlowSDE)
+TRANSITIONS.register("cps", CPS)
 TRANSITIONS.register("ddim", DDIM)
 TRANSITIONS.register("diffusion_sde", DiffusionSDE)
 TRANSITIONS.register("ode", ODE)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from fastvideo_grpo.config.keys import Config, make_objective
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.planning.plan import dealing
+from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of
 
 FORWARD = 1
 BACKWARD = 2
@@ -19,7 +19,8 @@ BACKWARD = 2
 def evaluations_per_iteration(config: Config) -> int:
     """Network evaluations of one iteration of Algorithm 1.
 
-    Sampling: prompts x samples x steps forwards. Update: for each trained sample (rows that only fill a micro-batch included,
+    Sampling: prompts x samples x steps forwards, what a group shares once, and the solver's steps behind; on average over where
+    the stochastic steps are. Update: for each trained sample (rows that only fill a micro-batch included,
     since they are computed) and timestep a forward with its backward, and a forward of the reference where the objective has
     one. Classifier-free guidance makes each of these two passes; the one without the prompt has no backward where
     ``grpo.cfg_gradients`` is conditional (and the two are not one pass).
@@ -27,8 +28,8 @@ def evaluations_per_iteration(config: Config) -> int:
     grpo, passes = config.grpo, 2 if config.sample.cfg_scale > 1 else 1
     dealt = dealing(config, ranks=1)
     rows = sum(len(dealt.update_batches(u, 0)) for u in range(grpo.updates_per_iteration)) * dealt.micro_batch_size
-    trained = rows * timesteps.count(config.sample.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
-    sampling = grpo.prompts_per_iteration * grpo.group_size * config.sample.steps * passes * FORWARD
+    trained = rows * RunSteps(config).trained
+    sampling = round(drawing_of(config, dealt, 0).samples) * passes * FORWARD
     # In one pass over both texts the gradient goes back through both, whatever is made of it.
     backwards = 1 if grpo.cfg_gradients == "conditional" and not config.model.cfg_batched else passes
     update = trained * (passes * FORWARD + backwards * BACKWARD)

@@ -65,7 +65,11 @@ class Console:
                 for key, count in metrics.items()
                 if key in ("sampling/not_finite", "decoding/not_finite") and count
             ),
-            f"clipped {metrics.get('train/clip_fraction', float('nan')):.0%}",
+            *(
+                f"{what} {metrics[key]:.0%}"
+                for what, key in (("clipped", "train/clip_fraction"), ("masked", "train/masked_fraction"))
+                if key in metrics
+            ),
             f"grad {metrics['train/grad_norm']:.3g}",
             f"{seconds:.1f} s, {each:.{2 if each < 10 else 1}f} a sample",
         ]

@@ -77,8 +77,8 @@ class UpdateStatistics:
     def summary(self, world: World) -> dict[str, float | None]:
         parts = world.all_gather_object((dict(self.sums), self.rows, self.loss, self.deviation, self.deviation_max))
         rows = sum(part[1] for part in parts)
-        names = sorted({name for part in parts for name in part[0]} - {"ratio"})
-        labels = {"clipped": "clip_fraction"}
+        names = sorted({name for part in parts for name in part[0]})
+        labels = {"clipped": "clip_fraction", "masked": "masked_fraction", "ratio": "ratio_mean"}
         metrics = {
             f"train/{labels.get(name, name)}": sum(part[0].get(name, 0.0) for part in parts) / rows if rows else math.nan
             for name in names

@@ -14,19 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.advantages import Advantages
 from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.tracking.statistics import Clock, UpdateStatistics
 from fastvideo_grpo.trainers.invalid_samples import check_invalid
+from fastvideo_grpo.trainers.iteration_steps import idle_predictions, trained_timestep_weights
 from fastvideo_grpo.trainers.not_finite import fault_metrics
 from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.replay import fetch_trajectories, replay_batch
-from fastvideo_grpo.trainers.rollout import Rollout
+from fastvideo_grpo.trainers.rollout import Rollout, Trajectories
 from fastvideo_grpo.trainers.scoring import ScoreTable, reward_metrics
 from fastvideo_grpo.trainers.stopping import StopSignal
 from fastvideo_grpo.trainers.training_run import TrainingRun
@@ -98,8 +97,7 @@ class GRPOTrainer(Policy):
         ``rewards.async``) lets those wait that share its samples' tokens or weights, which ``rewards.timeout_s`` bounds.
         """
         run = self.run
-        latents: dict[tuple[int, int], Tensor] = {}
-        log_probs: dict[tuple[int, int], Tensor] = {}
+        trajectories: Trajectories = {}
         self.forget_conditioning()
         jobs = run.dealing.rollout_batches(self.world.data_rank)
         show = run.console.progress(f"iteration {iteration + 1}: sampling")
@@ -116,13 +114,14 @@ class GRPOTrainer(Policy):
             faults = drawn.faults()
             self.note_faults(faults)
             for row, member in enumerate(members):
-                states, densities = drawn.trajectory.latents[row], drawn.trajectory.log_probs[row]
-                # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
-                latents[group, member] = states if faults[row] is None else torch.zeros_like(states)
-                log_probs[group, member] = densities if faults[row] is None else torch.zeros_like(densities)
+                for what, kept in drawn.trajectory.parts().items():
+                    # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
+                    trajectories[what, group, member] = kept[row] if faults[row] is None else torch.zeros_like(kept[row])
             table.submit(prompt, group, members, drawn.media, faults)
+        with clock.phase("rollout"):
+            self.predict_idly(prompts[jobs[-1][0]], idle_predictions(self, run.dealing, iteration, prompts))
         scores, raw, valid, lost, retried = table.gather()
-        return Rollout(prompts, latents, log_probs, scores, raw, valid, lost, retried)
+        return Rollout(prompts, trajectories, scores, raw, valid, lost, retried)
 
     def select(self, advantages: Advantages) -> list[list[MicroBatch]]:
         """Which members of each group are trained on, in update micro-batches ``[group][k]``."""
@@ -147,25 +146,26 @@ class GRPOTrainer(Policy):
         norms: list[float] = []
         skipped_before = engine.skipped_updates
         lr = engine.lr
+        timestep_weights = trained_timestep_weights(self, objective, iteration, rollout.prompts, chosen)
         for update in range(grpo.updates_per_iteration):
             counted = self._trained_transitions(update, chosen)
             if counted == 0:
                 continue  # no sample of these prompts counts, on all ranks alike
             batches = dealing.update_batches(update, self.world.data_rank)
             with clock.phase("exchange"):
-                trajectories = fetch_trajectories(update, rollout, chosen, dealing, self.world)
-            per_sample = timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
-            engine.accumulate(len(batches) * per_sample)
+                trajectories = fetch_trajectories(update, rollout, chosen, dealing, self.world, means=self.steps.keeps_means)
+            engine.accumulate(len(batches) * self.steps.trained)
             show = run.console.progress(f"iteration {iteration + 1}: update {update + 1}/{grpo.updates_per_iteration}")
             for done, (group, k) in enumerate(batches, start=1):
                 replay, samples = replay_batch(
                     self, rewards, iteration, rollout, trajectories, advantages, group, chosen[group][k]
                 )
-                for i in range(per_sample):
+                for i in range(self.steps.trained):
                     with clock.phase("update"), self.pass_context(replay.conditioning):
                         loss, statistics = objective.loss(replay, samples, i)
+                        weights = samples.weights * timestep_weights[samples.timesteps[:, i]].to(samples.weights)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
-                        loss = (loss * samples.weights).sum() / counted / self.world.sequence_parallel
+                        loss = (loss * weights).sum() / counted / self.world.sequence_parallel
                         engine.backward(loss)
                     total.add(loss, statistics, samples.weights, first=not norms)
                 show(done, len(batches))
@@ -192,5 +192,4 @@ class GRPOTrainer(Policy):
     def _trained_transitions(self, update: int, chosen: list[list[MicroBatch]]) -> int:
         """Transitions (of a sample, at a timestep) that count in an update, over all ranks."""
         rows = sum(row.weight > 0 for group in self.run.dealing.groups_of(update) for batch in chosen[group] for row in batch)
-        grpo = self.config.grpo
-        return rows * timesteps.count(self.schedule.steps, grpo.timesteps.strategy, grpo.timesteps.fraction)
+        return rows * self.steps.trained

@@ -248,8 +248,8 @@ class FastVideoGRPOTrainer(GRPOTrainer, ComposedPipelineBase):
         batch.extra["rollout"] = request
         with self.pass_context(conditioning):
             ComposedPipelineBase.forward(self, batch, self.fastvideo_args)
-        assert request.finite is not None
-        return Drawn(request.media, request.finite, request.decoded, request.trajectory)
+        assert request.latents is not None and request.finite is not None
+        return Drawn(request.latents, request.media, request.finite, request.decoded, request.trajectory)
 
 
 def _check_vae(vae: nn.Module, folder: Path) -> None:

@@ -85,7 +85,7 @@ def sample_fixed(
         before = p
         members = list(range(start, min(start + size, samples)))
         keys = [SampleKey(0, 0, 0, prompts[p].id, member, stream) for member in members]
-        drawn = policy.draw(prompts[p], keys, deterministic=True)
+        drawn = policy.draw_fixed(prompts[p], keys)
         if drawn.media is None:
             continue  # the leader of this sequence-parallel group has the same samples
         scores, faults = {}, drawn.faults()

@@ -8,14 +8,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config.keys import Config, checkpointed_blocks
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_transition
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.compiled_blocks import Compilations, compile_blocks
@@ -26,14 +27,16 @@ from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.models.checkpoint import model_facts
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.registry import FAMILIES, lora_settings
+from fastvideo_grpo.planning.run_steps import RunSteps
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.prompts.embeddings import Conditioning, EmbeddingCache
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.residency import resident
-from fastvideo_grpo.sampling import noise, transitions
+from fastvideo_grpo.sampling import noise
 from fastvideo_grpo.sampling.noise import SampleKey
-from fastvideo_grpo.sampling.rollout import Trajectory, Walk, finite_rows
+from fastvideo_grpo.sampling.rollout import Start, Trajectory, Walk, finite_rows, rollout
 from fastvideo_grpo.sampling.schedules import Level, Schedule
+from fastvideo_grpo.sampling.solvers import DPMSolver
 from fastvideo_grpo.sampling.transitions import Transition
 from fastvideo_grpo.tracking.console import Console
 from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED
@@ -48,11 +51,13 @@ logger = logging.getLogger(__name__)
 class Drawn:
     """A micro-batch of samples.
 
-    ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader of a sequence-parallel group only; a sample that is not
-    ``decoded`` is black there, which a reward would score. ``finite``, ``decoded`` bool ``[B]`` on the CPU: whether the final
-    latents are finite, and whether all is from latents to pixels (None without media). ``trajectory``, if it was recorded.
+    ``latents`` float32 ``[B, ...]`` on the CPU: the final ones. ``media`` uint8 ``[B, F, H, W, 3]`` on the CPU, on the leader
+    of a sequence-parallel group only; a sample that is not ``decoded`` is black there, which a reward would score. ``finite``,
+    ``decoded`` bool ``[B]`` on the CPU: whether the final latents are finite, and whether all is from latents to pixels (None
+    without media). ``trajectory``, if it was recorded.
     """
 
+    latents: Tensor
     media: Tensor | None
     finite: Tensor
     decoded: Tensor | None
@@ -62,8 +67,7 @@ class Drawn:
         """What is not finite in each sample, ``SAMPLING`` or ``DECODING``; None for one that is sound."""
         sampled = self.finite
         if self.trajectory is not None:
-            last = self.trajectory.log_probs.shape[1] - 1  # its log-prob is no density, and not trained on
-            sampled = sampled & self.trajectory.log_probs[:, :last].isfinite().all(1)
+            sampled = sampled & self.trajectory.log_probs.isfinite().all(1)
         decoded = torch.ones_like(sampled) if self.decoded is None else self.decoded
         return [
             SAMPLING if not drawn else DECODING if not shown else None
@@ -80,7 +84,7 @@ class Policy(ABC):
         config, world: of the run, and its processes.
         facts: what the checkpoint's configuration files say.
         dtype: what the network computes in.
-        schedule, transition: how it is sampled.
+        schedule, transition, steps: how it is sampled.
         engine: around the network once it is trained.
         decodes_one_at_a_time: the VAE is given one sample at a time, as much as memory or the VAE itself allows.
         fault_counts: samples that were masked since they were not finite, by what was not.
@@ -101,6 +105,7 @@ class Policy(ABC):
     dtype: torch.dtype
     schedule: Schedule
     transition: Transition
+    steps: RunSteps
     engine: Engine | None = None
     fault_counts: Counter[str]
     passes: Counter[str]
@@ -108,6 +113,7 @@ class Policy(ABC):
     compilations: Compilations | None = None
 
     _conditioning: dict[str, Conditioning]
+    _prefix: tuple[tuple[str | int, ...], Start] | None = None
     _cache: EmbeddingCache | None = None
     _reference: nn.Module | None = None
     _inside_reference = False
@@ -233,7 +239,7 @@ class Policy(ABC):
     def drawn(self, latents: Tensor, trajectory: Trajectory | None) -> Drawn:
         """What a rollout ended in, decoded where this process is the one to do it."""
         media, decoded = self.media_of(latents) if self.world.leads else (None, None)
-        return Drawn(media, finite_rows(latents).cpu(), decoded, trajectory)
+        return Drawn(latents.cpu(), media, finite_rows(latents).cpu(), decoded, trajectory)
 
     def media_of(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Decode final latents ``[B, ...]``, without gradients.
@@ -292,9 +298,8 @@ class Policy(ABC):
         self.facts = model_facts(config)
         self.dtype = DTYPES[config.model.precision]
         self.schedule = FAMILIES[config.model.kind].schedule(config.sample, self.facts)
-        self.transition = transitions.get(
-            config.sample.transition, noise_level=config.sample.noise_level, noise_decay=config.sample.noise_decay
-        )
+        self.transition = make_transition(config.sample)
+        self.steps = RunSteps(config)
         self._conditioning = {}
         self.fault_counts, self.passes = Counter(), Counter()
         if config.model.lora is not None:
@@ -403,8 +408,7 @@ class Policy(ABC):
             return self._predict(sample, level, conditioning)
         outputs = []
         for i in range(len(sample)):
-            at = Level(*(part[i : i + 1] for part in (level.alpha, level.sigma, level.timestep)))
-            outputs.append(self._predict(sample[i : i + 1], at, _row(conditioning, i)))
+            outputs.append(self._predict(sample[i : i + 1], level.row(i), _row(conditioning, i)))
         return torch.cat(outputs)
 
     def _predict(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
@@ -413,8 +417,7 @@ class Policy(ABC):
             return self._pass(sample, level, positive)
         constant = self.config.grpo.cfg_gradients == "conditional"
         if self.config.model.cfg_batched:
-            twice = Level(*(torch.cat([part, part]) for part in (level.alpha, level.sigma, level.timestep)))
-            output = self._pass(torch.cat([sample, sample]), twice, self.join(negative, positive))
+            output = self._pass(torch.cat([sample, sample]), level.twice(), self.join(negative, positive))
             unconditional, conditional = output.float().chunk(2)
             if constant:
                 unconditional = unconditional.detach()
@@ -472,18 +475,67 @@ class Policy(ABC):
         else:
             self._conditioning.pop(prompt.id, None)
 
-    def draw(self, prompt: Prompt, keys: Sequence[SampleKey], *, deterministic: bool = False) -> Drawn:
-        """Sample a micro-batch of one prompt; ``deterministic``: the ODE sampler, nothing recorded, noise per sample."""
-        shape = self.latent_shape()
-        shared = self.config.sample.init_noise == "shared" and not deterministic
-        initial = noise.initial_noise(list(keys), shape, shared=shared)
+    def draw(self, prompt: Prompt, keys: Sequence[SampleKey]) -> Drawn:
+        """Sample a micro-batch of one prompt for an update. What its group shares, one trajectory until its first stochastic
+        step, is drawn once, at batch 1."""
+        keys, shape = list(keys), self.latent_shape()
+        initial = noise.initial_noise(keys, shape, shared=self.config.sample.init_noise == "shared")
+        stochastic = self.steps.stochastic.span(keys)
+        levels = self.steps.solved_levels(int(stochastic.first[0]))
         walk = Walk(
             self.schedule,
-            self.transition.deterministic() if deterministic else self.transition,
-            lambda i: self.pack(noise.step_noise(list(keys), shape, i)),
-            record=not deterministic and self.world.leads,
+            self.transition,
+            lambda i: self.pack(noise.step_noise(keys, shape, i)),
+            stochastic,
+            kept=self.steps.kept_span(stochastic) if self.world.leads else None,
+            keep_means=self.steps.keeps_means,
+            solver=None if levels is None else DPMSolver(self.schedule, levels),
+            start=self._shared_start(prompt, keys[0], initial),
         )
         return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
+
+    def _shared_start(self, prompt: Prompt, key: SampleKey, initial: Tensor) -> Start | None:
+        """The state that all samples of a group have before its first stochastic step, which is not made: it belongs to the
+        micro-batch, whose shape its log-probs depend on."""
+        steps = self.steps.shared_prefix(key)
+        if steps == 0:
+            return None
+        group = (key.stream, key.seed, key.iteration, key.group, key.prompt_id)
+        if self._prefix is None or self._prefix[0] != group:
+            walk = Walk(self.schedule, self.transition.deterministic(), stop=steps)
+            state = self.pack(initial[:1]).to(self.world.device)
+            self._prefix = group, Start(steps, self._walk_alone(prompt, state, walk))
+        return self._prefix[1]
+
+    def _walk_alone(self, prompt: Prompt, state: Tensor, walk: Walk) -> Tensor:
+        """Where a walk of one sample from ``state`` ``[1, ...]`` ends, without the rest of the model's pipeline."""
+        conditioning = self.conditioning(prompt, 1)
+        with self.pass_context(conditioning):
+            return rollout(lambda sample, level: self.predict(sample, level, conditioning), state, walk)[0]
+
+    def predict_idly(self, prompt: Prompt, count: int) -> None:
+        """Evaluate the network so often, at batch 1, for nothing: where its weights lie in partitions (ZeRO-3), every process
+        has to make as many passes as the others."""
+        for _ in range(count):
+            walk = Walk(self.schedule, self.transition.deterministic(), stop=1)
+            self._walk_alone(prompt, self.pack(torch.zeros(1, *self.latent_shape())).to(self.world.device), walk)
+
+    def draw_fixed(self, prompt: Prompt, keys: Sequence[SampleKey]) -> Drawn:
+        """Sample a micro-batch of one prompt to look at: without noise on the way, from noise of each sample's own, nothing
+        written down, with ``sample.eval_solver`` in ``sample.eval_steps``."""
+        sample, schedule = self.config.sample, self.eval_schedule
+        initial = noise.initial_noise(list(keys), self.latent_shape(), shared=False)
+        solver = DPMSolver(schedule, range(schedule.steps + 1)) if sample.eval_solver == "dpm_solver" else None
+        walk = Walk(schedule, self.transition.deterministic(), solver=solver)
+        return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
+
+    @cached_property
+    def eval_schedule(self) -> Schedule:
+        """The levels of samples that are looked at."""
+        sample = self.config.sample
+        if sample.eval_steps in (None, sample.steps):
+            return self.schedule
+        return FAMILIES[self.config.model.kind].schedule(replace(sample, steps=sample.eval_steps), self.facts)
 
     @property
     def fps(self) -> float | None:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fastvideo_grpo.prompts.files import Prompt
+
+Trajectories = dict[Any, Tensor]
 
 
 @dataclass
 class Rollout:
     """What this rank drew in an iteration, and what everybody's rewards say of it.
 
-    ``latents`` ``(group, member) -> [T + 1, ...]``, ``log_probs`` ``(group, member) -> [T]``: this rank's samples, none where
-    the leader of its sequence-parallel group has them.
+    ``trajectories``: ``(what, group, member)`` -> what was kept of this rank's samples on the CPU, none where the leader of its
+    sequence-parallel group has them: ``latents`` ``[n + 1, ...]``, ``log_probs`` ``[n]`` and, where they are asked for,
+    ``means`` ``[n, ...]`` of n transitions.
     ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``raw``: the scores before the outputs' transforms.
     ``faults``: of each of ``FAULTS``, the samples that have it, bool ``[P, G]``.
     ``prompts``: of each group. ``retried``: requests to rewards that were made again.
     """
 
     prompts: list[Prompt]
-    latents: dict[tuple[int, int], Tensor]
-    log_probs: dict[tuple[int, int], Tensor]
+    trajectories: Trajectories
     scores: dict[str, Tensor]
     raw: dict[str, Tensor]
     valid: dict[str, Tensor]

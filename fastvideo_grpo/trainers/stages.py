@@ -24,6 +24,7 @@ class RolloutRequest:
     walk: Walk
     conditioning: Conditioning
     decode: bool
+    latents: Tensor | None = None
     finite: Tensor | None = None
     media: Tensor | None = None
     decoded: Tensor | None = None
@@ -48,7 +49,7 @@ class RolloutStage(PipelineStage):
             batch.latents,
             request.walk,
         )
-        request.finite = finite_rows(batch.latents).cpu()
+        request.latents, request.finite = batch.latents.cpu(), finite_rows(batch.latents).cpu()
         return batch
 
 

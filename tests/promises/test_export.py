@@ -93,7 +93,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     geometry = next(iter(model.geometries.values()))
     trainer, prompt = make_trainer(**model.run(**{**geometry, **common, **(LORA if lora else {})})), model.prompt(tmp_path)
     keys = model.keys(prompt, 1)
-    before = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
+    before = trainer.draw_fixed(prompt, keys).media.float() / 255
     trainer.train()
     assert export(model, trainer.run.folder, "--out", tmp_path / "exported", *WAYS[case]) == 0
     pipeline = printed_load(capsys.readouterr().out)["pipeline"]
@@ -101,7 +101,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
 
     network = getattr(pipeline, FAMILIES[model.kind].denoiser)
     with trainer.engine.ema_weights() if case == "ema" else torch.no_grad():
-        ours = trainer.draw(prompt, keys, deterministic=True).media.float() / 255
+        ours = trainer.draw_fixed(prompt, keys).media.float() / 255
         weights = {n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in trainer.denoiser.named_parameters()}
         if not lora:
             expected = names_of(trainer).to_diffusers(weights)

@@ -1,10 +1,9 @@
 """Promise 2: at noise level 0 a rollout is diffusers' own pipeline, from the same prompt and noise."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from fastvideo_grpo.sampling.noise_levels import NoiseLevel
 from fastvideo_grpo.trainers.conditioning import split_guidance
 from tests.promises.models import GUIDANCE, MODELS, cases
 
@@ -49,20 +48,10 @@ def test_latents_and_pixels_are_those_of_diffusers(make_trainer, pipelines, tmp_
     assert pixels.shape == (SAMPLES, sample.frames, sample.height, sample.width, 3)
     assert pixels.std() > 0.01  # a constant picture would agree with anything
 
-    final = []
-    generate = trainer.generate
-
-    def recorded(conditioning, initial, walk):
-        drawn = generate(conditioning, initial, replace(walk, record=True))
-        final.append(drawn.trajectory.latents[:, -1])
-        return drawn
-
-    trainer.generate = recorded
     keys = model.keys(prompt, SAMPLES)
     for size in (1, 2, 4):
-        final.clear()
-        drawn = [trainer.draw(prompt, keys[i : i + size], deterministic=True) for i in range(0, SAMPLES, size)]
-        torch.testing.assert_close(torch.cat(final), latents, rtol=1e-5, atol=1e-5)
+        drawn = [trainer.draw_fixed(prompt, keys[i : i + size]) for i in range(0, SAMPLES, size)]
+        torch.testing.assert_close(torch.cat([part.latents for part in drawn]), latents, rtol=1e-5, atol=1e-5)
         # The media are those pixels, rounded to 8 bits once.
         assert (torch.cat([part.media for part in drawn]).float() - pixels * 255).abs().max() <= 0.5 + 1e-2
 
@@ -117,6 +106,6 @@ def test_the_sde_goes_to_the_ode_as_its_noise_goes_to_zero(make_trainer, tmp_pat
     trainer, prompt = make_trainer(train=False, **model.run()), model.prompt(tmp_path)
     keys = model.keys(prompt, 2)
     trainer.config.sample.init_noise = "per_sample"
-    ode = trainer.draw(prompt, keys, deterministic=True).media
-    trainer.transition.noise_level = 0.0
+    ode = trainer.draw_fixed(prompt, keys).media
+    trainer.transition.noise = NoiseLevel(0.0)
     assert torch.equal(trainer.draw(prompt, keys).media, ode)

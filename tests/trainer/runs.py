@@ -282,8 +282,9 @@ def _record(trainer: Any) -> None:
 
     def rollout(iteration: int, *args: Any) -> Any:
         result = original(iteration, *args)
-        log_probs = {key: value[:-1] for key, value in result.log_probs.items()}  # the last transition has no density
-        kept = {"latents": result.latents, "log_probs": log_probs, "scores": result.raw}
+        kept = {"scores": result.raw}
+        for what in ("latents", "log_probs"):
+            kept[what] = {(group, member): t for (part, group, member), t in result.trajectories.items() if part == what}
         torch.save(kept, trainer.run.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
         return result
 

@@ -134,7 +134,7 @@ def _initial(trainer):
 def _our_clip(trainer):
     """Float ``[F, H, W, 3]`` in [0, 1]."""
     prompt, _ = _initial(trainer)
-    return trainer.draw(prompt, [SampleKey(0, 0, 0, prompt.id, 0)], deterministic=True).media[0].float() / 255
+    return trainer.draw_fixed(prompt, [SampleKey(0, 0, 0, prompt.id, 0)]).media[0].float() / 255
 
 
 def _diffusers_clip(pipeline, trainer):

@@ -42,5 +42,5 @@ def test_the_shift_that_diffusers_makes_of_the_resolution_is_a_shift_of_ours(mak
     caught = []
     stage = trainer.denoising_stage.forward
     trainer.denoising_stage.forward = lambda batch, args: caught.append(stage(batch, args).latents) or batch
-    trainer.draw(prompt, model.keys(prompt, 4), deterministic=True)
+    trainer.draw_fixed(prompt, model.keys(prompt, 4))
     torch.testing.assert_close(caught[0], latents, rtol=1e-5, atol=1e-5)

@@ -215,8 +215,9 @@ def test_a_prompt_whose_samples_all_failed_leaves_the_update_to_the_others(make_
 
     def shifted(*args):
         result = rollout(*args)
-        for log_prob in result.log_probs.values():
-            log_prob += 0.1
+        for (what, *_), log_prob in result.trajectories.items():
+            if what == "log_probs":
+                log_prob += 0.1
         return result
 
     trainer.rollout = shifted

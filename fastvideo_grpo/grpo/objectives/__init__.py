@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastvideo_grpo.extensions import Registry, not_callable
-from fastvideo_grpo.grpo.objectives.base import Objective, Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.base import AdvantageRange, Objective, Replay, SampleBatch
 from fastvideo_grpo.grpo.objectives.ddpo import DDPO
 from fastvideo_grpo.grpo.objectives.dpo import DPO
 from fastvideo_grpo.grpo.objectives.dpok import DPOK
 from fastvideo_grpo.grpo.objectives.grpo import GRPO
 from fastvideo_grpo.grpo.objectives.refl import ReFL
+from fastvideo_grpo.grpo.objectives.trust_regions import Clip, ClipRange, TrustRegion
 
 __all__ = [
     "DDPO",
@@ -30,7 +31,7 @@ __all__ = [
     "taking",
 ]
 
-SETTINGS = ("clip_range", "advantage_clip", "kl_weight")
+SETTINGS = ("trust_region", "advantage_range", "clip_range", "advantage_clip", "kl_weight")
 """What every objective may ask for by an argument of that name; its other arguments are ``grpo.objective_params``."""
 
 _NEEDS = ("needs_reference", "needs_reward_gradients", "pairs")
@@ -62,9 +63,15 @@ def get(
     clip_range: float,
     advantage_clip: float | None,
     kl_weight: float,
+    trust_region: TrustRegion | None = None,
+    advantage_range: AdvantageRange | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> Objective:
     """The objective called ``name``, given those of ``SETTINGS`` that it asks for, and its own ``params``.
+
+    Args:
+        trust_region: default: clipped at ``clip_range``.
+        advantage_range: default: +- ``advantage_clip``.
 
     Raises:
         ValueError: an unknown name, an unknown or missing parameter, a value that the objective refuses, or an
@@ -72,7 +79,13 @@ def get(
     """
     make = OBJECTIVES[name]
     arguments = _arguments(make)
-    settings = dict(zip(SETTINGS, (clip_range, advantage_clip, kl_weight), strict=True))
+    settings: dict[str, Any] = {
+        "trust_region": Clip(ClipRange(clip_range, clip_range)) if trust_region is None else trust_region,
+        "advantage_range": (advantage_clip, None) if advantage_range is None else advantage_range,
+        "clip_range": clip_range,
+        "advantage_clip": advantage_clip,
+        "kl_weight": kl_weight,
+    }
     own = [key for key in arguments if key not in SETTINGS]
     params = dict(params or {})
     for key in params:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastvideo_grpo.sampling.transitions import Step
 
+AdvantageRange = tuple[float | None, float | None]
+"""How far advantages may be below 0 and above (None: as below); without the first they are left as they are."""
+
 
 @dataclass(frozen=True)
 class SampleBatch:
@@ -36,6 +39,10 @@ class Replay(Protocol):
         """The same under the reference weights, without gradients."""
         ...
 
+    def old_mean(self, i: int) -> Tensor:
+        """The mean of that transition in the rollout, ``[B, ...]``: kept for objectives that say ``needs_old_means``."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels ``[B, F, H, W, 3]`` in [0, 1], with gradients."""
         ...
@@ -53,6 +60,9 @@ class Objective(Protocol):
         needs_reward_gradients: ``replay.decode`` and ``replay.reward`` are called: VAE and rewards must be differentiable, in
             this process and on the device.
         pairs: rows come in twos, the better (even) before the worse (odd) sample of a prompt, at the same timesteps.
+
+    It may have two attributes more: ``needs_old_means`` (default: false), ``replay.old_mean`` is called; and ``needs_density``
+    (default: true), false where steps without noise can be trained, too.
 
     What is registered may have an attribute ``defaults``, by section of the configuration: what the method's paper does around
     the loss, in place of keys' own defaults where a run leaves them out (a model's come before these).

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastvideo_grpo.grpo.objectives import terms
-from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.base import AdvantageRange, Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.trust_regions import TrustRegion
 
 
 class DDPO:
@@ -18,8 +19,8 @@ class DDPO:
     group, and every sample has initial noise of its own (``sample.init_noise=per_sample``).
 
     Args:
-        clip_range: eps.
-        advantage_clip: advantages are clamped to +- this before use; None leaves them.
+        trust_region: what stands for the ratio and its clipping (:mod:`~fastvideo_grpo.grpo.objectives.trust_regions`).
+        advantage_range: advantages are clamped to - the first and the second before use (None: the first); None leaves them.
     """
 
     needs_reference = False
@@ -27,12 +28,12 @@ class DDPO:
     pairs = False
     defaults: ClassVar[dict[str, Any]] = {"sample": {"init_noise": "per_sample"}, "grpo": {"normalisation": "prompt_history"}}
 
-    def __init__(self, *, clip_range: float, advantage_clip: float | None) -> None:
-        self.clip_range = clip_range
-        self.advantage_clip = advantage_clip
+    def __init__(self, *, trust_region: TrustRegion, advantage_range: AdvantageRange) -> None:
+        self.trust_region = trust_region
+        self.needs_old_means = trust_region.needs_old_means
+        self.advantage_range = advantage_range
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio``, ``clipped``."""
-        return terms.clipped_surrogate(
-            replay.step(i), samples, i, clip_range=self.clip_range, advantage_clip=self.advantage_clip
-        )
+        advantages = terms.within(samples.advantages, *self.advantage_range)
+        return self.trust_region.surrogate(replay.step(i), replay, samples, i, advantages)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastvideo_grpo.grpo.objectives import terms
-from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.base import AdvantageRange, Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.trust_regions import TrustRegion
 
 
 class DPOK:
@@ -18,8 +19,8 @@ class DPOK:
     network to learn. Several updates of one rollout take importance weights, clipped as DDPO's.
 
     Args:
-        clip_range: eps.
-        advantage_clip: advantages are clamped to +- this before use; None leaves them.
+        trust_region: what stands for the ratio and its clipping (:mod:`~fastvideo_grpo.grpo.objectives.trust_regions`).
+        advantage_range: advantages are clamped to - the first and the second before use (None: the first); None leaves them.
         kl_weight: above 0.
 
     Raises:
@@ -34,21 +35,21 @@ class DPOK:
         "grpo": {"normalisation": "global", "kl_weight": 0.01},
     }
 
-    def __init__(self, *, clip_range: float, advantage_clip: float | None, kl_weight: float) -> None:
+    def __init__(self, *, trust_region: TrustRegion, advantage_range: AdvantageRange, kl_weight: float) -> None:
         if kl_weight <= 0:
             raise ValueError(
                 f"grpo.kl_weight is {kl_weight:g}, but objective dpok is regularised by it: set it above 0, for example 0.01, "
                 "or take grpo.objective=ddpo"
             )
-        self.clip_range = clip_range
-        self.advantage_clip = advantage_clip
+        self.trust_region = trust_region
+        self.needs_old_means = trust_region.needs_old_means
+        self.advantage_range = advantage_range
         self.kl_weight = kl_weight
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio``, ``clipped``, ``kl``."""
         step = replay.step(i)
-        surrogate, statistics = terms.clipped_surrogate(
-            step, samples, i, clip_range=self.clip_range, advantage_clip=self.advantage_clip
-        )
+        advantages = terms.within(samples.advantages, *self.advantage_range)
+        surrogate, statistics = self.trust_region.surrogate(step, replay, samples, i, advantages)
         kl = terms.kl(step, replay.reference(i))
         return surrogate + self.kl_weight * kl, {**statistics, "kl": kl.detach()}

@@ -24,6 +24,7 @@ class ReFL:
     needs_reference = False
     needs_reward_gradients = True
     pairs = False
+    needs_density = False
     defaults: ClassVar[dict[str, Any]] = {
         "sample": {"init_noise": "per_sample"},
         "grpo": {"timesteps": {"strategy": "late", "fraction": 0.25}},

@@ -16,26 +16,11 @@ def log_prob(step: Step) -> Tensor:
     return step.log_prob
 
 
-def clipped_surrogate(
-    step: Step, samples: SampleBatch, i: int, *, clip_range: float, advantage_clip: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``max(-A rho, -A clip(rho, 1 - eps, 1 + eps))`` ``[B]`` with ``rho = exp(log_prob - log_prob_old)``; where rho is 1 its
-    gradient is that of ``-A log_prob``, the policy gradient (Schulman et al. 2017, arXiv:1707.06347).
-
-    Args:
-        clip_range: eps.
-        advantage_clip: advantages are clamped to +- this before use; None leaves them.
-
-    Returns:
-        the loss, and the statistics ``ratio`` and ``clipped`` (whether rho is outside the range).
-    """
-    advantage = samples.advantages
-    if advantage_clip is not None:
-        advantage = advantage.clamp(-advantage_clip, advantage_clip)
-    ratio = torch.exp(log_prob(step) - samples.log_probs[:, i])
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    return loss, {"ratio": ratio.detach(), "clipped": ((ratio.detach() - 1).abs() > clip_range).float()}
+def within(advantages: Tensor, lower: float | None, upper: float | None) -> Tensor:
+    """Advantages clamped to ``[-lower, upper]``; without an upper bound of its own to +- lower; lower None leaves them."""
+    if lower is None:
+        return advantages if upper is None else advantages.clamp(max=upper)
+    return advantages.clamp(-lower, lower if upper is None else upper)
 
 
 def kl(step: Step, reference: Step) -> Tensor:

@@ -107,11 +107,6 @@ class StableDiffusion(ImageFamily):
         if sample.shift != defaults.shift:
             yield f"sample.shift is {sample.shift}, which is of flow schedules; {self.kind} has none: leave it out"
         yield from no_embedded_guidance(config)
-        if sample.transition == "ddim" and sample.noise_level > 1:
-            yield (
-                f"sample.noise_level is {sample.noise_level:g}, which is the eta of ddim and at most 1 (a level has no room "
-                "for more noise): use 1, or sample.transition=diffusion_sde"
-            )
         if config.model.attention != "sdpa":
             yield f"model.attention is {config.model.attention}, but {self.kind} runs diffusers' attention, which is sdpa"
         longest = int(facts.components["text_encoder"]["max_position_embeddings"])

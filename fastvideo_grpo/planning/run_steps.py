@@ -1,0 +1,135 @@
+"""What a run does with each step of its samples: drawn once for a group, stochastic, kept, trained, or solved in fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fastvideo_grpo.config.keys import Config, make_objective, stochastic_steps
+from fastvideo_grpo.grpo import timesteps
+from fastvideo_grpo.grpo.dealing import Dealing
+from fastvideo_grpo.sampling.noise import SampleKey
+from fastvideo_grpo.sampling.rollout import Span
+from fastvideo_grpo.sampling.solvers import fewer_levels
+
+
+class RunSteps:
+    """The steps of a configuration's samples.
+
+    Attributes:
+        steps: of a sample.
+        stochastic: which draw noise.
+        trained: transitions of a sample that an update trains.
+        keeps_means: their means are kept for the update.
+
+    Raises:
+        ValueError: there is no such window, or more steps would be trained than are stochastic.
+    """
+
+    def __init__(self, config: Config) -> None:
+        sample, when = config.sample, config.grpo.timesteps
+        self.steps = sample.steps
+        self.stochastic = stochastic_steps(config)
+        self.trained = timesteps.count(self.steps, when.strategy, when.fraction, self.stochastic.trainable)
+        self.keeps_means: bool = getattr(make_objective(config), "needs_old_means", False)
+        self._when = when
+        self._offset, self._kept = timesteps.kept(self.steps, when.strategy, when.fraction, self.stochastic.trainable)
+        self._tail = sample.stochastic.tail
+        self._shares = sample.init_noise == "shared"
+        self._group_size = config.grpo.group_size
+
+    @property
+    def kept(self) -> int:
+        """Transitions of a sample that are kept for the update."""
+        return self._kept
+
+    @property
+    def states(self) -> int:
+        """Tensors of the size of a sample that a trajectory keeps."""
+        return self._kept + 1 + self._kept * self.keeps_means
+
+    def kept_span(self, stochastic: Span) -> Span:
+        """Which transitions are kept of samples with these stochastic ones."""
+        return Span(stochastic.first + self._offset, self._kept)
+
+    def chosen(self, keys: Sequence[SampleKey]) -> Tensor:
+        """The trained transitions of each sample, int64 ``[B, trained]``."""
+        when, span = self._when, self.stochastic.span(keys)
+        trainable = Span(span.first, self.stochastic.trainable)
+        return timesteps.choose(list(keys), self.steps, when.strategy, when.fraction, when.per, trainable)
+
+    def shared_prefix(self, key: SampleKey) -> int:
+        """Steps before the first stochastic one of the group of ``key``, which are drawn once: 0 where initial noise is not
+        shared."""
+        if not self._shares or self.stochastic.choice == "all":
+            return 0
+        if self.stochastic.choice == "one" and self.stochastic.per == "sample":
+            return min(self.stochastic.first(replace(key, member=member)) for member in range(self._group_size))
+        return self.stochastic.first(key)
+
+    def solved_levels(self, first: int) -> tuple[int, ...] | None:
+        """The levels that a solver takes behind stochastic steps from ``first`` on; None: each step is made by itself."""
+        begin = first + self.stochastic.count
+        if self._tail == 1 or begin >= self.steps:
+            return None
+        return fewer_levels(begin, self.steps, self._tail)
+
+    def predictions(self, first: int) -> int:
+        """Evaluations of the network for a micro-batch, from its first stochastic step on."""
+        levels = self.solved_levels(first)
+        return self.steps - first if levels is None else levels[0] - first + len(levels) - 1
+
+    def predictions_of(self, jobs: Iterable[tuple[int, SampleKey]]) -> int:
+        """Evaluations of the network in a process that draws these micro-batches, by the key of a sample of each and its group.
+
+        What a group shares is drawn by each process for itself, once.
+        """
+        total, drawn = 0, None
+        for group, key in jobs:
+            shared = self.shared_prefix(key)
+            total += self._behind(shared, key) + (shared if group != drawn else 0)
+            drawn = group
+        return total
+
+    def _behind(self, shared: int, key: SampleKey) -> int:
+        if self.stochastic.choice == "one" and self.stochastic.per == "sample":
+            return self.steps - shared  # the rows' own places lie anywhere behind it
+        first = self.stochastic.first(key)
+        return first - shared + self.predictions(first)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a process does in the rollout of an iteration, on average over where the stochastic steps are.
+
+    Attributes:
+        predictions: evaluations of the network, of a micro-batch each or of what a group shares.
+        samples: the same in samples.
+    """
+
+    predictions: float
+    samples: float
+
+
+def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
+    """What the process of rank ``rank`` (of those that share no sample) does in a rollout."""
+    steps = RunSteps(config)
+    jobs = dealt.rollout_batches(rank)
+    groups = len({group for group, _ in jobs})
+    predictions = samples = 0.0
+    for first, often in steps.stochastic.places(config.grpo.group_size):
+        shared = first if config.sample.init_noise == "shared" and steps.stochastic.choice != "all" else 0
+        rest = first - shared + steps.predictions(first)
+        predictions += often * (shared * groups + rest * len(jobs))
+        samples += often * (shared * groups + rest * sum(len(members) for _, members in jobs))
+    return Drawing(predictions, samples)
+
+
+def evaluations_per_sample(config: Config, dealt: Dealing) -> tuple[float, int]:
+    """(rollout, update): what an iteration costs a sample in evaluations of the network, on average; an update's forward and
+    backward count 3. Guidance and best-of-N are left out: they multiply every method's alike."""
+    steps = RunSteps(config)
+    drawn = sum(drawing_of(config, dealt, rank).samples for rank in range(dealt.ranks))
+    return drawn / (dealt.prompts * dealt.group_size), 3 * steps.trained
