@@ -22,6 +22,7 @@ from fastvideo_grpo.models.hunyuan_video.tiny import write_hunyuan_video
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.models.run_config import load as load_config
 from fastvideo_grpo.planning import plan
+from fastvideo_grpo.planning.run_steps import RunSteps, evaluations_per_sample
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """
@@ -328,6 +329,10 @@ def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 PROCESSES = {
+    "flux_t2i_flowgrpo": 32,
+    "flux_t2i_mixgrpo": 32,
+    "flux_t2i_mixgrpo_flash": 32,
+    "flux_t2i_mixgrpo_flash_star": 32,
     "flux_t2i_paper": 32,
     "flux_t2i_paper_hps_clip": 32,
     "flux_t2i_paper_lora": 8,
@@ -366,6 +371,7 @@ PROCESSES = {
     "stable_diffusion_t2i_released_lora": 8,
     "stable_diffusion_t2i_tiny": 1,
     "stable_diffusion_t2i_tiny_lora": 1,
+    "wan_t2v_flashgrpo": 96,
     "wan_t2v_paper": 32,
     "wan_t2v_released": 32,
     "wan_t2v_released_image": 8,
@@ -378,7 +384,9 @@ SIZES = {
     "hunyuan_t2v": ("12.821 B parameters", "latents 16x14x60x60, 12600 tokens, 256 text tokens"),
     "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
     "stable_diffusion": ("0.860 B parameters", "latents 4x64x64, 4096 tokens, 77 text tokens"),
+    "flux_t2i_flowgrpo": ("0.179 B trained (LoRA rank 64)", "latents 16x64x64, 1024 tokens, 128 text tokens, 6 steps"),
     "wan_t2v": ("1.419 B parameters", "noise level 0.3, shift 3.0), guidance 5 in one pass"),
+    "wan_t2v_flashgrpo": ("11.796 M trained (LoRA rank 16)", "latents 16x21x60x104, 32760 tokens, 512 text tokens, 20 steps"),
 }
 
 
@@ -394,8 +402,8 @@ def test_every_recipe_is_checked_at_its_real_size_on_the_meta_device(name, monke
     plan.check_run(config, facts, PROCESSES[name], here=False)
     text = plan.describe(config, facts, PROCESSES[name])
     if "tiny" not in name:
-        assert all(size in text for size in SIZES["_".join(name.split("_")[:2])])
-        assert ("LoRA rank 128" in text) == ("lora" in name)
+        assert all(size in text for size in SIZES.get(name, SIZES["_".join(name.split("_")[:2])]))
+        assert name in SIZES or ("LoRA rank 128" in text) == ("lora" in name)
         assert config.run.dir == f"runs/{name}"
 
 
@@ -437,7 +445,7 @@ def test_the_stable_diffusion_recipes_have_the_numbers_they_name(name):
     assert (grpo.timesteps.strategy, grpo.timesteps.fraction) == times
 
 
-@pytest.mark.parametrize("name", [name for name in PROCESSES if name.startswith("wan_t2v") and "tiny" not in name])
+@pytest.mark.parametrize("name", ["wan_t2v_paper", "wan_t2v_released", "wan_t2v_released_image"])
 def test_the_wan_recipes_have_the_numbers_they_name(name):
     config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
     paper, image, sample, grpo = "paper" in name, "image" in name, config.sample, config.grpo
@@ -447,6 +455,28 @@ def test_the_wan_recipes_have_the_numbers_they_name(name):
     dealt = (grpo.prompts_per_iteration, grpo.group_size, grpo.updates_per_iteration)
     assert dealt == ((16, 12, 1) if image else (32, 12 if paper else 8, 1)) and grpo.cfg_gradients == "both"
     assert list(config.rewards.models) == ["hps" if image else "videoalign"]
+
+
+# Steps, noise level, stochastic steps, tail, trained transitions; evaluations a sample of rollout and update, on average: of
+# MixGRPO's 12 places before the window 5.5 steps, drawn by each of the 4 processes that a group of 12 is dealt to, and 19.5.
+METHODS = {
+    "flux_t2i_mixgrpo": (25, 0.7, 4, 1.0, 4, (5.5 * 4 / 12 + 19.5, 12)),
+    "flux_t2i_mixgrpo_flash": (25, 0.7, 4, 0.4, 4, (7 * 4 / 12 + 4 + 6, 12)),
+    "flux_t2i_mixgrpo_flash_star": (25, 0.7, 4, 0.2, 4, (9, 12)),
+    "flux_t2i_flowgrpo": (6, 0.9, 6, 1.0, 5, (6, 15)),
+    "wan_t2v_flashgrpo": (20, 0.7, 1, 1.0, 1, (20, 3)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_recipes_of_later_methods_have_the_numbers_they_name(name):
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    sample, steps = config.sample, RunSteps(config)
+    tail = sample.stochastic.tail
+    assert (sample.steps, sample.noise_level, steps.stochastic.count, tail, steps.trained) == METHODS[name][:5]
+    assert sample.noise_schedule == "flow_grpo" and config.grpo.trust_region == "clip"
+    dealt = plan.dealing(config, PROCESSES[name])
+    assert evaluations_per_sample(config, dealt) == pytest.approx(METHODS[name][5], abs=0.05)
 
 
 def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
@@ -482,8 +512,7 @@ def test_a_negative_prompt_without_guidance_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["flux_t2i_paper", "flux_t2i_released", "stable_diffusion_t2i_paper"])
 def test_the_hps_and_clip_recipes_differ_from_hps_alone_in_the_rewards_only(name):
     alone, both = (
-        config_saved.to_dict(load_config(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml"))
-        for end in ("", "_hps_clip")
+        config_saved.to_dict(load_config(ROOT / "train_scripts" / "configs" / f"{name}{end}.yaml")) for end in ("", "_hps_clip")
     )
     hps, clip = both["rewards"]["models"]["hps"], both["rewards"]["models"].pop("clip")
     assert (clip["kind"], clip["checkpoint"]) == ("clip", "checkpoints/DFN5B-CLIP-ViT-H-14-378")

@@ -291,9 +291,9 @@ def test_one_step_is_drawn_from_the_first_part(per):
     assert all(len(set(row)) == 1 for row in firsts) == (per == "group")
     # How often a group's first stochastic step is where.
     seen = [min(row) for row in firsts]
-    for place, often in steps.places(4):
+    for place, often in steps.places(4, 100):
         assert seen.count(place) / 100 == pytest.approx(often, abs=0.15)
-    assert sum(often for _, often in steps.places(4)) == pytest.approx(1)
+    assert sum(often for _, often in steps.places(4, 100)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
 
 def _stochastic(config: Config, steps: RunSteps) -> str:
     """Which steps of a sample are stochastic, for a person; nothing where all are."""
-    chosen, group = config.sample.stochastic, config.grpo.group_size
+    chosen, grpo = config.sample.stochastic, config.grpo
     if chosen.steps == "all":
         return ""
     if chosen.steps == "one":
@@ -427,7 +427,10 @@ def _stochastic(config: Config, steps: RunSteps) -> str:
             "random": "anywhere",
         }[chosen.moves]
         text = f", {chosen.width} stochastic {moves}"
-    if config.sample.init_noise == "shared" and max(first for first, _ in steps.stochastic.places(group)) > 0:
+    if (
+        config.sample.init_noise == "shared"
+        and max(first for first, _ in steps.stochastic.places(grpo.group_size, config.run.iterations)) > 0
+    ):
         text += ", those before once a group"
     if chosen.tail < 1:
         text += f", those behind solved in {chosen.tail:g} of their number"

@@ -119,7 +119,7 @@ def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
     jobs = dealt.rollout_batches(rank)
     groups = len({group for group, _ in jobs})
     predictions = samples = 0.0
-    for first, often in steps.stochastic.places(config.grpo.group_size):
+    for first, often in steps.stochastic.places(config.grpo.group_size, config.run.iterations):
         shared = first if config.sample.init_noise == "shared" and steps.stochastic.choice != "all" else 0
         rest = first - shared + steps.predictions(first)
         predictions += often * (shared * groups + rest * len(jobs))

@@ -83,22 +83,24 @@ class StochasticSteps:
         """The stochastic transitions of each sample."""
         return Span(torch.tensor([self.first(key) for key in keys]), self.count)
 
-    def places(self, group_size: int) -> list[tuple[int, float]]:
-        """(where the first stochastic transition of a group may be, how often)."""
+    def places(self, group_size: int, iterations: int) -> list[tuple[int, float]]:
+        """(where the first stochastic transition of a group is in a run of so many iterations, how often)."""
         if self.choice == "one" and self.per == "sample":
             n = self.candidates
             beyond = [((n - k) / n) ** group_size for k in range(n + 1)]  # all samples are drawn at k or behind it
             return [(k, beyond[k] - beyond[k + 1]) for k in range(n)]
         if self.choice == "one":
             found = list(range(self.candidates))
-        elif self.choice == "window":
+        elif self.choice == "window" and self.moves == "random":
             found = self._windows()
+        elif self.choice == "window":
+            found = [self._window(0, iteration) for iteration in range(iterations)]
         else:
             found = [0]
-        return [(place, 1 / len(found)) for place in found]
+        return [(place, found.count(place) / len(found)) for place in sorted(set(found))]
 
     def _windows(self) -> list[int]:
-        """Where the window may be, as often as it is there."""
+        """Where the window may be, in the order in which it is there."""
         there = self.steps - self.width
         if self.moves == "fixed":
             return [self.start]
