@@ -86,32 +86,56 @@ def chosen(names: list[str]) -> list[Study]:
 
 def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, work: Any = None) -> int:
     """Make the runs that are missing, and write each study's results; returns how many runs failed."""
-    from fastvideo_grpo.models import run_config
-    from fastvideo_grpo.models.checkpoint import model_facts
-    from fastvideo_grpo.planning import plan
     from fastvideo_grpo.studies import results
-    from fastvideo_grpo.studies.jobs import plan_study
+    from fastvideo_grpo.studies.jobs import plan_search, plan_study
 
     if work is None:
         from fastvideo_grpo.studies.measurement import measure as work
 
     started = time.monotonic()
-    plans = [plan_study(study, arguments.seeds, arguments.budget, out) for study in studies]
-    wanted: dict[str, Job] = {}
+    errors: dict[str, str] = {}
+    searches = {study.name: plan_search(study, arguments.budget, out) for study in studies}
+    tried = [job for arms in searches.values() for by_value in arms.values() for job in by_value.values()]
+    if tried:
+        print(f"first a learning rate for each arm of {', '.join(name for name, arms in searches.items() if arms)}", flush=True)
+        _make(tried, arguments.workers, work, errors, "runs to choose by")
+    chosen = {name: {label: best(by_value) for label, by_value in arms.items()} for name, arms in searches.items()}
+    plans = [plan_study(study, arguments.seeds, arguments.budget, out, chosen[study.name]) for study in studies]
+    _make(
+        [job for study_plan in plans for job in study_plan.jobs()], arguments.workers, work, errors, f"{len(studies)} studies"
+    )
+    made = provenance(time.monotonic() - started)
     for study_plan in plans:
-        for job in study_plan.jobs():
-            wanted.setdefault(job.folder.name, job)
+        name = study_plan.study.name
+        found = results.collect(study_plan, errors, {**made, "searched": chosen[name]})
+        results.save(found, out / name / results.RESULTS)
+    return len(errors)
+
+
+def best(by_value: dict[str, Job]) -> str:
+    """The override whose run ended at the highest colour_match; the first of those that have none."""
+    scores = {value: (job.result() or {}).get("measures", {}).get("colour_match") for value, job in by_value.items()}
+    known = {value: score for value, score in scores.items() if score is not None}
+    return max(known, key=lambda value: known[value]) if known else next(iter(by_value))
+
+
+def _make(jobs: list[Job], workers: int | None, work: Any, errors: dict[str, str], what: str) -> None:
+    """Make those that are missing; ``errors`` gets folder -> why of those that failed."""
+    from fastvideo_grpo.models import run_config
+    from fastvideo_grpo.models.checkpoint import model_facts
+    from fastvideo_grpo.planning import plan
+
+    started = time.monotonic()
+    wanted: dict[str, Job] = {}
+    for job in jobs:
+        wanted.setdefault(job.folder.name, job)
     for job in wanted.values():
         config = run_config.build(job.values)
         plan.check_run(config, model_facts(config), ranks=1)
     # The longest first, so that the last ones to end are short.
     missing = sorted((job for job in wanted.values() if job.result() is None), key=lambda job: -_weight(job))
-    workers = min(arguments.workers or len(os.sched_getaffinity(0)), max(1, len(missing)))
-    print(
-        f"{len(studies)} studies, {len(wanted)} runs ({len(wanted) - len(missing)} made already), {workers} at a time",
-        flush=True,
-    )
-    errors: dict[str, str] = {}
+    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(missing)))
+    print(f"{what}, {len(wanted)} runs ({len(wanted) - len(missing)} made already), {workers} at a time", flush=True)
     total = sum(_weight(job) for job in missing)
     done = 0
     for number, finished in enumerate(run_jobs(missing, workers, work), start=1):
@@ -126,10 +150,6 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
             f"{number}/{len(missing)}  {finished.job.name}: {said}, {finished.seconds:.0f} s; about {left / 60:.0f} min left",
             flush=True,
         )
-    made = provenance(time.monotonic() - started)
-    for study_plan in plans:
-        results.save(results.collect(study_plan, errors, made), out / study_plan.study.name / results.RESULTS)
-    return len(errors)
 
 
 def _measured(result: dict[str, Any]) -> str:

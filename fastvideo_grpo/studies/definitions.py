@@ -13,6 +13,12 @@ BUDGET = 24_000
 
 SEEDS = 3
 
+SEARCH_SEED = 100
+"""Of the runs that choose an arm's learning rate, so that none of those that are compared has chosen it."""
+
+REACHED = 0.80
+"""colour_match that ``until`` waits for."""
+
 BEFORE = "untrained"
 """The arm that every study has besides its own: the model as it was."""
 
@@ -48,6 +54,9 @@ class Study:
         measures: columns of the table, from :data:`MEASURES`.
         budget: in multiples of the run's budget; guidance makes two passes of each evaluation.
         equal_iterations: evaluate often enough to compare the arms after equally many iterations, too.
+        curve_points: evaluations during a run, besides the one before it.
+        search: overrides of which each arm takes the one that serves it best, in a run of a seed of its own; none: no search.
+        of_the_paper: the claim is the paper's; else a question of this project's.
     """
 
     name: str
@@ -63,6 +72,9 @@ class Study:
     measures: tuple[str, ...]
     budget: int = 1
     equal_iterations: bool = False
+    curve_points: int = 4
+    search: tuple[str, ...] = ()
+    of_the_paper: bool = True
 
 
 MEASURES = {
@@ -74,6 +86,10 @@ MEASURES = {
     "size_change": "kilobytes by which the JPEG size moved from the untrained model's, either way",
     "area": "mean of colour_match over the whole curve: how fast was learned",
     "at_equal_iterations": "colour_match after as many iterations as the dearest arm made",
+    "until": f"thousands of network evaluations until colour_match is {REACHED:.2f} in the curve, between whose points it is "
+    "taken to rise evenly",
+    "distance": "distance of the trained weights from the first, in percent of their length",
+    "ratio_mean": "mean of the ratio minus 1, in parts of the clip range: below 0 where steps shift it to the left",
     "diversity": "mean pairwise distance of pictures of a prompt, root mean square of pixels in [0, 1]",
     "shape_diversity": "the same of the coloured areas alone: fraction of pixels that only one of two pictures colours",
     "roughness": "mean difference of neighbouring pixels in [0, 1]: noise raises it",
@@ -90,6 +106,13 @@ _TINY_SD = (
     "A tiny Stable Diffusion that draws coloured shapes, sampled by DDIM with noise and guided; two updates an iteration, as "
     "in the released settings."
 )
+
+
+PAPERS_WAY = "the paper's way"
+BEST_WAY = "the best of them together"
+_ALL_TRAINED = ("grpo.timesteps.strategy=all", "grpo.timesteps.fraction=1.0")
+_ONE = ("sample.stochastic.steps=one", *_ALL_TRAINED)
+_BEST = (*_ONE, "sample.stochastic.tail=0.4", "grpo.timesteps.weight=rectified")
 
 
 STUDIES: dict[str, Study] = {
@@ -308,6 +331,43 @@ STUDIES: dict[str, Study] = {
             ),
             measures=("colour_distance", "colour_match", "colour_match_heldout", "area", "diversity"),
             budget=2,
+        ),
+        Study(
+            name="methods",
+            title="Methods after DanceGRPO",
+            settings=_FLOW,
+            question="Which way needs fewest network evaluations for the same reward?",
+            claim="Windows, single steps, solved tails and other trust regions reach the same reward in fewer network "
+            "evaluations.",
+            source="MixGRPO, Flash-GRPO, Flow-CPS, GRPO-Guard and Flow-DPPO, each against a baseline of its own "
+            "(docs/methods.md)",
+            miniature=f"{_TINY} The budgets are equal in network evaluations. Each arm takes the learning rate of three that "
+            "served it best in a run of another seed. The paper's way is the baseline: all steps stochastic, a random 60 % of "
+            "them trained, clip, noise level 1.0.",
+            overrides=(_COLOUR, "run.eval_samples=4"),
+            arms=(
+                Arm(PAPERS_WAY),
+                Arm("window of 4", ("sample.stochastic.steps=window", *_ALL_TRAINED)),
+                Arm(
+                    "window of 4 at the start, tail solved in 0.2 (Flash*)",
+                    ("sample.stochastic.steps=window", "sample.stochastic.tail=0.2", *_ALL_TRAINED),
+                ),
+                Arm("one step, rectified (Flash-GRPO)", (*_ONE, "grpo.timesteps.weight=rectified")),
+                Arm("CPS", ("sample.transition=cps", "sample.noise_level=0.8")),
+                Arm("guard", ("grpo.trust_region=guard", "grpo.timesteps.weight=guard")),
+                Arm("dppo", ("grpo.trust_region=dppo",)),
+                Arm(BEST_WAY, _BEST),
+            ),
+            comparisons=(
+                *(Comparison(label, ">", PAPERS_WAY) for label in (BEST_WAY,)),
+                Comparison(PAPERS_WAY, ">", BEST_WAY, "until"),
+                Comparison("guard", ">", PAPERS_WAY, "ratio_mean"),
+            ),
+            measures=(*_REWARD, "until", "jpeg_size", "diversity", "shape_diversity", "distance", "ratio_mean", "ratio_dev"),
+            budget=3,
+            curve_points=20,
+            search=("optim.lr=7e-4", "optim.lr=3.5e-4", "optim.lr=1.4e-3"),
+            of_the_paper=False,
         ),
         Study(
             name="ddpo_flow",

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,9 @@ from fastvideo_grpo.models import run_config
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.studies import budget
-from fastvideo_grpo.studies.definitions import BEFORE, Arm, Study
+from fastvideo_grpo.studies.definitions import BEFORE, SEARCH_SEED, Arm, Study
 from fastvideo_grpo.studies.pool import Job
 from fastvideo_grpo.tracking.provenance import versions
-
-CURVE_POINTS = 4
-"""Evaluations during a run, besides the one before it."""
 
 CODE = (
     "sampling/*.py",
@@ -31,6 +28,7 @@ CODE = (
     "engines/base.py",
     "engines/local.py",
     "engines/make.py",
+    "planning/run_steps.py",
     "precision.py",
     "prompts/embeddings.py",
     "prompts/order.py",
@@ -44,6 +42,7 @@ CODE = (
     "trainers/conditioning.py",
     "trainers/fastvideo.py",
     "trainers/fixed_set.py",
+    "trainers/iteration_steps.py",
     "trainers/monitoring.py",
     "trainers/policy.py",
     "trainers/replay.py",
@@ -70,33 +69,56 @@ class StudyPlan:
         return [self.before, *(job for by_seed in self.arms.values() for job in by_seed.values())]
 
 
-def plan_study(study: Study, seeds: int, evaluations: int, out: Path) -> StudyPlan:
+def plan_search(study: Study, evaluations: int, out: Path) -> dict[str, dict[str, Job]]:
+    """Of a study that searches, arm -> override -> its run; errors as :func:`plan_study`."""
+    planned: dict[str, dict[str, Job]] = {arm.label: {} for arm in study.arms if study.search}
+    for label, by_value in planned.items():
+        for value in study.search:
+            arm = next(arm for arm in study.arms if arm.label == label)
+            config = arm_config(study, Arm(label, (*arm.overrides, value)))
+            count = budget.iterations(config, evaluations * study.budget)
+            name = f"{study.name}, arm '{label}', {value}"
+            by_value[value] = _trained_job(name, config, SEARCH_SEED, count, math.ceil(count / study.curve_points), out)
+    return planned
+
+
+def plan_study(study: Study, seeds: int, evaluations: int, out: Path, searched: Mapping[str, str] | None = None) -> StudyPlan:
     """The runs of a study.
 
     Args:
         evaluations: network evaluations that a run may take; the study's own factor comes on top.
         out: folder of all studies; runs go to ``out/runs``, under a name made of all that they depend on.
+        searched: arm -> the override of ``study.search`` that it takes (default: its first).
 
     Raises:
         ConfigError: an arm's configuration cannot be.
         UserError: the budget does not pay for one iteration.
     """
     total = evaluations * study.budget
-    configs = {arm.label: arm_config(study, arm) for arm in study.arms}
+    taken = searched or {arm.label: study.search[0] for arm in study.arms if study.search}
+    configs = {
+        arm.label: arm_config(study, Arm(arm.label, (*arm.overrides, *([taken[arm.label]] if study.search else []))))
+        for arm in study.arms
+    }
     counts = {label: budget.iterations(config, total) for label, config in configs.items()}
     arms: dict[str, dict[int, Job]] = {}
     for label, count in counts.items():
-        every = max(1, min(counts.values()) // 2) if study.equal_iterations else math.ceil(count / CURVE_POINTS)
-        arms[label] = {}
-        for seed in range(seeds):
-            config = copy.deepcopy(configs[label])
-            config.run.seed = config.prompts.seed = seed
-            config.run.iterations = config.run.save_every = count
-            config.run.eval_every = every
-            arms[label][seed] = _job(f"{study.name}, arm '{label}', seed {seed}", config, True, out)
+        every = max(1, min(counts.values()) // 2) if study.equal_iterations else math.ceil(count / study.curve_points)
+        arms[label] = {
+            seed: _trained_job(f"{study.name}, arm '{label}', seed {seed}", configs[label], seed, count, every, out)
+            for seed in range(seeds)
+        }
     # The same run for all studies of a model: what is trained for does not matter before it is.
     untrained = _load(study.settings, ["rewards.models.reward.kind=colour_match", "run.iterations=1", "run.eval_every=0"])
     return StudyPlan(study, arms, _job(f"{study.name}, {BEFORE} model", untrained, False, out))
+
+
+def _trained_job(name: str, config: Config, seed: int, count: int, every: int, out: Path) -> Job:
+    config = copy.deepcopy(config)
+    config.run.seed = config.prompts.seed = seed
+    config.run.iterations = config.run.save_every = count
+    config.run.eval_every = every
+    return _job(name, config, True, out)
 
 
 def arm_config(study: Study, arm: Arm) -> Config:
@@ -143,7 +165,7 @@ def code_identity(kind: str) -> str:
     """A hash of the code that a run of ``model.kind`` depends on, without comments and docstrings."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for pattern in (*CODE, f"trainers/{kind}.py"):
+    for pattern in (*CODE, f"models/{kind}/trainer.py", f"models/{kind}/family.py"):
         for file in sorted(package.glob(pattern)):
             digest.update(f"{file.relative_to(package)}\n{what_runs(file.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()

@@ -55,6 +55,7 @@ def measure(job: Job) -> dict[str, Any]:
     with load_trainer(config, World.current()) as trainer:
         trainer.setup_training()
         counter = EvaluationCounter(trainer)
+        first = {name: tensor.clone() for name, tensor in trainer.engine.state_dict().items()} if job.trained else {}
         if job.trained:
             try:
                 trainer.train()
@@ -64,6 +65,7 @@ def measure(job: Job) -> dict[str, Any]:
         sets = trainer.run.monitor.evaluation_sets()
         prompts = [prompt for of_set in sets.values() for prompt in of_set]
         samples = sample_fixed(trainer, trainer.run.scoring, prompts, SAMPLES, "evaluation")
+        distance = _distance(first, trainer.engine.state_dict()) if job.trained else None
     assert samples.media is not None  # one process
     per_prompt = {
         name.rpartition("/")[2]: scores.view(len(prompts), SAMPLES).double().mean(1).tolist()
@@ -81,6 +83,10 @@ def measure(job: Job) -> dict[str, Any]:
     measures["roughness"] = pixels.roughness(samples.media) if whole else None
     deviations = [line["train/ratio_first_update_max_dev"] for line in lines if line.get("train/updates")]
     measures["ratio_dev"] = max((d for d in deviations if d is not None), default=None)
+    measures["distance"] = distance
+    ratios = [line["train/ratio_mean"] for line in lines if line.get("train/updates") and "train/ratio_mean" in line]
+    shift = _mean([ratio - 1 for ratio in ratios if ratio is not None])
+    measures["ratio_mean"] = None if shift is None else shift / config.grpo.clip_range
     shown = max(1, len(prompts) // PICTURES)  # every so many prompts
     if job.seed == 0:
         _keep_pictures(job.folder, samples.media[:: SAMPLES * shown][:PICTURES])
@@ -133,6 +139,13 @@ class EvaluationCounter:
 
         trainer.network_output = counted  # type: ignore[method-assign]
         trainer.run.monitor.evaluate = not_counted  # type: ignore[method-assign]
+
+
+def _distance(first: dict[str, Any], last: dict[str, Any]) -> float:
+    """``|last - first| / |first|`` of all weights, in percent."""
+    moved = math.fsum(float((last[name].double() - tensor.double()).square().sum()) for name, tensor in first.items())
+    length = math.fsum(float(tensor.double().square().sum()) for tensor in first.values())
+    return 100 * math.sqrt(moved / length)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -94,10 +94,11 @@ def section(results: Results, level: int = 2) -> list[Block]:
     blocks: list[Block] = [
         Heading(level, study.title),
         Text(study.question),
-        Text(f"**The paper** ({study.source}): {study.claim}"),
+        Text(f"**{'The paper' if study.of_the_paper else 'Their papers'}** ({study.source}): {study.claim}"),
         Text(f"**Here:** {study.miniature}"),
         Text(f"**Seen:** {results.seen()}"),
         Text(f"**Verdict: {results.verdict()}.**"),
+        *([Text(f"Learning rates: {_searched(results)}.")] if results.made.get("searched") else []),
         table(results),
         Text("Columns: " + "; ".join(f"{measure}: {MEASURES[measure]}" for measure in _columns(results)) + "."),
         comparisons(results),
@@ -116,6 +117,11 @@ def section(results: Results, level: int = 2) -> list[Block]:
         blocks.append(Picture(f"{study.name}_pictures.png", sheet, f"{study.title}: pictures of the first seed"))
         blocks.append(Text(f"The first seed's pictures, from the same noise: {', '.join(prompts)}."))
     return blocks
+
+
+def _searched(results: Results) -> str:
+    """What each arm took of what it could."""
+    return "; ".join(f"{label} {value.partition('=')[2]}" for label, value in results.made["searched"].items())
 
 
 def _columns(results: Results) -> list[str]:
@@ -167,7 +173,8 @@ def comparisons(results: Results) -> Table:
         ]
         for j in results.judge()
     ]
-    return Table(["the paper's claim", "measure", "first", "second", "difference", "verdict"], rows)
+    claim = "the paper's claim" if results.study.of_the_paper else "claim"
+    return Table([claim, "measure", "first", "second", "difference", "verdict"], rows)
 
 
 def curves(results: Results) -> bytes:

@@ -11,13 +11,13 @@ from typing import Any
 from fastvideo_grpo.disk.durable_files import write_atomic
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies import statistics
-from fastvideo_grpo.studies.definitions import BEFORE, STUDIES, Comparison, Study
+from fastvideo_grpo.studies.definitions import BEFORE, REACHED, STUDIES, Comparison, Study
 from fastvideo_grpo.studies.jobs import StudyPlan
 from fastvideo_grpo.studies.statistics import Estimate
 
 RESULTS = "results.json"
 
-_OF_TRAINING = ("area", "at_equal_iterations", "size_change", "ratio_dev")
+_OF_TRAINING = ("area", "at_equal_iterations", "size_change", "ratio_dev", "ratio_mean", "distance", "until")
 """Measures that the untrained model cannot have."""
 
 
@@ -74,6 +74,9 @@ class Results:
         if measure == "at_equal_iterations":
             at = self.equal_iterations()
             return next((point["colour_match"] for point in run["curve"] if point["iteration"] == at), None)
+        if measure == "until":
+            spent = statistics.reached([(point["spent"], point["colour_match"]) for point in run["curve"]], REACHED)
+            return None if spent is None else spent / 1000
         if measure == "size_change":
             before, after = self.before.get("measures", {}).get("jpeg_size"), run["measures"].get("jpeg_size")
             return None if before is None or after is None else abs(after - before)
@@ -97,8 +100,10 @@ class Results:
         """Why a run that ended has no value of a measure."""
         if run.get("stopped"):
             return f"the run stopped: {' '.join(run['stopped'].split())}"
-        if measure == "ratio_dev":
+        if measure in ("ratio_dev", "ratio_mean"):
             return "no iteration made an update"
+        if measure == "until":
+            return f"its curve stayed below {REACHED:.2f}"
         if measure == "at_equal_iterations":
             at = self.equal_iterations()
             return (
@@ -175,7 +180,8 @@ class Results:
         """One sentence on all comparisons, from the numbers."""
         judged = self.judge()
         agreeing = sum(statistics.agrees(j.verdict) for j in judged)
-        return f"{agreeing} of {len(judged)} comparisons as the paper says. " + "; ".join(j.sentence() for j in judged) + "."
+        who = "the paper says" if self.study.of_the_paper else "claimed"
+        return f"{agreeing} of {len(judged)} comparisons as {who}. " + "; ".join(j.sentence() for j in judged) + "."
 
     def below_untrained(self, label: str) -> int:
         """Runs that end below where they began: by more than two standard errors over prompts, of the same noise."""

@@ -106,3 +106,17 @@ def area(points: Sequence[tuple[float, float | None]]) -> float | None:
         return None
     total = math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(known))
     return total / (known[-1][0] - known[0][0])
+
+
+def reached(points: Sequence[tuple[float, float | None]], height: float) -> float | None:
+    """Where a curve first is at ``height``, on straight lines between its points; None where it never is, or after a gap."""
+    before: tuple[float, float] | None = None
+    for x, y in points:
+        if y is None:
+            return None
+        if y >= height:
+            if before is None:
+                return x
+            return before[0] + (x - before[0]) * (height - before[1]) / (y - before[1])
+        before = x, y
+    return None
