@@ -17,7 +17,7 @@ from fastvideo_grpo import cli
 from fastvideo_grpo.commands import study as command
 from fastvideo_grpo.errors import UserError
 from fastvideo_grpo.studies import budget, jobs, report, results, statistics
-from fastvideo_grpo.studies.definitions import BEFORE, BUDGET, MEASURES, SEEDS, STUDIES
+from fastvideo_grpo.studies.definitions import BEFORE, BEST_WAY, BUDGET, MEASURES, PAPERS_WAY, SEEDS, STUDIES
 from fastvideo_grpo.studies.jobs import arm_config, plan_study, what_runs
 from fastvideo_grpo.studies.pool import run_jobs
 from tests.workers import studies as work
@@ -34,6 +34,7 @@ COMPARED = {
     "multi_reward": 3,
     "diversity": 2,
     "objectives": 5,
+    "methods": 8,
     "ddpo_flow": 2,
     "cfg_training": 2,
 }
@@ -244,6 +245,32 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
     whole = (tmp_path / "index.html").read_text()
     assert 'id="initial-noise"' in whole and "data:image/png;base64" in whole and 'src="http' not in whole
     assert "Initial noise" in (tmp_path / "initial_noise" / "index.html").read_text()
+
+
+def test_each_arm_takes_the_learning_rate_that_served_it_best_in_a_run_of_another_seed(tmp_path, capsys):
+    """In the fake the middle one of three, and of the best way the last."""
+    whole = STUDIES["methods"]
+    study = dataclasses.replace(whole, arms=whole.arms[::7], comparisons=whole.comparisons[:1])
+    assert command.run_studies([study], arguments(budget=20_000), tmp_path, work.prefers_a_rate) == 0
+    printed = capsys.readouterr().out
+    assert "first a learning rate for each arm of methods" in printed and "runs to choose by, 6 runs" in printed
+    content = json.loads((tmp_path / "methods" / results.RESULTS).read_text())
+    assert content["made"]["searched"] == {PAPERS_WAY: "optim.lr=3.5e-4", BEST_WAY: "optim.lr=1.4e-3"}
+    plan = plan_study(study, 2, 20_000, tmp_path, content["made"]["searched"])
+    assert {job.seed for by_seed in plan.arms.values() for job in by_seed.values()} == {0, 1}
+    for label, rate in ((PAPERS_WAY, 3.5e-4), (BEST_WAY, 1.4e-3)):
+        assert {job.values["optim"]["lr"] for job in plan.arms[label].values()} == {rate}
+        assert all(job.result() for job in plan.arms[label].values())
+    assert len(made(tmp_path)) == 6 + 4 + 1
+    assert command.run_studies([study], arguments(budget=20_000), tmp_path, work.prefers_a_rate) == 0
+    assert len(made(tmp_path)) == 6 + 4 + 1
+
+
+def test_evaluations_until_a_reward_by_hand():
+    assert statistics.reached([(0, 0.5), (10, 0.7), (20, 0.9)], 0.8) == pytest.approx(15)
+    assert statistics.reached([(0, 0.9)], 0.8) == 0
+    assert statistics.reached([(0, 0.5), (10, 0.7)], 0.8) is None
+    assert statistics.reached([(0, 0.5), (10, None), (20, 0.9)], 0.8) is None
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):

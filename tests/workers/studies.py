@@ -44,6 +44,15 @@ def fake_measure(job: Job) -> dict:
     return result
 
 
+def prefers_a_rate(job: Job) -> dict:
+    """As above, and best at a learning rate that is another one for arms with a single stochastic step."""
+    result = fake_measure(job)
+    wanted = 1.4e-3 if job.values["sample"]["stochastic"]["steps"] == "one" else 3.5e-4
+    result["measures"]["colour_match"] -= 0.1 * (job.values["optim"]["lr"] != wanted)
+    job.result_file.write_text(json.dumps(result))
+    return result
+
+
 def fails_per_sample(job: Job) -> dict:
     """An arm that cannot be trained: one seed raises, the next takes its process with it."""
     if job.values["sample"]["init_noise"] == "per_sample":
