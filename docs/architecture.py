@@ -34,7 +34,7 @@ ROLLOUT = (
     Stop("prompts, dealt to ranks", "grpo/dealing.py", ("rollout_batches",), "(group, members) of B samples"),
     Stop("what the network is told", "trainers/policy.py", ("conditioning",), "tensors [B, ...]"),
     Stop("noise of each sample", "sampling/noise.py", ("initial_noise", "step_noise"), "[B, C, F, H, W] on the CPU"),
-    Stop("T steps to data", "sampling/rollout.py", ("rollout",), "latents [B, T+1, ...]\nlog_probs [B, T]"),
+    Stop("T steps to data", "sampling/rollout.py", ("rollout",), "latents [B, n+1, ...]\nlog_probs [B, n]"),
     Stop("decoding", "trainers/stages.py", ("LeaderDecodingStage",), "media uint8 [B, F, H, W, 3]"),
     Stop("rewards", "rewards/reward_set.py", ("submit",), "a score, or why there is none"),
     Stop("everybody's scores", "trainers/scoring.py", ("ScoreTable",), "scores, valid [P, G]"),

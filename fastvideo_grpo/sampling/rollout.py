@@ -90,11 +90,6 @@ class Walk:
         end = self.schedule.steps if self.stop is None else self.stop
         return range(0 if self.start is None else self.start.index, end if self.solver is None else self.solver.levels[0])
 
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network for each sample."""
-        return len(self.single_steps) + (0 if self.solver is None else len(self.solver.levels) - 1)
-
 
 def finite_rows(tensor: Tensor) -> Tensor:
     """Which samples of ``[B, ...]`` are finite throughout: bool ``[B]``, on the tensor's device."""
