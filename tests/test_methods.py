@@ -7,14 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo_grpo.grpo import timestep_weights, timesteps
+from fastvideo_grpo.errors import ConfigError
+from fastvideo_grpo.grpo import advantages, timestep_weights, timesteps
 from fastvideo_grpo.grpo.objectives import SampleBatch, trust_regions
+from fastvideo_grpo.models import run_config
+from fastvideo_grpo.models.checkpoint import model_facts
+from fastvideo_grpo.planning import memory, plan
+from fastvideo_grpo.planning.run_steps import drawing_of, evaluations_per_sample
 from fastvideo_grpo.sampling import schedules, solvers, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Span, Start, Walk, rollout
 from fastvideo_grpo.sampling.stochastic_steps import StochasticSteps
 
-GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "methods.json"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT.parent / "shared" / "golden" / "methods.json"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden numbers (../shared/golden) are not beside the project")
 CASES = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
 
@@ -316,6 +322,97 @@ def test_timesteps_are_chosen_among_stochastic_steps():
         offset, kept = timesteps.kept(10, strategy, fraction, 4)
         chosen = timesteps.choose(_keys(40), 10, strategy, fraction, "sample", Span.of(40, 3, 4))
         assert chosen.min() >= 3 + offset and chosen.max() < 3 + offset + kept <= 7
+
+
+# --- configurations -------------------------------------------------------------------------------------------------------
+
+
+ONE = ["sample.stochastic.steps=one", "grpo.timesteps.strategy=all", "grpo.timesteps.fraction=1.0"]
+WINDOW = ["sample.stochastic.steps=window", *ONE[1:]]
+
+
+def _config(*overrides):
+    return run_config.load(ROOT / "train_scripts" / "configs" / "flux_t2i_released.yaml", list(overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["sample.stochastic.width=3"], r"stochastic.width is 3, which is of steps=window, and steps is all: leave it out"),
+        ([*WINDOW, "sample.stochastic.every=3"], "of moves=progressive: leave it out"),
+        ([*WINDOW, "sample.stochastic.moves=random", "sample.stochastic.start=3"], "draws where the window begins"),
+        ([*WINDOW, "sample.stochastic.width=16"], "width is 16, .* use at most 15"),
+        ([*WINDOW, "sample.stochastic.start=12"], "would reach the last.* use at most 11"),
+        (["sample.stochastic.steps=window"], "is 10 trained timesteps, but only 4 are stochastic: use strategy=all"),
+        ([*ONE, "sample.stochastic.per=sample", "sample.stochastic.tail=0.4"], "no tail in common: use per=group, or tail=1"),
+        (["sample.stochastic.tail=0.4"], "tail is 0.4, which is of steps=window or one"),
+        ([*ONE, "grpo.objective=dpo", "sample.stochastic.per=sample", "engine.micro_batch_size=2"], "pair of objective dpo"),
+        ([*ONE, "grpo.objective=refl"], "objective refl needs no density and trains steps of any kind: use all"),
+        (["sample.transition=cps", "sample.noise_level=1"], "set it above 0 and below 1"),
+        (["grpo.trust_region=dppo", "grpo.clip_range=0.1"], "dppo clips no ratio: leave it out"),
+        (["grpo.kl_threshold=0.1"], "only trust region dppo reads: leave it out"),
+        (["grpo.objective=dpo", "grpo.trust_region=guard"], "grpo.trust_region is guard, but objective dpo does not use it"),
+        (["grpo.timesteps.weight=flash"], "allowed: none, rectified, guard, noise"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_would(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        _config(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ([*ONE, "sample.stochastic.tail=0.4"], "its solver is made for networks that predict a velocity.*use 1"),
+        (["sample.eval_solver=dpm_solver"], "made for networks that predict a velocity.*use ode"),
+        (["sample.noise_schedule=flow_grpo"], "use noise_schedule=constant"),
+        (["sample.noise_level=1.5"], "at most 1.*transition=diffusion_sde"),
+    ],
+)
+def test_what_a_network_that_predicts_noise_cannot_have_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run_config.load(ROOT / "train_scripts" / "configs" / "stable_diffusion_t2i_paper.yaml", overrides)
+
+
+def test_evaluations_a_sample_are_those_of_the_table():
+    """That of docs/methods.md: T 16, G 12, a group to a process."""
+    tail = "sample.stochastic.tail"
+    for overrides, expected in (
+        ([], (16, 30)),
+        ([*WINDOW, "sample.stochastic.start=6"], (10.5, 12)),
+        ([*WINDOW, f"{tail}=0.2"], (7, 12)),
+        ([*WINDOW, "sample.stochastic.start=4", "sample.stochastic.width=1", f"{tail}=0.4"], (4 / 12 + 6, 3)),
+    ):
+        config = _config("grpo.updates_per_iteration=1", *overrides)
+        assert evaluations_per_sample(config, plan.dealing(config, 16)) == pytest.approx(expected)
+
+
+def test_what_is_kept_and_idle_is_said_before_a_run():
+    config = _config(*ONE)
+    facts = model_facts(config, published_if_missing=True)
+    text = plan.describe(config, facts, 16)
+    assert "x 16 steps, one of the first 8 stochastic, drawn per group, those before once a group = " in text
+    assert "3 in the update (a backward counts two)" in text and "makes 46" in text and "idle" not in text
+    whole = memory.estimate(_config(), facts, 16, (1, 1)).host["trajectories"]
+    assert memory.estimate(config, facts, 16, (1, 1)).host["trajectories"] == whole / 8  # 2 states of 16
+    guard = _config(*ONE, "grpo.trust_region=guard")
+    assert memory.estimate(guard, facts, 16, (1, 1)).host["trajectories"] == whole * 3 / 16  # and a mean
+    zero3 = _config(*ONE, "engine.zero_stage=3", "grpo.prompts_per_iteration=32")
+    made = drawing_of(zero3, plan.dealing(zero3, 32), 0)
+    assert 0 < made.idle < 16 * 12
+    assert " of them idle" in plan.describe(zero3, facts, 32)
+    window = _config(*WINDOW, "engine.zero_stage=3", "grpo.prompts_per_iteration=32")
+    assert drawing_of(window, plan.dealing(window, 32), 0).idle == 0  # all make as many
+
+
+def test_global_std_by_hand():
+    """The group's mean, the iteration's unbiased standard deviation; a group without spread has none."""
+    rewards = {"r": torch.tensor([[1.0, 3.0], [10.0, 10.0]])}
+    valid = {"r": torch.ones(2, 2, dtype=torch.bool)}
+    found = advantages.get("global_std", history_size=2, history_minimum=2).advantages(rewards, valid, {"r": 2.0}, ["a", "b"])
+    std = rewards["r"].std().item()
+    assert found.values.tolist() == [pytest.approx([-2 / std, 2 / std]), [0.0, 0.0]]
+    assert found.zero_spread.tolist() == [False, True]
 
 
 # --- walking ------------------------------------------------------------------------------------------------------------------

@@ -162,11 +162,13 @@ def test_without_noise_the_flow_step_is_euler(name):
     assert step.log_prob is None
 
 
-@pytest.mark.parametrize("noise_decay", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["flow_sde", "ddim", "diffusion_sde"])
-def test_replay_gives_the_log_prob_of_the_draw_bitwise_at_mixed_levels(name, noise_decay):
-    schedule = schedules.flow(6, 3.0) if name == "flow_sde" else schedules.ddim(6)
-    transition = transitions.get(name, noise_level=0.4, noise_decay=noise_decay)
+NOISE = [(name, {"noise_decay": decay}) for name in ("flow_sde", "cps", "ddim", "diffusion_sde") for decay in (0.0, 0.5)]
+
+
+@pytest.mark.parametrize("name,noise", [*NOISE, ("flow_sde", {"noise_schedule": "flow_grpo"})])
+def test_replay_gives_the_log_prob_of_the_draw_bitwise_at_mixed_levels(name, noise):
+    schedule = schedules.flow(6, 3.0) if name in ("flow_sde", "cps") else schedules.ddim(6)
+    transition = transitions.get(name, noise_level=0.4, **noise)
     torch.manual_seed(0)
     z, output, noise = torch.randn(4, 7, 3), torch.randn(4, 7, 3), torch.randn(4, 7, 3)
     index = torch.tensor([0, 4, 2, 1])

@@ -150,7 +150,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         if stage == 3:
             recomputed = checkpointed_blocks(engine.activation_checkpointing) > 0
             gathered = size * total * others
-            sent[_WEIGHTS] = drawing.predictions * calls * gathered
+            sent[_WEIGHTS] = (drawing.predictions + drawing.idle) * calls * gathered
             updating[_WEIGHTS] = transitions * calls * (3 if recomputed else 2) * gathered
         elif stage:
             updating[_WEIGHTS] = steps * size * trainable * others
@@ -164,7 +164,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         sent[_TOKENS] = drawing.samples * passes * once
         again = 3 if checkpointed_blocks(engine.activation_checkpointing) else 2
         updating[_TOKENS] = (trained * again + referring) * once
-    return Work(drawing.samples * passes, referring, trained, drawn, sent, updating)
+    return Work((drawing.samples + drawing.idle) * passes, referring, trained, drawn, sent, updating)
 
 
 def describe_cost(cost: RunCost, config: Config, needed: float) -> list[str]:

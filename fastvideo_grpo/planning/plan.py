@@ -351,6 +351,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     tokens = family.image_tokens(facts, sample)
     steps = RunSteps(config)
     drawn, trained = evaluations_per_sample(config, dealt)
+    drawing = drawing_of(config, dealt, 0)
     prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout_batches(0))
@@ -391,7 +392,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps"
         + _stochastic(config, steps)
-        + f" = {_number(drawing_of(config, dealt, 0).predictions * passes)} forwards a process",
+        + f" = {_number((drawing.predictions + drawing.idle) * passes)} forwards a process"
+        + (f", {_number(drawing.idle * passes)} of them idle" if drawing.idle >= 0.05 else ""),
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.objective}{_changed(config)}, {_normalised(config)}: {grpo.updates_per_iteration} "
         f"optimiser steps of {len(dealt.groups_of(0))} prompts"

@@ -107,14 +107,16 @@ class Drawing:
     Attributes:
         predictions: evaluations of the network, of a micro-batch each or of what a group shares.
         samples: the same in samples.
+        idle: evaluations for nothing, so that every process makes as many (ZeRO-3).
     """
 
     predictions: float
     samples: float
+    idle: float
 
 
 def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
-    """What the process of rank ``rank`` (of those that share no sample) does in a rollout."""
+    """What the process of rank ``rank`` (of those that share no sample) does in a rollout, on average."""
     steps = RunSteps(config)
     jobs = dealt.rollout_batches(rank)
     groups = len({group for group, _ in jobs})
@@ -124,7 +126,27 @@ def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
         rest = first - shared + steps.predictions(first)
         predictions += often * (shared * groups + rest * len(jobs))
         samples += often * (shared * groups + rest * sum(len(members) for _, members in jobs))
-    return Drawing(predictions, samples)
+    zero3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+    return Drawing(predictions, samples, _most_predictions(steps, dealt, config) - predictions if zero3 else 0.0)
+
+
+SIMULATED = 16
+"""Iterations, spread over a run, whose processes are asked what they make most."""
+
+
+def _most_predictions(steps: RunSteps, dealt: Dealing, config: Config) -> float:
+    """The most that a process makes, on average over iterations; the prompts are made up."""
+    count = min(SIMULATED, config.run.iterations)
+    most = 0
+    for iteration in (config.run.iterations * k // count for k in range(count)):
+        most += max(
+            steps.predictions_of(
+                (group, SampleKey(config.run.seed, iteration, group, str(group), members[0]))
+                for group, members in dealt.rollout_batches(rank)
+            )
+            for rank in range(dealt.ranks)
+        )
+    return most / count
 
 
 def evaluations_per_sample(config: Config, dealt: Dealing) -> tuple[float, int]:

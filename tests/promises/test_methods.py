@@ -7,6 +7,7 @@ import torch
 
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.noise_levels import NoiseLevel
+from fastvideo_grpo.trainers.iteration_steps import trained_timestep_weights
 from tests.promises.models import GUIDANCE, cases
 from tests.trainer import runs
 from tests.trainer.comparisons import assert_same_bitwise, assert_same_to_rounding
@@ -100,6 +101,19 @@ def test_ratios_are_one_and_what_is_made_and_kept_is_what_the_plan_says(make_tra
         made.append(0)  # the update's, and the evaluations'
         return drawn
 
+    def weighed(iteration, rollout, found, chosen, clock):
+        table = trained_timestep_weights(trainer, trainer.run.objective, iteration, rollout.prompts, chosen)
+        keys = [
+            SampleKey(trainer.config.run.seed, iteration, group, rollout.prompts[group].id, row.member)
+            for group, batches in enumerate(chosen)
+            for batch in batches
+            for row in batch
+            if row.weight > 0
+        ]
+        assert table[steps.chosen(keys)].mean().item() == pytest.approx(1.0, rel=1e-6)
+        return update(iteration, rollout, found, chosen, clock)
+
+    update, trainer.update = trainer.update, weighed
     trainer.predict, trainer.rollout = counted, watched
     made.append(0)
     trainer.train()
@@ -137,6 +151,29 @@ def test_what_a_group_shares_is_exact(make_trainer, tmp_path, model, case):
         trainer.config.sample.init_noise = "per_sample"
         fixed = trainer.draw_fixed(prompt, [dataclasses.replace(key, iteration=3) for key in keys[:2]])
         torch.testing.assert_close(trainer.draw(prompt, keys[:2]).latents, fixed.latents, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model,case",
+    cases(lambda model: ("2 steps", "a solver") if "cps" in methods(model) else ("2 steps",), lambda m, case: m.kind == "flux"),
+)
+def test_evaluations_are_drawn_in_steps_and_by_a_solver_of_their_own(make_trainer, tmp_path, model, case):
+    """Whatever a rollout does, which is as before."""
+    prompt = model.prompt(tmp_path)
+    keys = [SampleKey(0, 0, 0, prompt.id, member) for member in range(2)]
+    own = {"2 steps": {"sample__eval_steps": 2}, "a solver": {"sample__eval_steps": 20, "sample__eval_solver": "dpm_solver"}}
+    drawn, rolled = {}, {}
+    for name, settings in (("rollout's", {}), (case, own[case]), ("exact", {"sample__eval_steps": 60})):
+        trainer = make_trainer(train=False, **{**settings_of(model, "window"), **settings})
+        made, predict = [], trainer.predict
+        trainer.predict = lambda *args, made=made, predict=predict: made.append(1) or predict(*args)
+        drawn[name] = trainer.draw_fixed(prompt, keys).latents
+        assert len(made) == (trainer.config.sample.eval_steps or 5)
+        rolled[name] = trainer.draw(prompt, keys).latents
+        trainer.close()
+    assert torch.equal(rolled["rollout's"], rolled[case]) and not torch.equal(drawn["rollout's"], drawn[case])
+    if case == "a solver":
+        assert (drawn[case] - drawn["exact"]).abs().mean() < (drawn["rollout's"] - drawn["exact"]).abs().mean()
 
 
 @pytest.fixture(scope="module")
