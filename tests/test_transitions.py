@@ -308,4 +308,4 @@ def test_a_transition_may_have_a_step_of_its_own():
 
     level = schedules.Level(*(torch.full((1,), value) for value in (0.5, 0.5, 500.0, 0)))
     with pytest.raises(NotImplementedError, match="Neither has neither `gaussian` nor a `step` of its own"):
-        Neither(0.5).step(torch.zeros(1, 2), torch.zeros(1, 2), level, level)
+        Neither(NoiseLevel(0.5)).step(torch.zeros(1, 2), torch.zeros(1, 2), level, level)
