@@ -78,7 +78,8 @@ def test_two_processes_print_what_one_does(stage, tiny_checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_adds_nothing(tiny_checkpoint, tmp_path):
-    words = command(tmp_path, tiny_checkpoint("flux"), "flux", engine__kind="deepspeed", engine__zero_stage=2)
+    two = {"engine__kind": "deepspeed", "engine__zero_stage": 2, "grpo__prompts_per_iteration": 4}
+    words = command(tmp_path, tiny_checkpoint("flux"), "flux", **two)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # torchrun tells who has not set it
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=runs.TIMEOUT, env=environment)
