@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from measuring import Peak
+
 MIB = 2**20
 # Rows of the first table: (frames, side in pixels, micro-batch, activation checkpointing).
 SIZES = [
@@ -111,41 +113,6 @@ def write_scaled(folder: Path, width: int, doubles: int, singles: int) -> Path:
         file.unlink()
     module.save_pretrained(checkpoint / "transformer")
     return checkpoint
-
-
-class Peak:
-    """Growth of memory within a block, in bytes: CUDA's peak, or that of resident memory."""
-
-    def __init__(self, device: object) -> None:
-        import torch
-
-        self.device = torch.device(str(device))
-
-    def __enter__(self) -> Peak:
-        import gc
-
-        import torch
-
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-            self.before = _status("VmRSS")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        import torch
-
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-        self.bytes = peak - self.before
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def measure(case: dict[str, object]) -> dict[str, list[float]]:
