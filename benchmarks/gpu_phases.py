@@ -307,7 +307,7 @@ def describe_sizes(case: Case) -> str:
     """Model and sample in words."""
     (width, doubles, singles), (frames, height, pixels) = case.model, case.sample
     return (
-        f"random HunyuanVideo, width {width}, {doubles} double and {singles} single blocks, heads of 64, bf16; "
+        f"Random HunyuanVideo, width {width}, {doubles} double and {singles} single blocks, heads of 64, bf16; "
         f"{pixels} x {height} x {frames} frames = {tokens(case.sample)} tokens, {STEPS} steps, {TRAINED} trained"
     )
 
