@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -266,96 +266,104 @@ def load_config(case: Case, settings: dict[str, Any], checkpoint: Path, folder: 
 
 
 def measure(name: str, device: str) -> None:
-    """Two iterations, and passes by themselves."""
+    """The case, in this process."""
     import torch
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.planning.operations import count_operations
-    from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED, Clock
     from fastvideo_grpo.trainers.load import trainer_class
 
     case, settings = settings_of(name)
-    with made_checkpoint(case.kind, device) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as held:
+        checkpoint = held.enter_context(made_checkpoint(case.kind, device))
+        folder = held.enter_context(tempfile.TemporaryDirectory())
         config = load_config(case, settings, checkpoint, Path(folder), device)
         torch.set_num_threads(torch.get_num_threads() if device == "cuda" else 1)
         trainer = trainer_class(case.kind)(config, World.current(device), with_text_encoders=False)
-        place = trainer.world.device
+        held.enter_context(closing(trainer))  # at the end of the program it could not be
         if device == "cuda":
             _fill(trainer.denoiser)
         _give_embeddings(trainer, case.text_tokens if device == "cuda" else 16)
         trainer.setup_training()
+        print_numbers(measure_trainer(trainer))
 
-        start = time.perf_counter()
-        rollout, advantages = rollout_with_advantages(trainer, 0, Clock())
-        first = trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
-        wait(place)
-        first_seconds = time.perf_counter() - start
-        clock = Clock(passes=trainer.passes)
-        with Peak(place) as iteration:
-            rollout, advantages = rollout_with_advantages(trainer, 1, clock)
-            metrics = trainer.update(1, rollout, advantages, trainer.select(advantages), clock)
 
-        size = config.engine.micro_batch_size
-        sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(place)
-        level = trainer.schedule.at(torch.zeros(size, dtype=torch.long))
-        conditioning = trainer.conditioning(trainer.run.prompts[0], size)
+def measure_trainer(trainer: Any) -> dict[str, Any]:
+    """Two iterations, and passes by themselves."""
+    import torch
 
-        def forward() -> None:
-            with torch.no_grad(), trainer.pass_context(conditioning):
-                trainer.predict(sample, level, conditioning)
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.planning.operations import count_operations
+    from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED, Clock
 
-        def forward_without_gradients() -> None:
-            """The graph that torch would compile for it alone, which rounds otherwise."""
-            with torch.no_grad(), trainer.pass_context(conditioning):
-                trainer._predict_rows(sample, level, conditioning)
+    config, facts, place = trainer.config, trainer.facts, trainer.world.device
+    start = time.perf_counter()
+    rollout, advantages = rollout_with_advantages(trainer, 0, Clock())
+    first = trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
+    wait(place)
+    first_seconds = time.perf_counter() - start
+    clock = Clock(passes=trainer.passes)
+    with Peak(place) as iteration:
+        rollout, advantages = rollout_with_advantages(trainer, 1, clock)
+        metrics = trainer.update(1, rollout, advantages, trainer.select(advantages), clock)
 
-        def update() -> None:
-            with trainer.pass_context(conditioning):
-                trainer.predict(sample, level, conditioning).float().square().mean().backward()
+    size = config.engine.micro_batch_size
+    sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(place)
+    level = trainer.schedule.at(torch.zeros(size, dtype=torch.long))
+    conditioning = trainer.conditioning(trainer.run.prompts[0], size)
 
-        once = count_operations(type(trainer), config, trainer.facts)
-        count = config.grpo.group_size
-        drawn, trained = clock.passes["rollout"], clock.passes["update"]
-        done = {
-            "rollout": once.forward * drawn[FORWARD],
-            "update": once.forward * (trained[FORWARD] + trained[TRAINED]) + once.backward * trained[TRAINED],
-        }
-        predictions = 2 if config.sample.cfg_scale > 1 else 1
-        seconds = {
-            "forward": seconds_of(forward, 4, place) / size,
-            "forward and backward": seconds_of(update, 3, place) / size,
-            "decode": seconds_of(lambda: trainer.decode(sample[:1]), 1, place),
-            "rollout a sample and step": clock.seconds["rollout"] / count / config.sample.steps,
-            "update a sample and timestep": clock.seconds["update"] * predictions / trained[TRAINED],
-            "first iteration": first_seconds,
-        }
-        if trainer.compiled:
-            seconds["forward, graph without gradients"] = seconds_of(forward_without_gradients, 4, place) / size
-        config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
-        facts = trainer.facts
-        planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
-        deviations = [each["train/ratio_first_update_max_dev"] for each in (first, metrics)]
-        result = {
-            "ratio deviation": max(deviations, key=lambda value: (math.isnan(value), value)),
-            "grad norm": metrics["train/grad_norm"],
-            "seconds": {key: round(value, 4) for key, value in seconds.items()},
-            "TFLOP": {
-                "forward": predictions * once.forward / 1e12,
-                "backward": predictions * once.backward / 1e12,
-                "recomputed": predictions * once.recomputed / 1e12,
-            },
-            "TFLOP/s": {
-                "forward": predictions * once.forward / seconds["forward"] / 1e12,
-                "rollout": done["rollout"] / clock.seconds["rollout"] / 1e12,
-                "update": done["update"] / clock.seconds["update"] / 1e12,
-            },
-            "memory": {"resident": [iteration.held, sum(planned.resident.values())], "peak": [iteration.peak, planned.peak]},
-        }
-        if trainer.compilations is not None:
-            result["compilations"] = [(each.function, round(each.seconds, 1)) for each in trainer.compilations.new()]
-        trainer.close()
-    print_numbers(result)
+    def forward() -> None:
+        with torch.no_grad(), trainer.pass_context(conditioning):
+            trainer.predict(sample, level, conditioning)
+
+    def forward_without_gradients() -> None:
+        """The graph that torch would compile for it alone, which rounds otherwise."""
+        with torch.no_grad(), trainer.pass_context(conditioning):
+            trainer._predict_rows(sample, level, conditioning)
+
+    def update() -> None:
+        with trainer.pass_context(conditioning):
+            trainer.predict(sample, level, conditioning).float().square().mean().backward()
+
+    once = count_operations(type(trainer), config, facts)
+    count = config.grpo.group_size
+    drawn, trained = clock.passes["rollout"], clock.passes["update"]
+    done = {
+        "rollout": once.forward * drawn[FORWARD],
+        "update": once.forward * (trained[FORWARD] + trained[TRAINED]) + once.backward * trained[TRAINED],
+    }
+    predictions = 2 if config.sample.cfg_scale > 1 else 1
+    seconds = {
+        "forward": seconds_of(forward, 4, place) / size,
+        "forward and backward": seconds_of(update, 3, place) / size,
+        "decode": seconds_of(lambda: trainer.decode(sample[:1]), 1, place),
+        "rollout a sample and step": clock.seconds["rollout"] / count / config.sample.steps,
+        "update a sample and timestep": clock.seconds["update"] * predictions / trained[TRAINED],
+        "first iteration": first_seconds,
+    }
+    if trainer.compiled:
+        seconds["forward, graph without gradients"] = seconds_of(forward_without_gradients, 4, place) / size
+    config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
+    planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
+    deviations = [each["train/ratio_first_update_max_dev"] for each in (first, metrics)]
+    result = {
+        "ratio deviation": max(deviations, key=lambda value: (math.isnan(value), value)),
+        "grad norm": metrics["train/grad_norm"],
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "TFLOP": {
+            "forward": predictions * once.forward / 1e12,
+            "backward": predictions * once.backward / 1e12,
+            "recomputed": predictions * once.recomputed / 1e12,
+        },
+        "TFLOP/s": {
+            "forward": predictions * once.forward / seconds["forward"] / 1e12,
+            "rollout": done["rollout"] / clock.seconds["rollout"] / 1e12,
+            "update": done["update"] / clock.seconds["update"] / 1e12,
+        },
+        "memory": {"resident": [iteration.held, sum(planned.resident.values())], "peak": [iteration.peak, planned.peak]},
+    }
+    if trainer.compilations is not None:
+        result["compilations"] = [(each.function, round(each.seconds, 1)) for each in trainer.compilations.new()]
+    return result
 
 
 def _give_embeddings(trainer: Any, tokens: int) -> None:

@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,24 +234,31 @@ def run_processes(case: Case, seconds: float) -> Row:
 
 
 def measure(case: Case) -> None:
-    """Two iterations; rank 0 says [measured, estimated] bytes, seconds and the ratio's deviation."""
+    """The case, in this process, which is one of its processes; rank 0 says what was measured."""
     import torch
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.models.checkpoint import model_facts
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
 
-    config = load_config(case)
     if case.device == "cpu":
         torch.set_num_threads(1)
     world = World.current(case.device, sequence_parallel=case.shared)
-    facts = model_facts(config)
-    trainer = load_trainer(config, world)
-    trainer.setup_training()
-    device = trainer.world.device
+    with closing(load_trainer(load_config(case), world)) as trainer:  # at the end of the program it could not be closed
+        numbers = measure_trainer(trainer, tokens(case.sample))
+    if trainer.world.rank == 0:
+        print_numbers(numbers)
+    trainer.world.barrier()
 
+
+def measure_trainer(trainer: Any, image_tokens: int) -> dict[str, Any]:
+    """Two iterations: [measured, estimated] bytes, seconds and the ratio's deviation."""
+    import torch
+
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.tracking.statistics import Clock
+
+    config, facts, device = trainer.config, trainer.facts, trainer.world.device
+    trainer.setup_training()
     rollout, advantages = rollout_with_advantages(trainer, 0, Clock())
     trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
     clock = Clock()
@@ -279,11 +287,11 @@ def measure(case: Case) -> None:
     measured = {"rollout": forward.bytes, "decode": decode.bytes if decode else 0, "update": update.bytes}
     peak = max(during_rollout.peak, update.peak) if device.type == "cuda" else None
     samples = len(PROMPTS) * config.grpo.group_size / trainer.world.data_size
-    result = {
+    return {
         "ratio deviation": metrics["train/ratio_first_update_max_dev"],
         "grad norm": metrics["train/grad_norm"],
         "parameters": parameters[1],
-        "tokens": tokens(case.sample),
+        "tokens": image_tokens,
         "memory": {
             "resident": [during_rollout.held, sum(planned.resident.values())],
             **{phase: [measured[phase], planned.phases[phase]] for phase in PHASES},
@@ -297,10 +305,6 @@ def measure(case: Case) -> None:
             "exchange": clock.seconds["exchange"],
         },
     }
-    trainer.close()
-    if trainer.world.rank == 0:
-        print_numbers(result)
-    trainer.world.barrier()
 
 
 def describe_sizes(case: Case) -> str:

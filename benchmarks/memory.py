@@ -17,7 +17,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from measuring import Peak
 
@@ -121,10 +123,6 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
 
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.models import run_config
-    from fastvideo_grpo.models.checkpoint import model_facts
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.sampling.noise import SampleKey
-    from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
 
     torch.set_num_threads(1)
@@ -154,15 +152,25 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
         "run.sample_every": 0,
     }
     config = run_config.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-    facts = model_facts(config)
-    trainer = load_trainer(config, World.current())
+    with closing(load_trainer(config, World.current())) as trainer:  # at the end of the program it could not be closed
+        return measure_trainer(trainer, whole="group" in case)
+
+
+def measure_trainer(trainer: Any, whole: bool) -> dict[str, list[float]]:
+    """The same; ``whole``: of an iteration."""
+    import torch
+
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.sampling.noise import SampleKey
+    from fastvideo_grpo.tracking.statistics import Clock
+
+    config, facts, device = trainer.config, trainer.facts, trainer.world.device
     trainer.setup_training()
-    device = trainer.world.device
     prompt = trainer.run.prompts[0]
     # As many text tokens as the estimate is told of.
     config.prompts.text_length = trainer.conditioning(prompt, 1)["encoder_hidden_states"].shape[1]
     planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
-    if "group" in case:
+    if whole:
         trainer.train()  # the first iteration makes AdamW's state and the allocator's pools
         with Peak(device) as peak:
             rollout = trainer.rollout(1, list(trainer.run.prompts), Clock())
