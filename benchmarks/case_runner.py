@@ -61,8 +61,10 @@ def run_case(case: str, command: Sequence[str], device: str, seconds: float) -> 
         )
         try:
             output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return Row(case, error=f"stopped after {seconds:.0f} s", output=_stop(process)[-3000:])
+        except subprocess.TimeoutExpired as late:
+            _stop(process)
+            printed = (late.output or b"").decode(errors="replace")  # before; torchrun ends with pages of its own
+            return Row(case, error=f"stopped after {seconds:.0f} s", output=printed[-3000:])
         except KeyboardInterrupt:  # it is in a session of its own
             _stop(process)
             raise
@@ -73,14 +75,13 @@ def run_case(case: str, command: Sequence[str], device: str, seconds: float) -> 
     return Row(case, json.loads(said[1]))
 
 
-def _stop(process: subprocess.Popen[str]) -> str:
-    """What it has printed."""
+def _stop(process: subprocess.Popen[str]) -> None:
     process.terminate()  # torchrun ends its workers, which are in sessions of their own
     try:
-        return process.communicate(timeout=20)[0]
+        process.communicate(timeout=20)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
+        process.communicate()
 
 
 def print_numbers(numbers: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ def test_a_failure_says_why(runner):
 
 def test_a_case_that_takes_too_long_is_stopped(runner, monkeypatch):
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0)
-    row = runner.run_case("c", ["-c", "import time; time.sleep(600)"], "cpu", 1)
-    assert (row.error, row.left_out) == ("stopped after 1 s", False)
+    row = runner.run_case("c", ["-IS", "-c", "import time; print('begun', flush=True); time.sleep(600)"], "cpu", 3)
+    assert (row.error, row.output, row.left_out) == ("stopped after 3 s", "begun\n", False)
 
 
 def test_without_time_nothing_is_started(runner):
