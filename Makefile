@@ -38,7 +38,7 @@ test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 bench: $(READY)
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l "^if __name__" benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
 gpu-kit: $(READY)
 	$(BIN)/python benchmarks/gpu_kit/make.py --python $(or $(GPU_PYTHON),3.12)

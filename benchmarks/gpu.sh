@@ -37,7 +37,7 @@ budget=$((60 * ${MINUTES:-10}))
 patience=150
 if [ "$device" = cpu ]; then patience=600; fi
 failed=()
-# step NAME SECONDS COMMAND ...: run it for so long at most, its output in OUT/NAME.log (and here with SHOW=1).
+# step NAME SECONDS COMMAND ...: run it for so long at most, its output in OUT/NAME.log; here, too, with SHOW=1, else its end.
 step() {
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
@@ -48,8 +48,10 @@ step() {
   fi
   if [ "$code" -ne 0 ]; then
     failed+=("$name")
-    echo "FAILED  $name after $((SECONDS - start)) s, exit code $code; the end of $out/$name.log:"
-    tail -n 15 "$out/$name.log"
+    echo "FAILED  $name after $((SECONDS - start)) s, exit code $code; its output is in $out/$name.log"
+    if [ -z "${SHOW:-}" ]; then tail -n 15 "$out/$name.log"; fi
+  elif [ -n "${SHOW:-}" ]; then
+    echo "ok      $name, $((SECONDS - start)) s"
   else
     echo "ok      $name, $((SECONDS - start)) s: $(grep -v '^ *$' "$out/$name.log" | tail -n 1)"
   fi

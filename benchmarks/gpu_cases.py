@@ -15,20 +15,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import platform
-import signal
-import subprocess
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from case_runner import Results, Row, format_gib, print_numbers, run_case
+from machine import find_machine
+from measuring import Peak, rollout_with_advantages, seconds_of, wait
+
 PROMPT = "a red circle moving left"
 
 
@@ -87,15 +88,9 @@ CASES = {
 }
 WAYS = ("compiled", "flash", "mb1", "mb2", "mb4", "mb8")
 ON_CPU = {"sample.height": 64, "sample.width": 64}
-
-
-@dataclass
-class Row:
-    """What a case said: numbers, or why there are none."""
-
-    case: str
-    numbers: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
+# Columns of the table.
+TIMED = ("forward", "forward and backward", "rollout a sample and step", "update a sample and timestep", "decode")
+PHASES = ("forward", "rollout", "update")
 
 
 def main() -> int:
@@ -103,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: those that fit ten minutes; --list names all")
     parser.add_argument("--minutes", type=float, default=8.0, help="all cases together; what does not fit in is named")
-    parser.add_argument("--out", type=Path, help="folder of the results (without it they are only printed)")
+    parser.add_argument("--out", type=Path, help="folder of the results (without it the table is only printed)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: tiny checkpoints; the default without a GPU")
     parser.add_argument("--list", action="store_true", help="name the cases and the ways to run them")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -121,24 +116,21 @@ def main() -> int:
             settings_of(name)
         except ValueError as error:
             parser.error(str(error))
-    device = arguments.device or ("cuda" if _sees_gpu() else "cpu")
-    machine = describe_machine(device)
-    print(f"machine: {json.dumps(machine)}", flush=True)
-    deadline, rows = time.monotonic() + 60 * arguments.minutes, []
+    machine = find_machine(arguments.device)
+    share = f"of {machine.ceiling} TFLOP/s" if machine.ceiling else "TFLOP/s"
+    header = [
+        "ratio - 1",
+        *(f"s: {name}" for name in TIMED),
+        *(f"{name}, {share}" for name in PHASES),
+        "GiB: peak, measured / estimate",
+    ]
+    about = f"{'Published sizes' if machine.device == 'cuda' else 'Tiny checkpoints'}, random weights, bf16"
+    row = partial(cells, ceiling=machine.ceiling or 1.0)
+    results = Results("gpu_cases", machine, about, header, row, arguments.out)
+    deadline = time.monotonic() + 60 * arguments.minutes
     for name in names:
-        row = run_case(name, device, deadline)
-        rows.append(row)
-        print(f"{name}: {row.error or json.dumps(row.numbers)}", flush=True)
-        if arguments.out:
-            write(arguments.out, machine, rows)
-    print("\n" + markdown(machine, rows))
-    failed = [row.case for row in rows if row.error and not row.error.startswith("left out")]
-    drifted = [row.case for row in rows if not row.error and row.numbers["ratio deviation"] != 0]
-    if drifted:
-        print(f"the ratio before the first optimiser step is not exactly 1: {', '.join(drifted)}", file=sys.stderr)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed or drifted or all(row.error for row in rows) else 0
+        results.add(try_case(name, machine.device, deadline - time.monotonic()))
+    return results.exit_code()
 
 
 def settings_of(name: str) -> tuple[Case, dict[str, Any]]:
@@ -167,56 +159,23 @@ def settings_of(name: str) -> tuple[Case, dict[str, Any]]:
     return case, settings
 
 
-def _sees_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """What there is; on a GPU with its measured ceiling, operations a second of a large matrix product in bf16."""
-    import torch
-
-    machine: dict[str, Any] = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    if device == "cpu":
-        return {**machine, "device": f"{platform.machine()} CPU, tiny checkpoints"}
-    if not _sees_gpu():
-        sys.exit("torch sees no GPU; --device cpu tries the script")
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    seconds = _timed(lambda: a @ a, 10, torch.device("cuda"))
-    return {
-        **machine,
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "ceiling": round(2 * 8192**3 / seconds / 1e12, 1),
-    }
-
-
-def run_case(name: str, device: str, deadline: float) -> Row:
-    """A case in a process of its own."""
+def try_case(name: str, device: str, seconds: float) -> Row:
+    """A case, if there is time and what it needs."""
     case, settings = settings_of(name)
-    left = min(deadline - time.monotonic(), case.seconds if device == "cuda" else 600)
-    if left < 30:
-        return Row(name, error="left out: no time left (--minutes)")
     if settings.get("model.attention") == "flash" and not importlib.util.find_spec("flash_attn"):
-        return Row(name, error="left out: flash-attn is not installed")
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--device", device]
-    environment = {**os.environ, "FASTVIDEO_LOGGING_LEVEL": "WARNING"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=left)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return Row(name, error=f"stopped after {left:.0f} s")
-    for line in output.splitlines():
-        if line.startswith("RESULT "):
-            return Row(name, json.loads(line.removeprefix("RESULT ")))
-    return Row(name, error=f"exit code {process.returncode}:\n{output[-3000:]}")
+        return Row(name, error="left out: flash-attn is not installed", left_out=True)
+    command = [str(Path(__file__).resolve()), "--worker", name, "--device", device]
+    return run_case(name, command, device, min(seconds, case.seconds if device == "cuda" else 600))
+
+
+def cells(numbers: dict[str, Any], ceiling: float) -> list[str]:
+    """A row of the table."""
+    return [
+        f"{numbers['ratio deviation']:.1g}",
+        *(f"{numbers['seconds'][name]:.3g}" for name in TIMED),
+        *(f"{numbers['TFLOP/s'][phase] / ceiling:.2g}" for phase in PHASES),
+        format_gib(*numbers["memory"]["peak"]),
+    ]
 
 
 @contextmanager
@@ -252,8 +211,6 @@ def _write_network(folder: Path, published: dict[str, Any]) -> None:
 
 def write_sparse(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of bf16 zeros that takes no room on the disk."""
-    import math
-
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -309,106 +266,104 @@ def load_config(case: Case, settings: dict[str, Any], checkpoint: Path, folder: 
 
 
 def measure(name: str, device: str) -> None:
-    """Two iterations and passes by themselves; ``RESULT`` and JSON."""
+    """The case, in this process."""
     import torch
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.grpo.advantages import group_advantages
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.planning.operations import count_operations
-    from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED, Clock
     from fastvideo_grpo.trainers.load import trainer_class
 
     case, settings = settings_of(name)
-    with made_checkpoint(case.kind, device) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as held:
+        checkpoint = held.enter_context(made_checkpoint(case.kind, device))
+        folder = held.enter_context(tempfile.TemporaryDirectory())
         config = load_config(case, settings, checkpoint, Path(folder), device)
         torch.set_num_threads(torch.get_num_threads() if device == "cuda" else 1)
         trainer = trainer_class(case.kind)(config, World.current(device), with_text_encoders=False)
-        place = trainer.world.device
+        held.enter_context(closing(trainer))  # at the end of the program it could not be
         if device == "cuda":
             _fill(trainer.denoiser)
         _give_embeddings(trainer, case.text_tokens if device == "cuda" else 16)
         trainer.setup_training()
+        print_numbers(measure_trainer(trainer))
 
-        def iteration(number: int, clock: Clock) -> Any:
-            rollout = trainer.rollout(number, list(trainer.run.prompts), clock)
-            # Random scores: equal ones would train nothing.
-            generator = torch.Generator().manual_seed(number)
-            scores = {key: torch.rand(valid.shape, generator=generator) for key, valid in rollout.valid.items()}
-            return rollout, group_advantages(scores, rollout.valid, trainer.run.scoring.rewards.weights)
 
-        start = time.perf_counter()
-        rollout, advantages = iteration(0, Clock())
-        first = trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
-        _wait(place)
-        first_seconds = time.perf_counter() - start
-        resident = _allocated(place)
-        _reset_peak(place)
-        clock = Clock(passes=trainer.passes)
-        rollout, advantages = iteration(1, clock)
+def measure_trainer(trainer: Any) -> dict[str, Any]:
+    """Two iterations, and passes by themselves."""
+    import torch
+
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.planning.operations import count_operations
+    from fastvideo_grpo.tracking.statistics import FORWARD, TRAINED, Clock
+
+    config, facts, place = trainer.config, trainer.facts, trainer.world.device
+    start = time.perf_counter()
+    rollout, advantages = rollout_with_advantages(trainer, 0, Clock())
+    first = trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
+    wait(place)
+    first_seconds = time.perf_counter() - start
+    clock = Clock(passes=trainer.passes)
+    with Peak(place) as iteration:
+        rollout, advantages = rollout_with_advantages(trainer, 1, clock)
         metrics = trainer.update(1, rollout, advantages, trainer.select(advantages), clock)
-        _wait(place)
-        peak = _peak(place)
 
-        size = config.engine.micro_batch_size
-        sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(place)
-        level = trainer.schedule.at(torch.zeros(size, dtype=torch.long))
-        conditioning = trainer.conditioning(trainer.run.prompts[0], size)
+    size = config.engine.micro_batch_size
+    sample = trainer.pack(torch.randn(size, *trainer.latent_shape())).to(place)
+    level = trainer.schedule.at(torch.zeros(size, dtype=torch.long))
+    conditioning = trainer.conditioning(trainer.run.prompts[0], size)
 
-        def forward() -> None:
-            with torch.no_grad(), trainer.pass_context(conditioning):
-                trainer.predict(sample, level, conditioning)
+    def forward() -> None:
+        with torch.no_grad(), trainer.pass_context(conditioning):
+            trainer.predict(sample, level, conditioning)
 
-        def forward_without_gradients() -> None:
-            """The graph that torch would compile for it alone, which rounds otherwise."""
-            with torch.no_grad(), trainer.pass_context(conditioning):
-                trainer._predict_rows(sample, level, conditioning)
+    def forward_without_gradients() -> None:
+        """The graph that torch would compile for it alone, which rounds otherwise."""
+        with torch.no_grad(), trainer.pass_context(conditioning):
+            trainer._predict_rows(sample, level, conditioning)
 
-        def update() -> None:
-            with trainer.pass_context(conditioning):
-                trainer.predict(sample, level, conditioning).float().square().mean().backward()
+    def update() -> None:
+        with trainer.pass_context(conditioning):
+            trainer.predict(sample, level, conditioning).float().square().mean().backward()
 
-        once = count_operations(type(trainer), config, trainer.facts)
-        count = config.grpo.group_size
-        drawn, trained = clock.passes["rollout"], clock.passes["update"]
-        done = {
-            "rollout": once.forward * drawn[FORWARD],
-            "update": once.forward * (trained[FORWARD] + trained[TRAINED]) + once.backward * trained[TRAINED],
-        }
-        predictions = 2 if config.sample.cfg_scale > 1 else 1
-        seconds = {
-            "forward": _timed(forward, 4, place) / size,
-            "forward and backward": _timed(update, 3, place) / size,
-            "decode": _timed(lambda: trainer.decode(sample[:1]), 1, place),
-            "rollout a sample and step": clock.seconds["rollout"] / count / config.sample.steps,
-            "update a sample and timestep": clock.seconds["update"] * predictions / trained[TRAINED],
-            "first iteration": first_seconds,
-        }
-        if trainer.compiled:
-            seconds["forward, graph without gradients"] = _timed(forward_without_gradients, 4, place) / size
-        config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
-        facts = trainer.facts
-        planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
-        result = {
-            "ratio deviation": max(m["train/ratio_first_update_max_dev"] for m in (first, metrics)),
-            "grad norm": metrics["train/grad_norm"],
-            "seconds": {key: round(value, 4) for key, value in seconds.items()},
-            "TFLOP": {
-                "forward": predictions * once.forward / 1e12,
-                "backward": predictions * once.backward / 1e12,
-                "recomputed": predictions * once.recomputed / 1e12,
-            },
-            "TFLOP/s": {
-                "forward": predictions * once.forward / seconds["forward"] / 1e12,
-                "rollout": done["rollout"] / clock.seconds["rollout"] / 1e12,
-                "update": done["update"] / clock.seconds["update"] / 1e12,
-            },
-            "memory": {"resident": [resident, sum(planned.resident.values())], "peak": [peak, planned.peak]},
-        }
-        if trainer.compilations is not None:
-            result["compilations"] = [(each.function, round(each.seconds, 1)) for each in trainer.compilations.new()]
-        trainer.close()
-    print("RESULT " + json.dumps(result), flush=True)
+    once = count_operations(type(trainer), config, facts)
+    count = config.grpo.group_size
+    drawn, trained = clock.passes["rollout"], clock.passes["update"]
+    done = {
+        "rollout": once.forward * drawn[FORWARD],
+        "update": once.forward * (trained[FORWARD] + trained[TRAINED]) + once.backward * trained[TRAINED],
+    }
+    predictions = 2 if config.sample.cfg_scale > 1 else 1
+    seconds = {
+        "forward": seconds_of(forward, 4, place) / size,
+        "forward and backward": seconds_of(update, 3, place) / size,
+        "decode": seconds_of(lambda: trainer.decode(sample[:1]), 1, place),
+        "rollout a sample and step": clock.seconds["rollout"] / count / config.sample.steps,
+        "update a sample and timestep": clock.seconds["update"] * predictions / trained[TRAINED],
+        "first iteration": first_seconds,
+    }
+    if trainer.compiled:
+        seconds["forward, graph without gradients"] = seconds_of(forward_without_gradients, 4, place) / size
+    config.prompts.text_length = conditioning["encoder_hidden_states"].shape[1]
+    planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
+    deviations = [each["train/ratio_first_update_max_dev"] for each in (first, metrics)]
+    result = {
+        "ratio deviation": max(deviations, key=lambda value: (math.isnan(value), value)),
+        "grad norm": metrics["train/grad_norm"],
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "TFLOP": {
+            "forward": predictions * once.forward / 1e12,
+            "backward": predictions * once.backward / 1e12,
+            "recomputed": predictions * once.recomputed / 1e12,
+        },
+        "TFLOP/s": {
+            "forward": predictions * once.forward / seconds["forward"] / 1e12,
+            "rollout": done["rollout"] / clock.seconds["rollout"] / 1e12,
+            "update": done["update"] / clock.seconds["update"] / 1e12,
+        },
+        "memory": {"resident": [iteration.held, sum(planned.resident.values())], "peak": [iteration.peak, planned.peak]},
+    }
+    if trainer.compilations is not None:
+        result["compilations"] = [(each.function, round(each.seconds, 1)) for each in trainer.compilations.new()]
+    return result
 
 
 def _give_embeddings(trainer: Any, tokens: int) -> None:
@@ -444,78 +399,6 @@ def _fill(module: Any) -> None:
                 parameter.normal_(0, 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("weight") or "norm" in name else 0.0)
-
-
-def _timed(action: Callable[[], Any], times: int, device: Any) -> float:
-    """Seconds of one, after one that is not measured."""
-    action()
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        action()
-    _wait(device)
-    return (time.perf_counter() - start) / times
-
-
-def _wait(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _allocated(device: Any) -> int | None:
-    import torch
-
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-
-
-def _peak(device: Any) -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _reset_peak(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def write(out: Path, machine: dict[str, Any], rows: list[Row]) -> None:
-    """What there is so far."""
-    out.mkdir(parents=True, exist_ok=True)
-    results = [{"case": row.case, "error": row.error, **row.numbers} for row in rows]
-    (out / "gpu_cases.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    (out / "gpu_cases.md").write_text(markdown(machine, rows))
-
-
-def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
-    """The rows for docs/performance.md."""
-    timed = ("forward", "forward and backward", "rollout a sample and step", "update a sample and timestep", "decode")
-    phases = ("forward", "rollout", "update")
-    ceiling = machine.get("ceiling")
-    share = f"of {ceiling} TFLOP/s" if ceiling else "TFLOP/s"
-    header = ["case", "ratio - 1", *(f"s: {name}" for name in timed), *(f"{name}, {share}" for name in phases), "GiB: peak"]
-    versions = f"torch {machine['torch']}" + (f", CUDA {machine['cuda']}" if "cuda" in machine else "")
-    lines = [
-        f"`python benchmarks/gpu_cases.py`; {machine['device']}, {versions}, {machine['date']}; memory measured / estimate:",
-        "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
-    ]
-    for row in rows:
-        if row.error:
-            lines.append(f"| {row.case} | {row.error.splitlines()[0]} " + "| " * (len(header) - 2) + "|")
-            continue
-        numbers = row.numbers
-        rates = [numbers["TFLOP/s"][phase] / (ceiling or 1) for phase in phases]
-        measured, planned = numbers["memory"]["peak"]
-        peak = f"{'-' if measured is None else format(measured / GIB, '.1f')} / {planned / GIB:.1f}"
-        cells = [f"{numbers['ratio deviation']:.1g}", *(f"{numbers['seconds'][name]:.3g}" for name in timed)]
-        lines.append(f"| {row.case} | " + " | ".join([*cells, *(f"{rate:.2g}" for rate in rates), peak]) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

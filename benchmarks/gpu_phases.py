@@ -16,19 +16,20 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memory import Peak, write_scaled
+from case_runner import GIB, Results, Row, format_gib, print_numbers, run_case
+from machine import Machine, find_machine
+from measuring import Peak, rollout_with_advantages, wait
+from memory import write_scaled
 
-GIB = 2**30
 PHASES = ("rollout", "decode", "update")
 PROMPTS = ("a red circle moving left", "a blue square moving right")
 GROUP, STEPS, TRAINED = 2, 4, 3
@@ -47,6 +48,8 @@ SAMPLES = (
     (1, 256, 256),
 )
 TINY_MODEL, TINY_SAMPLE = (128, 1, 1), (5, 64, 64)
+# Columns of the table.
+TIMED = ("forward", "decode", "rollout of a sample", "update of a sample")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="all cases together; what does not fit in is left out, and named"
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (without it they are only printed)")
+    parser.add_argument("--out", type=Path, help="folder of the results (without it the table is only printed)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one, else cpu and --tiny")
     parser.add_argument("--processes", type=int, help="of the cases with several (default: the GPUs here; 1 leaves them out)")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes")
@@ -87,77 +90,27 @@ def main() -> int:
         measure(Case(**json.loads(arguments.worker)))
         return 0
     deadline = time.monotonic() + 60 * arguments.minutes
-    machine = describe_machine(arguments.device)
-    device, tiny = machine["device"], arguments.tiny or (machine["device"] == "cpu" and arguments.device is None)
-    processes = arguments.processes or (machine["gpus"] if device == "cuda" else 1)
-    if device == "cuda" and processes > machine["gpus"]:
-        parser.error(f"--processes is {processes}, but there are {machine['gpus']} GPUs")
-    if device == "cpu" and not tiny:
+    machine = find_machine(arguments.device)
+    tiny = arguments.tiny or (machine.device == "cpu" and arguments.device is None)
+    processes = arguments.processes or max(1, machine.gpus)
+    if machine.gpus and processes > machine.gpus:
+        parser.error(f"--processes is {processes}, but there are {machine.gpus} GPUs")
+    if machine.device == "cpu" and not tiny:
         parser.error("--device cpu needs --tiny: the sizes for a GPU would take hours")
-    results = []
+    attentions = ["sdpa"]
+    if machine.device == "cuda" and importlib.util.find_spec("flash_attn"):
+        attentions.append("flash")
     with tempfile.TemporaryDirectory() as folder:
-        attentions = ["sdpa"]
-        if device == "cuda" and importlib.util.find_spec("flash_attn"):
-            attentions.append("flash")
-        cases = plan_cases(Path(folder), device, attentions, processes, tiny, machine, 60 * arguments.minutes)
-        print(f"machine: {json.dumps(machine)}\nmodel: {describe_sizes(cases[0])}", flush=True)
+        cases = plan_cases(Path(folder), machine, attentions, processes, tiny, 60 * arguments.minutes)
+        about = f"{describe_sizes(cases[0])}. GiB, measured / estimate, each phase beyond what is always there"
+        header = ["ratio - 1", "always there", *PHASES, "peak", *(f"s: {name}" for name in TIMED)]
+        results = Results("gpu_phases", machine, about, header, cells, arguments.out)
         for case in cases:
-            result = {"case": case.name, **run_case(case, deadline)}
-            results.append(result)
-            print(f"{case.name}: {result.get('error') or json.dumps(result)}", flush=True)
-        text = markdown(machine, cases[0], results)
-    print("\n" + text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "gpu_phases.json").write_text(
-            json.dumps({"machine": machine, "model": describe_sizes(cases[0]), "results": results}, indent=1) + "\n"
-        )
-        (arguments.out / "gpu_phases.md").write_text(text)
-    failed = [r["case"] for r in results if "error" in r and not r.get("left_out")]
-    # Not `> TOLERANCE`: NaN is not 1 either.
-    drifted = [r["case"] for r in results if "ratio" in r and not r["ratio"] <= TOLERANCE]
-    if drifted:
-        print(f"the ratio before the first optimiser step is not 1: {'; '.join(drifted)}", file=sys.stderr)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
-    return 1 if failed or drifted or not any("ratio" in r for r in results) else 0
+            results.add(run_processes(case, deadline - time.monotonic()))
+    return results.exit_code(TOLERANCE)
 
 
-def describe_machine(wanted: str | None) -> dict[str, Any]:
-    """What there is: device, its name, free bytes and speed."""
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda, but torch sees no GPU; --device cpu --tiny tries the script")
-    machine: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "machine": platform.machine()}
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return {**machine, "device": "cpu", "name": platform.machine(), "gpus": 0, "free": None, "tflops": None}
-    free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    torch.cuda.synchronize()
-    speed = 10 * 2 * 8192**3 / (time.perf_counter() - start)
-    del a
-    torch.cuda.empty_cache()
-    return {
-        **machine,
-        "device": "cuda",
-        "name": torch.cuda.get_device_name(),
-        "gpus": torch.cuda.device_count(),
-        "cuda": torch.version.cuda,
-        "free": free,
-        "tflops": round(speed / 1e12, 1),
-    }
-
-
-def plan_cases(
-    folder: Path, device: str, attentions: list[str], processes: int, tiny: bool, machine: dict[str, Any], seconds: float
-) -> list[Case]:
+def plan_cases(folder: Path, machine: Machine, attentions: list[str], processes: int, tiny: bool, seconds: float) -> list[Case]:
     """The cases, at the largest sizes that fit, and their checkpoint."""
     cases = [(attention, 1, 2, 1) for attention in attentions]
     if processes > 1:
@@ -170,8 +123,7 @@ def plan_cases(
     if not tiny:
         write_real_vae(checkpoint)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (folder / "empty.yaml").write_text("{}")
-    base = Case(str(checkpoint), str(folder), device, model, sample)
+    base = Case(str(checkpoint), str(folder), machine.device, model, sample)
     return [replace(base, attention=a, processes=n, zero_stage=stage, shared=shared) for a, n, stage, shared in cases]
 
 
@@ -192,19 +144,18 @@ def write_real_vae(checkpoint: Path) -> None:
     vae.save_pretrained(checkpoint / "vae")
 
 
-def choose(machine: dict[str, Any], seconds: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def choose(machine: Machine, seconds: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """The largest model that leaves half of the memory to activations, and the largest sample that fits in memory and time."""
-    import shutil
-
     from fastvideo_grpo.models.facts import ModelFacts
     from fastvideo_grpo.models.hunyuan_video.family import PUBLISHED
     from fastvideo_grpo.planning.memory import estimate
     from fastvideo_grpo.planning.plan import count_parameters
 
-    room = 0.85 * machine["free"] - 2 * GIB
+    assert machine.free and machine.ceiling
+    room = 0.85 * machine.free - 2 * GIB
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     disk = shutil.disk_usage(tempfile.gettempdir()).free
-    speed = 0.25 * machine["tflops"] * 1e12
+    speed = 0.25 * machine.ceiling * 1e12
     # Starting and loading take a minute of it; forwards of two iterations, a backward counts as two.
     forwards = 2 * len(PROMPTS) * GROUP * (STEPS + 3 * TRAINED)
     for width, doubles, singles in MODELS:
@@ -274,83 +225,52 @@ def load_config(case: Case) -> Any:
         return run_config.load(Path(empty) / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
-def run_case(case: Case, deadline: float) -> dict[str, Any]:
-    """One case in processes of its own; ``error`` instead of numbers where it failed or no time was left."""
-    left = deadline - time.monotonic()
-    if left < 45:
-        return {"error": "left out: no time left (--minutes)", "left_out": True}
-    command = [sys.executable]
+def run_processes(case: Case, seconds: float) -> Row:
+    """A case, in its processes."""
+    command = [str(Path(__file__).resolve()), "--worker", json.dumps(asdict(case))]
     if case.processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
-    command += [str(Path(__file__).resolve()), "--worker", json.dumps(asdict(case))]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "FASTVIDEO_LOGGING_LEVEL": "WARNING",
-    }
-    if case.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        # What is freed goes back to the system, so that resident memory says what is held.
-        environment.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=left)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers, which are in sessions of their own
-        try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        return {"error": f"stopped after {left:.0f} s: no time left (--minutes)"}
-    for line in output.splitlines():
-        if "RESULT " in line:
-            return json.loads(line.partition("RESULT ")[2])
-    return {"error": f"exit code {process.returncode}:\n{output[-3000:]}"}
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), *command]
+    return run_case(case.name, command, case.device, seconds)
 
 
 def measure(case: Case) -> None:
-    """Two iterations; rank 0 prints ``RESULT`` and, as JSON, [measured, estimated] bytes, seconds and the ratio's deviation."""
+    """The case, in this process, which is one of its processes; rank 0 says what was measured."""
     import torch
 
     from fastvideo_grpo.engines.parallel import World
-    from fastvideo_grpo.grpo.advantages import group_advantages
-    from fastvideo_grpo.models.checkpoint import model_facts
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
 
-    config = load_config(case)
     if case.device == "cpu":
         torch.set_num_threads(1)
     world = World.current(case.device, sequence_parallel=case.shared)
-    facts = model_facts(config)
-    trainer = load_trainer(config, world)
+    with closing(load_trainer(load_config(case), world)) as trainer:  # at the end of the program it could not be closed
+        numbers = measure_trainer(trainer, tokens(case.sample))
+    if trainer.world.rank == 0:
+        print_numbers(numbers)
+    trainer.world.barrier()
+
+
+def measure_trainer(trainer: Any, image_tokens: int) -> dict[str, Any]:
+    """Two iterations: [measured, estimated] bytes, seconds and the ratio's deviation."""
+    import torch
+
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.tracking.statistics import Clock
+
+    config, facts, device = trainer.config, trainer.facts, trainer.world.device
     trainer.setup_training()
-    device = trainer.world.device
-
-    def iteration(number: int, clock: Clock) -> Any:
-        rollout = trainer.rollout(number, list(trainer.run.prompts), clock)
-        # Random scores: jpeg_size may call all of them equal, and equal scores train nothing.
-        generator = torch.Generator().manual_seed(number)
-        scores = {name: torch.rand(valid.shape, generator=generator) for name, valid in rollout.valid.items()}
-        return rollout, group_advantages(scores, rollout.valid, trainer.run.scoring.rewards.weights)
-
-    rollout, advantages = iteration(0, Clock())
+    rollout, advantages = rollout_with_advantages(trainer, 0, Clock())
     trainer.update(0, rollout, advantages, trainer.select(advantages), Clock())
-    held = _held(device)
     clock = Clock()
     with Peak(device) as during_rollout:
-        rollout, advantages = iteration(1, clock)
+        rollout, advantages = rollout_with_advantages(trainer, 1, clock)
     sample = trainer.pack(torch.randn(1, *trainer.latent_shape())).to(device)
     level = trainer.schedule.at(torch.zeros(1, dtype=torch.long))
     conditioning = trainer.conditioning(trainer.run.prompts[0], 1)
     with Peak(device) as forward, torch.no_grad(), trainer.forward_context(conditioning):
         start = time.perf_counter()
         trainer.predict(sample, level, conditioning)
-        _wait(device)
+        wait(device)
         forward_seconds = time.perf_counter() - start
     decode, decode_seconds = None, None
     if trainer.world.leads:
@@ -365,15 +285,15 @@ def measure(case: Case) -> None:
     parameters = plan.count_parameters(config, facts)
     planned = memory.estimate(config, facts, trainer.world.size, parameters)
     measured = {"rollout": forward.bytes, "decode": decode.bytes if decode else 0, "update": update.bytes}
-    peak = max(during_rollout.before + during_rollout.bytes, update.before + update.bytes)
+    peak = max(during_rollout.peak, update.peak) if device.type == "cuda" else None
     samples = len(PROMPTS) * config.grpo.group_size / trainer.world.data_size
-    result = {
-        "ratio": metrics["train/ratio_first_update_max_dev"],
-        "grad_norm": metrics["train/grad_norm"],
+    return {
+        "ratio deviation": metrics["train/ratio_first_update_max_dev"],
+        "grad norm": metrics["train/grad_norm"],
         "parameters": parameters[1],
-        "tokens": tokens(case.sample),
+        "tokens": image_tokens,
         "memory": {
-            "resident": [held, sum(planned.resident.values())],
+            "resident": [during_rollout.held, sum(planned.resident.values())],
             **{phase: [measured[phase], planned.phases[phase]] for phase in PHASES},
             "peak": [peak, planned.peak],
         },
@@ -385,62 +305,25 @@ def measure(case: Case) -> None:
             "exchange": clock.seconds["exchange"],
         },
     }
-    trainer.close()
-    if trainer.world.rank == 0:
-        print("RESULT " + json.dumps(result), flush=True)
-    trainer.world.barrier()
-
-
-def _wait(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _held(device: Any) -> int | None:
-    """Bytes that lie on a GPU now; a CPU's resident memory holds the program too, and says nothing."""
-    import torch
-
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def describe_sizes(case: Case) -> str:
     """Model and sample in words."""
     (width, doubles, singles), (frames, height, pixels) = case.model, case.sample
     return (
-        f"random HunyuanVideo, width {width}, {doubles} double and {singles} single blocks, heads of 64, bf16; "
+        f"Random HunyuanVideo, width {width}, {doubles} double and {singles} single blocks, heads of 64, bf16; "
         f"{pixels} x {height} x {frames} frames = {tokens(case.sample)} tokens, {STEPS} steps, {TRAINED} trained"
     )
 
 
-def markdown(machine: dict[str, Any], case: Case, results: list[dict[str, Any]]) -> str:
-    """The results for docs/scaling.md."""
-    versions = f"torch {machine['torch']}" + (f", CUDA {machine['cuda']}" if "cuda" in machine else "")
-    gpus = f"{machine['gpus']} x {machine['name']}" if machine["gpus"] else f"{machine['name']} CPU, {machine['cores']} cores"
-    memory, seconds = ["always there", *PHASES, "peak"], ["forward", "decode", "rollout of a sample", "update of a sample"]
-    header = ["case", "ratio - 1", *memory, *(f"s: {name}" for name in seconds)]
-    lines = [
-        f"`python benchmarks/gpu_phases.py`; {gpus}, {versions}. {describe_sizes(case)}. GiB, measured / estimate, "
-        "each phase beyond what is always there:",
-        "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
+def cells(numbers: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    memory, seconds = numbers["memory"], numbers["seconds"]
+    return [
+        f"{numbers['ratio deviation']:.1g}",
+        *(format_gib(*memory[part]) for part in ("resident", *PHASES, "peak")),
+        *("-" if seconds[name] is None else f"{seconds[name]:.3g}" for name in TIMED),
     ]
-    for result in results:
-        if "error" in result:
-            lines.append(f"| {result['case']} | {result['error'].splitlines()[0]} " + "| " * (len(header) - 2) + "|")
-            continue
-        cells = [_pair(*result["memory"][part]) for part in ("resident", *PHASES)]
-        # On a CPU the peak holds the program.
-        cells.append(_pair(*result["memory"]["peak"]) if machine["device"] == "cuda" else "-")
-        cells += ["-" if (value := result["seconds"][key]) is None else f"{value:.3g}" for key in seconds]
-        lines.append(f"| {result['case']} | {result['ratio']:.1e} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _pair(measured: float | None, estimated: float) -> str:
-    return f"{'-' if measured is None else format(measured / GIB, '.3g')} / {estimated / GIB:.3g}"
 
 
 if __name__ == "__main__":

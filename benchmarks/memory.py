@@ -17,7 +17,11 @@ import platform
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
+from typing import Any
+
+from measuring import Peak
 
 MIB = 2**20
 # Rows of the first table: (frames, side in pixels, micro-batch, activation checkpointing).
@@ -113,51 +117,12 @@ def write_scaled(folder: Path, width: int, doubles: int, singles: int) -> Path:
     return checkpoint
 
 
-class Peak:
-    """Growth of memory within a block, in bytes: CUDA's peak, or that of resident memory."""
-
-    def __init__(self, device: object) -> None:
-        import torch
-
-        self.device = torch.device(str(device))
-
-    def __enter__(self) -> Peak:
-        import gc
-
-        import torch
-
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-            self.before = _status("VmRSS")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        import torch
-
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-        self.bytes = peak - self.before
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(case: dict[str, object]) -> dict[str, list[float]]:
     """[measured, estimated] bytes of each phase, or of a whole iteration where a group size is given."""
     import torch
 
     from fastvideo_grpo.engines.parallel import World
     from fastvideo_grpo.models import run_config
-    from fastvideo_grpo.models.checkpoint import model_facts
-    from fastvideo_grpo.planning import memory, plan
-    from fastvideo_grpo.sampling.noise import SampleKey
-    from fastvideo_grpo.tracking.statistics import Clock
     from fastvideo_grpo.trainers.load import load_trainer
 
     torch.set_num_threads(1)
@@ -187,15 +152,25 @@ def measure(case: dict[str, object]) -> dict[str, list[float]]:
         "run.sample_every": 0,
     }
     config = run_config.load(folder / "empty.yaml", [f"{key}={value}" for key, value in values.items()])
-    facts = model_facts(config)
-    trainer = load_trainer(config, World.current())
+    with closing(load_trainer(config, World.current())) as trainer:  # at the end of the program it could not be closed
+        return measure_trainer(trainer, whole="group" in case)
+
+
+def measure_trainer(trainer: Any, whole: bool) -> dict[str, list[float]]:
+    """The same; ``whole``: of an iteration."""
+    import torch
+
+    from fastvideo_grpo.planning import memory, plan
+    from fastvideo_grpo.sampling.noise import SampleKey
+    from fastvideo_grpo.tracking.statistics import Clock
+
+    config, facts, device = trainer.config, trainer.facts, trainer.world.device
     trainer.setup_training()
-    device = trainer.world.device
     prompt = trainer.run.prompts[0]
     # As many text tokens as the estimate is told of.
     config.prompts.text_length = trainer.conditioning(prompt, 1)["encoder_hidden_states"].shape[1]
     planned = memory.estimate(config, facts, 1, plan.count_parameters(config, facts))
-    if "group" in case:
+    if whole:
         trainer.train()  # the first iteration makes AdamW's state and the allocator's pools
         with Peak(device) as peak:
             rollout = trainer.rollout(1, list(trainer.run.prompts), Clock())
