@@ -1,6 +1,7 @@
 """Promises 1 to 4 with windows of stochastic steps, single ones, what a group shares, solved tails, CPS and trust regions."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -186,8 +187,8 @@ PROCESSES = {
     # Groups differ in their stochastic steps, so that processes would make unequally many passes.
     "one for each group, dppo, ZeRO 3": (2, {"engine__zero_stage": 3}),
     "one for each sample, ZeRO 3": (2, {"engine__zero_stage": 3}),
-    "window that moves, best of, ZeRO 2, 4 processes": (4, {"engine__zero_stage": 2}),
-    "window anywhere, guard, ZeRO 2": (2, {"engine__zero_stage": 2}),
+    "window that moves, best of, ZeRO 2": (2, {"engine__zero_stage": 2}),
+    "window anywhere, guard, ZeRO 2, 4 processes": (4, {"engine__zero_stage": 2}),
 }
 SHARED = {
     "one for each group, solved tail, ZeRO 3, shared tokens, 4 processes": (
@@ -219,6 +220,11 @@ def test_processes_give_the_samples_and_weights_of_one(alone, tiny_checkpoint, t
         "run__sample_prompts": 2,
     }
     settings = {**of_one, **how, "engine__kind": "deepspeed"}
+    if how["engine__zero_stage"] == 3:
+        # Tensors of a tiny model are so small that DeepSpeed leaves them whole, and nobody would wait for anybody.
+        partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        (tmp_path / "deepspeed.json").write_text(json.dumps(partitioned))
+        settings["engine__deepspeed_json"] = tmp_path / "deepspeed.json"
     overrides = runs.settings(tmp_path, tiny_checkpoint(model.kind), **settings)
     assert runs.run(overrides, processes=processes, record=True) == [0] * processes
     assert_same_to_rounding(tmp_path, alone(of_one), 2)
