@@ -307,7 +307,7 @@ def test_a_reference_in_partitions_is_refused_for_a_model_that_does_not_say_how_
 def test_a_models_refusal_names_transitions_of_packages_that_fit(folder, capsys):
     assert "fading_sde" in transitions.predicting("velocity") and "fading_sde" not in transitions.predicting("noise")
     assert cli.main(["train", "run.yaml", "--dry-run", "sample.transition=ddim"]) == 1
-    assert "dots predicts velocity; use fading_sde or flow_sde" in capsys.readouterr().err
+    assert "dots predicts velocity; use cps or fading_sde or flow_sde" in capsys.readouterr().err
 
 
 def test_a_network_that_is_none_of_diffusers_trains_but_is_not_exported(folder, capsys):

@@ -251,7 +251,10 @@ def _check_stochastic(config: Config, objective: objectives.Objective | None) ->
                     yield f"sample.stochastic.{key} is {getattr(chosen, key)}, which is of moves=progressive: leave it out"
         if chosen.moves == "random" and chosen.start:
             yield f"sample.stochastic.start is {chosen.start}, but moves=random draws where the window begins: leave it out"
-    velocity = transitions.prediction(sample.transition) == "velocity"
+    try:
+        velocity = transitions.prediction(sample.transition) == "velocity"
+    except ValueError:
+        return  # the transition is not there, which is told by itself
     if chosen.tail < 1:
         if not velocity:
             yield (

@@ -472,6 +472,7 @@ class Policy(ABC):
         """Let go of what a prompt was encoded to, or all of them (a few megabytes each); what is cached on disk stays there."""
         if prompt is None:
             self._conditioning.clear()
+            self._prefix = None
         else:
             self._conditioning.pop(prompt.id, None)
 

@@ -88,14 +88,14 @@ def _fill_the_disk_of_rank_1():
 def _run_out_of_memory():
     from fastvideo_grpo.trainers.base import GRPOTrainer
 
-    original = GRPOTrainer.draw
+    original = GRPOTrainer.draw_fixed
 
-    def draw(self, prompt, keys, **options):
+    def draw(self, prompt, keys):
         if prompt.id == "red":
             raise RuntimeError("out of memory")
-        return original(self, prompt, keys, **options)
+        return original(self, prompt, keys)
 
-    GRPOTrainer.draw = draw
+    GRPOTrainer.draw_fixed = draw
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +166,10 @@ class _Trainer:
     def __init__(self, value=5, finite=True, decoded=True, vae_precision="fp32"):
         self.config = SimpleNamespace(model=SimpleNamespace(path="model", precision="bf16", vae_precision=vae_precision))
         media = torch.full((1, 1, 2, 3, 3), value, dtype=torch.uint8)
-        self.drawn = Drawn(media, torch.tensor([finite]), torch.tensor([decoded]), None)
+        self.drawn = Drawn(torch.zeros(1, 4, 2, 3), media, torch.tensor([finite]), torch.tensor([decoded]), None)
         self.keys, self.forgot = [], 0
 
-    def draw(self, prompt, keys, *, deterministic):
-        assert deterministic
+    def draw_fixed(self, prompt, keys):
         self.keys += keys
         return self.drawn
 

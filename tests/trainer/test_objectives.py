@@ -9,14 +9,14 @@ from tests.trainer import runs
 from tests.trainer.test_loop import _After
 
 STATISTICS = {
-    "grpo": {"clip_fraction"},
-    "ddpo": {"clip_fraction"},
-    "dpok": {"clip_fraction", "kl"},
+    "grpo": {"clip_fraction", "kl_rollout"},
+    "ddpo": {"clip_fraction", "kl_rollout"},
+    "dpok": {"clip_fraction", "kl_rollout", "kl"},
     "refl": {"unjudged"},
     "dpo": {"preferred"},
 }
 EVERY = {"train/loss", "train/ratio_first_update_max_dev", "train/ratio_max_dev", "train/grad_norm", "train/lr"}
-EVERY |= {"train/updates", "train/skipped_updates"}
+EVERY |= {"train/updates", "train/skipped_updates", "train/ratio_mean"}
 SMOOTH = {"rewards__models__pixels__kind": "test_smooth_brightness"}
 
 
