@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fastvideo_grpo.config.keys import Config, make_objective, stochastic_steps
+from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.sampling.noise import SampleKey
@@ -126,8 +127,8 @@ def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
         rest = first - shared + steps.predictions(first)
         predictions += often * (shared * groups + rest * len(jobs))
         samples += often * (shared * groups + rest * sum(len(members) for _, members in jobs))
-    zero3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
-    return Drawing(predictions, samples, _most_predictions(steps, dealt, config) - predictions if zero3 else 0.0)
+    idle = _most_predictions(steps, dealt, config) - predictions if uses_zero3(config) else 0.0
+    return Drawing(predictions, samples, idle)
 
 
 SIMULATED = 16

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvideo_grpo.prompts.files import Prompt
 
 Trajectories = dict[Any, Tensor]
+"""``(what, group, member)`` -> that part of a sample's trajectory, on the CPU."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastvideo_grpo.grpo.objectives import terms
 from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
 from fastvideo_grpo.sampling.transitions import Step
 
@@ -144,9 +145,7 @@ def get(name: str, clip_range: float, clip_range_upper: float | None, threshold:
 
 
 def _log_ratio(step: Step, samples: SampleBatch, i: int) -> Tensor:
-    if step.log_prob is None:
-        raise ValueError("this transition has no density: the objective needs a noise level above 0")
-    return step.log_prob - samples.log_probs[:, i]
+    return terms.log_prob(step) - samples.log_probs[:, i]
 
 
 def _kl(delta: Tensor, std: Tensor) -> Tensor:
