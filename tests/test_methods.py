@@ -13,7 +13,7 @@ from fastvideo_grpo.grpo.objectives import SampleBatch, trust_regions
 from fastvideo_grpo.models import run_config
 from fastvideo_grpo.models.checkpoint import model_facts
 from fastvideo_grpo.planning import memory, plan
-from fastvideo_grpo.planning.run_steps import drawing_of, evaluations_per_sample
+from fastvideo_grpo.planning.run_steps import evaluations_per_sample, idle_of
 from fastvideo_grpo.sampling import schedules, solvers, transitions
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Span, Start, Walk, rollout
@@ -398,11 +398,10 @@ def test_what_is_kept_and_idle_is_said_before_a_run():
     guard = _config(*ONE, "grpo.trust_region=guard")
     assert memory.estimate(guard, facts, 16, (1, 1)).host["trajectories"] == whole * 3 / 16  # and a mean
     zero3 = _config(*ONE, "engine.zero_stage=3", "grpo.prompts_per_iteration=32")
-    made = drawing_of(zero3, plan.dealing(zero3, 32), 0)
-    assert 0 < made.idle < 16 * 12
+    assert 0 < idle_of(zero3, plan.dealing(zero3, 32), 0) < 16 * 12
     assert " of them idle" in plan.describe(zero3, facts, 32)
     window = _config(*WINDOW, "engine.zero_stage=3", "grpo.prompts_per_iteration=32")
-    assert drawing_of(window, plan.dealing(window, 32), 0).idle == 0  # all make as many
+    assert idle_of(window, plan.dealing(window, 32), 0) == 0  # all make as many
 
 
 def test_global_std_by_hand():

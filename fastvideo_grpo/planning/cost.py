@@ -13,7 +13,7 @@ from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning.cards import Card
 from fastvideo_grpo.planning.operations import Operations, count_decoding, count_operations
 from fastvideo_grpo.planning.plan import count_parameters, dealing
-from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of
+from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of, idle_of
 from fastvideo_grpo.planning.weightless import LAYERS
 from fastvideo_grpo.precision import DTYPES
 from fastvideo_grpo.printed_sizes import gib
@@ -127,7 +127,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
     dealt = dealing(config, ranks // engine.sequence_parallel)
     drawn = sum(len(members) for _, members in dealt.rollout_batches(0))
     batches = [batch for update in range(grpo.updates_per_iteration) for batch in dealt.update_batches(update, 0)]
-    drawing = drawing_of(config, dealt, 0)
+    drawing, idle = drawing_of(config, dealt, 0), idle_of(config, dealt, 0)
     transitions = len(batches) * RunSteps(config).trained
     rows = transitions * engine.micro_batch_size
     constant = apart and grpo.cfg_gradients == "conditional"
@@ -150,7 +150,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         if stage == 3:
             recomputed = checkpointed_blocks(engine.activation_checkpointing) > 0
             gathered = size * total * others
-            sent[_WEIGHTS] = (drawing.predictions + drawing.idle) * calls * gathered
+            sent[_WEIGHTS] = (drawing.predictions + idle) * calls * gathered
             updating[_WEIGHTS] = transitions * calls * (3 if recomputed else 2) * gathered
         elif stage:
             updating[_WEIGHTS] = steps * size * trainable * others
@@ -164,7 +164,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
         sent[_TOKENS] = drawing.samples * passes * once
         again = 3 if checkpointed_blocks(engine.activation_checkpointing) else 2
         updating[_TOKENS] = (trained * again + referring) * once
-    return Work((drawing.samples + drawing.idle) * passes, referring, trained, drawn, sent, updating)
+    return Work((drawing.samples + idle) * passes, referring, trained, drawn, sent, updating)
 
 
 def describe_cost(cost: RunCost, config: Config, needed: float) -> list[str]:

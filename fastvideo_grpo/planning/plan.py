@@ -27,7 +27,7 @@ from fastvideo_grpo.models.registry import FAMILIES, lora_settings
 from fastvideo_grpo.models.run_prompts import configured_prompts, prompt_file_of, prompts_of
 from fastvideo_grpo.planning.checkpoint_checks import checkpoint_problems, unread_files
 from fastvideo_grpo.planning.memory import describe_memory, estimate, too_little, too_little_on_host
-from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of, evaluations_per_sample
+from fastvideo_grpo.planning.run_steps import RunSteps, drawing_of, evaluations_per_sample, idle_of
 from fastvideo_grpo.planning.sampling_checks import sampling_problem
 from fastvideo_grpo.printed_sizes import gib
 from fastvideo_grpo.prompts.cut import cut_texts, describe_cut
@@ -351,7 +351,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     tokens = family.image_tokens(facts, sample)
     steps = RunSteps(config)
     drawn, trained = evaluations_per_sample(config, dealt)
-    drawing = drawing_of(config, dealt, 0)
+    drawing, idle = drawing_of(config, dealt, 0), idle_of(config, dealt, 0)
     prompts = prompts_of(config, config.prompts.path)
     samples = grpo.prompts_per_iteration * grpo.group_size
     rollouts = len(dealt.rollout_batches(0))
@@ -392,8 +392,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"({sample.init_noise} initial noise)",
         f"  rollout    {rollouts} micro-batches of {config.engine.micro_batch_size} x {sample.steps} steps"
         + _stochastic(config, steps)
-        + f" = {_number((drawing.predictions + drawing.idle) * passes)} forwards a process"
-        + (f", {_number(drawing.idle * passes)} of them idle" if drawing.idle >= 0.05 else ""),
+        + f" = {_number((drawing.predictions + idle) * passes)} forwards a process"
+        + (f", {_number(idle * passes)} of them idle" if idle >= 0.05 else ""),
         f"  rewards    {', '.join(_describe_reward(name, reward) for name, reward in config.rewards.models.items())}",
         f"  update     {grpo.objective}{_changed(config)}, {_normalised(config)}: {grpo.updates_per_iteration} "
         f"optimiser steps of {len(dealt.groups_of(0))} prompts"

@@ -108,12 +108,10 @@ class Drawing:
     Attributes:
         predictions: evaluations of the network, of a micro-batch each or of what a group shares.
         samples: the same in samples.
-        idle: evaluations for nothing, so that every process makes as many (ZeRO-3).
     """
 
     predictions: float
     samples: float
-    idle: float
 
 
 def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
@@ -127,27 +125,31 @@ def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
         rest = first - shared + steps.predictions(first)
         predictions += often * (shared * groups + rest * len(jobs))
         samples += often * (shared * groups + rest * sum(len(members) for _, members in jobs))
-    idle = _most_predictions(steps, dealt, config) - predictions if uses_zero3(config) else 0.0
-    return Drawing(predictions, samples, idle)
+    return Drawing(predictions, samples)
 
 
 SIMULATED = 16
 """Iterations, spread over a run, whose processes are asked what they make most."""
 
 
-def _most_predictions(steps: RunSteps, dealt: Dealing, config: Config) -> float:
-    """The most that a process makes, on average over iterations; the prompts are made up."""
+def idle_of(config: Config, dealt: Dealing, rank: int) -> float:
+    """Evaluations that this process makes for nothing, so that every process makes as many (ZeRO-3), on average over iterations
+    whose prompts are made up."""
+    steps = RunSteps(config)
+    if not uses_zero3(config) or steps.stochastic.choice == "all":
+        return 0.0
     count = min(SIMULATED, config.run.iterations)
-    most = 0
+    idle = 0
     for iteration in (config.run.iterations * k // count for k in range(count)):
-        most += max(
+        made = [
             steps.predictions_of(
                 (group, SampleKey(config.run.seed, iteration, group, str(group), members[0]))
-                for group, members in dealt.rollout_batches(rank)
+                for group, members in dealt.rollout_batches(each)
             )
-            for rank in range(dealt.ranks)
-        )
-    return most / count
+            for each in range(dealt.ranks)
+        ]
+        idle += max(made) - made[rank]
+    return idle / count
 
 
 def evaluations_per_sample(config: Config, dealt: Dealing) -> tuple[float, int]:
