@@ -248,12 +248,12 @@ def test_a_studys_runs_are_made_once_and_its_pages_say_what_was_seen(tmp_path, c
 
 
 def test_each_arm_takes_the_learning_rate_that_served_it_best_in_a_run_of_another_seed(tmp_path, capsys):
-    """In the fake the middle one of three, and of the best way the last."""
+    """In the fake the second of four, and of the best way the third."""
     whole = STUDIES["methods"]
     study = dataclasses.replace(whole, arms=whole.arms[::7], comparisons=whole.comparisons[:1])
     assert command.run_studies([study], arguments(budget=20_000), tmp_path, work.prefers_a_rate) == 0
     printed = capsys.readouterr().out
-    assert "first a learning rate for each arm of methods" in printed and "runs to choose by, 6 runs" in printed
+    assert "first a learning rate for each arm of methods" in printed and "runs to choose by, 8 runs" in printed
     content = json.loads((tmp_path / "methods" / results.RESULTS).read_text())
     assert content["made"]["searched"] == {PAPERS_WAY: "optim.lr=3.5e-4", BEST_WAY: "optim.lr=1.4e-3"}
     plan = plan_study(study, 2, 20_000, tmp_path, content["made"]["searched"])
@@ -261,9 +261,23 @@ def test_each_arm_takes_the_learning_rate_that_served_it_best_in_a_run_of_anothe
     for label, rate in ((PAPERS_WAY, 3.5e-4), (BEST_WAY, 1.4e-3)):
         assert {job.values["optim"]["lr"] for job in plan.arms[label].values()} == {rate}
         assert all(job.result() for job in plan.arms[label].values())
-    assert len(made(tmp_path)) == 6 + 4 + 1
+    assert len(made(tmp_path)) == 8 + 4 + 1
     assert command.run_studies([study], arguments(budget=20_000), tmp_path, work.prefers_a_rate) == 0
-    assert len(made(tmp_path)) == 6 + 4 + 1
+    assert len(made(tmp_path)) == 8 + 4 + 1
+
+
+def test_evaluations_until_a_reward_are_told_seed_by_seed(tmp_path):
+    whole = STUDIES["methods"]
+    study = dataclasses.replace(whole, arms=whole.arms[::7], comparisons=whole.comparisons[:1])
+    assert command.run_studies([study], arguments(budget=20_000), tmp_path, work.fake_measure) == 0
+    plan = plan_study(study, 2, 20_000, tmp_path)
+    found = results.collect(plan, {}, {})
+    for run in found.arms[BEST_WAY].values():
+        run["curve"][-1]["colour_match"] = 0.7
+    paper = found.values(PAPERS_WAY, "until")
+    assert paper[0] > paper[1] > 0  # the fake's second seed rises higher
+    page = report.markdown(report.section(found), tmp_path, ".")
+    assert f"**until, seed by seed:** {PAPERS_WAY} {paper[0]:.1f}, {paper[1]:.1f}." in page
 
 
 def test_evaluations_until_a_reward_by_hand():
@@ -392,6 +406,10 @@ def test_counts_that_are_not_as_planned_are_told(tmp_path):
             job.result_file.write_text(json.dumps({**result, "counted": 900.0}))
     found = results.collect(plan, {}, {})
     assert found.miscounted() == ["noise per sample: 900 network evaluations an iteration, planned 896"]
+    assert "| noise per sample | 2 | 900 |" in report.markdown(report.section(found), tmp_path, ".")
+    for run in found.arms["noise per sample"].values():
+        run["drawn"] = True  # planned on average over the places
+    assert found.miscounted() == []
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,12 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
 
 
 def best(by_value: dict[str, Job]) -> str:
-    """The override whose run ended at the highest colour_match; the first of those that have none."""
-    scores = {value: (job.result() or {}).get("measures", {}).get("colour_match") for value, job in by_value.items()}
+    """The override whose run's curve is highest on average, so that how soon and how far it learned both count; the first
+    where none has one."""
+    from fastvideo_grpo.studies.statistics import area
+
+    curves = {value: (job.result() or {}).get("curve", []) for value, job in by_value.items()}
+    scores = {value: area([(p["spent"], p["colour_match"]) for p in curve]) for value, curve in curves.items()}
     known = {value: score for value, score in scores.items() if score is not None}
     return max(known, key=lambda value: known[value]) if known else next(iter(by_value))
 
@@ -199,7 +203,7 @@ def _write_pages(out: Path, docs: str | None) -> None:
         (out / one.study.name / "index.html").write_text(report.page(one.study.title, blocks), encoding="utf-8")
         table = report.markdown(report.section(one, 1), out / one.study.name, ".")
         (out / one.study.name / "results.md").write_text(table, encoding="utf-8")
-    title = "The paper's comparisons in miniature"
+    title = "The paper's comparisons in miniature" if any(one.study.of_the_paper for one in found) else "Studies in miniature"
     blocks = [
         report.Heading(1, title),
         *report.introduction(found),

@@ -18,7 +18,7 @@ from fastvideo_grpo.models import run_config
 from fastvideo_grpo.prompts.embeddings import encoder_identity
 from fastvideo_grpo.resources import data_dir
 from fastvideo_grpo.studies import budget
-from fastvideo_grpo.studies.definitions import BEFORE, SEARCH_SEED, Arm, Study
+from fastvideo_grpo.studies.definitions import BEFORE, SEARCH_POINTS, SEARCH_SEED, Arm, Study
 from fastvideo_grpo.studies.pool import Job
 from fastvideo_grpo.tracking.provenance import versions
 
@@ -78,7 +78,7 @@ def plan_search(study: Study, evaluations: int, out: Path) -> dict[str, dict[str
             config = arm_config(study, Arm(label, (*arm.overrides, value)))
             count = budget.iterations(config, evaluations * study.budget)
             name = f"{study.name}, arm '{label}', {value}"
-            by_value[value] = _trained_job(name, config, SEARCH_SEED, count, math.ceil(count / study.curve_points), out)
+            by_value[value] = _trained_job(name, config, SEARCH_SEED, count, math.ceil(count / SEARCH_POINTS), out)
     return planned
 
 

@@ -33,8 +33,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Make the run and write ``result.json`` into its folder, last; returns what is in it.
 
     ``measures``: name -> number or None; ``per_prompt``: reward -> mean score of each prompt; ``curve``: iteration, network
-    evaluations spent and ``colour_match`` of each evaluation; ``counted``: network evaluations that were really made per
-    iteration, to be held against ``cost``.
+    evaluations spent until then and ``colour_match`` of each evaluation; ``counted``: network evaluations that were really made
+    per iteration, to be held against ``cost``, which is an average where the stochastic steps are drawn (``drawn``).
     """
     import torch
 
@@ -97,10 +97,11 @@ def measure(job: Job) -> dict[str, Any]:
         "iterations": len(lines),
         "cost": job.cost,
         "counted": counted / len(lines) if lines and stopped is None else None,
+        "drawn": config.sample.stochastic.steps != "all",
         "seconds": time.monotonic() - started,
         "measures": {name: _plain(value) for name, value in measures.items()},
         "per_prompt": {name: [_plain(value) for value in values] for name, values in per_prompt.items()},
-        "curve": _curve(job, lines, sets),
+        "curve": _curve(job, lines, sets, counter.spent),
         "pictured": [prompt.text for prompt in prompts[::shown][:PICTURES]],
         "stopped": stopped,
         "not_finite": sum(line.get("train/skipped_updates", 0) for line in lines),
@@ -114,7 +115,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 class EvaluationCounter:
-    """Counts a trainer's network evaluations as :mod:`.budget` does, evaluations on fixed noise left out."""
+    """Counts a trainer's network evaluations as :mod:`.budget` does, evaluations on fixed noise left out.
+
+    ``spent``: finished iterations -> all that were made until then.
+    """
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         import torch
@@ -122,8 +126,10 @@ class EvaluationCounter:
         from fastvideo_grpo.studies.budget import BACKWARD, FORWARD
 
         self.total = 0
+        self.spent = {0: 0}
         self._counting = True
-        network_output, evaluate = trainer.network_output, trainer.run.monitor.evaluate
+        monitor, network_output = trainer.run.monitor, trainer.network_output
+        evaluate, after_iteration = monitor.evaluate, monitor.after_iteration
 
         def counted(sample, level, conditioning):
             if self._counting:
@@ -137,8 +143,13 @@ class EvaluationCounter:
             finally:
                 self._counting = True
 
+        def noted(finished, metrics, clock):
+            self.spent[finished] = self.total
+            return after_iteration(finished, metrics, clock)
+
         trainer.network_output = counted  # type: ignore[method-assign]
-        trainer.run.monitor.evaluate = not_counted  # type: ignore[method-assign]
+        monitor.evaluate = not_counted  # type: ignore[method-assign]
+        monitor.after_iteration = noted  # type: ignore[method-assign]
 
 
 def _distance(first: dict[str, Any], last: dict[str, Any]) -> float:
@@ -157,7 +168,9 @@ def _plain(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _curve(job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]]) -> list[dict[str, Any]]:
+def _curve(
+    job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]], spent: dict[int, int]
+) -> list[dict[str, Any]]:
     """The evaluations of a run: both sets of prompts together, weighted by their prompts."""
     sizes = {name: len(prompts) for name, prompts in sets.items()}
     keys = {name: f"eval/{name}/{WATCHED}colour/colour_match/mean" for name in sizes}
@@ -169,7 +182,7 @@ def _curve(job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]])
         values = [(metrics[key], sizes[name]) for name, key in keys.items()]
         known = all(value is not None and math.isfinite(value) for value, _ in values)
         mean = sum(value * size for value, size in values) / sum(sizes.values()) if known else None
-        curve.append({"iteration": iteration, "spent": iteration * job.cost, "colour_match": mean})
+        curve.append({"iteration": iteration, "spent": spent[iteration], "colour_match": mean})
     return curve
 
 

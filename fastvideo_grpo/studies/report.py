@@ -45,15 +45,21 @@ class Picture:
 Block = Heading | Text | Table | Picture
 
 
+_WHO = {
+    True: "The paper compares ways of doing GRPO on Stable Diffusion, FLUX and HunyuanVideo with learned rewards.",
+    False: "The methods' papers compare ways of doing GRPO on models of billions of parameters with learned rewards.",
+}
+
+
 def introduction(studies: Sequence[Results]) -> list[Block]:
     """What these pages are, how the numbers came about, and how a claim is judged."""
     seeds = min(results.seeds for results in studies)
     return [
         Text(
-            "The paper compares ways of doing GRPO on Stable Diffusion, FLUX and HunyuanVideo with learned rewards. Here the "
+            f"{_WHO[any(results.study.of_the_paper for results in studies)]} Here the "
             "same comparisons are made on models so small that a run takes a minute on a CPU core, with rewards that are a "
             "few lines of code. What holds here need not hold there, nor the other way round: these pages show that the code "
-            "does what a comparison needs, and what it measures at this size. Each study says how it differs from the paper's."
+            "does what a comparison needs, and what it measures at this size. Each study says how it differs from its original."
         ),
         Text(
             "**Budgets.** All arms of a study may take the same number of network evaluations: a forward of a sample counts "
@@ -103,6 +109,8 @@ def section(results: Results, level: int = 2) -> list[Block]:
         Text("Columns: " + "; ".join(f"{measure}: {MEASURES[measure]}" for measure in _columns(results)) + "."),
         comparisons(results),
     ]
+    if "until" in study.measures:
+        blocks.append(Text(f"**until, seed by seed:** {'; '.join(results.by_seed('until')) or 'none reached it'}."))
     blocks += [Text(f"Not as planned: {line}.") for line in results.miscounted()]
     for label in results.arms:
         blocks += [Text(f"**Failed:** {label}, seed {seed}: {why}") for seed, why in results.failed(label).items()]
@@ -139,7 +147,7 @@ def table(results: Results) -> Table:
             [
                 label,
                 str(max((run["iterations"] for run in runs), default="")),
-                str(max((run["cost"] for run in runs), default="")),
+                "" if (spent := results.spent(label)) is None else f"{spent:.0f}",
                 *(_cell(results, label, column) for column in columns),
                 f"{results.below_untrained(label)} of {len(runs)}",
                 f"{results.not_finite(label)} of {len(runs)}",
@@ -189,12 +197,13 @@ def curves(results: Results) -> bytes:
         runs = list(results.finished(label).values())
         if not runs:
             continue
-        points: dict[int, list[float | None]] = {}
+        points: dict[int, list[dict[str, float | None]]] = {}
         for run in runs:
             for point in run["curve"]:
-                points.setdefault(point["spent"], []).append(point["colour_match"])
-        x = [spent / 1000 for spent in points]
-        estimates = [statistics.estimate(values) for values in points.values()]
+                points.setdefault(point["iteration"], []).append(point)
+        # Runs whose steps are drawn spend not quite alike.
+        x = [sum(point["spent"] for point in of) / len(of) / 1000 for of in points.values()]
+        estimates = [statistics.estimate([point["colour_match"] for point in of]) for of in points.values()]
         y = [float("nan") if e.mean is None else e.mean for e in estimates]
         spread = [e.error or 0.0 for e in estimates]
         (line,) = axes.plot(x, y, marker="o", markersize=3, label=label)

@@ -20,6 +20,9 @@ RESULTS = "results.json"
 _OF_TRAINING = ("area", "at_equal_iterations", "size_change", "ratio_dev", "ratio_mean", "distance", "until")
 """Measures that the untrained model cannot have."""
 
+_DRAWN_WITHIN = 0.05
+"""Of the average over all places, which the budget is made of: what a run may take more or less whose steps are drawn."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -148,6 +151,16 @@ class Results:
             lines += [f"{label}: {', '.join(dict.fromkeys(which))}: {why}" for why, which in reasons.items()]
         return lines
 
+    def by_seed(self, measure: str) -> list[str]:
+        """``label: value of each seed``, for every arm that has one."""
+        lines = []
+        for label in self.arms:
+            values = self.values(label, measure)
+            if any(value is not None for value in values.values()):
+                said = ["never" if value is None else f"{value:.1f}" for value in values.values()]
+                lines.append(f"{label} {', '.join(said)}")
+        return lines
+
     def equal_iterations(self) -> int | None:
         """The last iteration after which every run was evaluated."""
         evaluated = [
@@ -205,12 +218,17 @@ class Results:
         """Seed -> why there is no result."""
         return {seed: run["error"] for seed, run in self.arms[label].items() if "error" in run}
 
+    def spent(self, label: str) -> float | None:
+        """Network evaluations that an iteration of an arm really took, on average."""
+        return statistics.estimate([run["counted"] for run in self.finished(label).values()]).mean
+
     def miscounted(self) -> list[str]:
         """Arms whose network evaluations were not what the budget took them for, in words."""
         lines = []
         for label in self.arms:
             for run in self.finished(label).values():
-                if run["counted"] is not None and not math.isclose(run["counted"], run["cost"]):
+                near = _DRAWN_WITHIN if run["drawn"] else 1e-9
+                if run["counted"] is not None and not math.isclose(run["counted"], run["cost"], rel_tol=near):
                     lines.append(f"{label}: {run['counted']:.0f} network evaluations an iteration, planned {run['cost']}")
                     break
         return lines

@@ -25,7 +25,8 @@ def test_the_budget_counts_the_networks_evaluations(make_trainer, overrides):
     trainer = make_trainer(run__iterations=2, run__eval_every=1, run__eval_prompts=1, run__eval_samples=1, **overrides)
     counter = EvaluationCounter(trainer)
     trainer.train()
-    assert counter.total == 2 * budget.evaluations_per_iteration(trainer.config)
+    each = budget.evaluations_per_iteration(trainer.config)
+    assert counter.total == 2 * each and counter.spent == {0: 0, 1: each, 2: 2 * each}
 
 
 def test_one_process_makes_a_studys_runs_one_after_the_other(tmp_path):

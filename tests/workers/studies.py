@@ -23,6 +23,7 @@ def fake_measure(job: Job) -> dict:
         "iterations": job.iterations if job.trained else 0,
         "cost": job.cost,
         "counted": float(job.cost) if job.trained else None,
+        "drawn": False,
         "seconds": 1.0,
         "measures": {
             "colour_match": value,
@@ -48,7 +49,8 @@ def prefers_a_rate(job: Job) -> dict:
     """As above, and best at a learning rate that is another one for arms with a single stochastic step."""
     result = fake_measure(job)
     wanted = 1.4e-3 if job.values["sample"]["stochastic"]["steps"] == "one" else 3.5e-4
-    result["measures"]["colour_match"] -= 0.1 * (job.values["optim"]["lr"] != wanted)
+    for point in result["curve"][1:]:
+        point["colour_match"] -= 0.1 * (job.values["optim"]["lr"] != wanted)
     job.result_file.write_text(json.dumps(result))
     return result
 
