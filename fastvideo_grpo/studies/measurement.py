@@ -168,9 +168,7 @@ def _plain(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _curve(
-    job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]], spent: dict[int, int]
-) -> list[dict[str, Any]]:
+def _curve(job: Job, lines: list[dict[str, Any]], sets: dict[str, list[Prompt]], spent: dict[int, int]) -> list[dict[str, Any]]:
     """The evaluations of a run: both sets of prompts together, weighted by their prompts."""
     sizes = {name: len(prompts) for name, prompts in sets.items()}
     keys = {name: f"eval/{name}/{WATCHED}colour/colour_match/mean" for name in sizes}
