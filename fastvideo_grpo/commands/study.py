@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 from fastvideo_grpo.commands.arguments import path_argument
 from fastvideo_grpo.disk.room import refusal
 from fastvideo_grpo.errors import UserError
-from fastvideo_grpo.studies.definitions import BUDGET, SEEDS, STUDIES, Study
+from fastvideo_grpo.studies.definitions import BUDGET, REACHED, SEEDS, STUDIES, Study
 from fastvideo_grpo.studies.pool import Job, run_jobs
 
 EPILOG = """\
@@ -113,14 +114,18 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
 
 
 def best(by_value: dict[str, Job]) -> str:
-    """The override whose run's curve is highest on average, so that how soon and how far it learned both count; the first
-    where none has one."""
-    from fastvideo_grpo.studies.statistics import area
+    """The override whose run needed fewest evaluations until the reward that ``until`` waits for; where none came there, the one
+    whose curve is highest on average; the first where none has a curve."""
+    from fastvideo_grpo.studies.statistics import area, reached
 
-    curves = {value: (job.result() or {}).get("curve", []) for value, job in by_value.items()}
-    scores = {value: area([(p["spent"], p["colour_match"]) for p in curve]) for value, curve in curves.items()}
-    known = {value: score for value, score in scores.items() if score is not None}
-    return max(known, key=lambda value: known[value]) if known else next(iter(by_value))
+    runs = {value: (job.result() or {}).get("curve", []) for value, job in by_value.items()}
+    curves = {value: [(point["spent"], point["colour_match"]) for point in run] for value, run in runs.items()}
+
+    def rank(value: str) -> tuple[float, float]:
+        spent, mean = reached(curves[value], REACHED), area(curves[value])
+        return math.inf if spent is None else spent, math.inf if mean is None else -mean
+
+    return min(curves, key=rank)
 
 
 def _make(jobs: list[Job], workers: int | None, work: Any, errors: dict[str, str], what: str) -> None:
