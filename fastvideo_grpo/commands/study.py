@@ -114,8 +114,8 @@ def run_studies(studies: list[Study], arguments: argparse.Namespace, out: Path, 
 
 
 def best(by_value: dict[str, Job]) -> str:
-    """The override whose run needed fewest evaluations until the reward that ``until`` waits for; where none came there, the one
-    whose curve is highest on average; the first where none has a curve."""
+    """The override whose run needed fewest evaluations until the reward that ``until`` waits for; where none came there, the
+    one whose curve is highest on average; the first where none has a curve."""
     from fastvideo_grpo.studies.statistics import area, reached
 
     runs = {value: (job.result() or {}).get("curve", []) for value, job in by_value.items()}
