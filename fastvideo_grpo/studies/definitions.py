@@ -344,9 +344,9 @@ STUDIES: dict[str, Study] = {
             "evaluations.",
             source="MixGRPO, Flash-GRPO, Flow-CPS, GRPO-Guard and Flow-DPPO, each against a baseline of its own "
             "(docs/methods.md)",
-            miniature=f"{_TINY} The budgets are equal in network evaluations. Each arm takes the learning rate of four with "
-            "which it needed fewest evaluations until 0.80 in a run of another seed. The paper's way is the baseline: all steps "
-            "stochastic, a random 60 % of them trained, clip, noise level 1.0.",
+            miniature=f"{_TINY} The budgets are equal in network evaluations. Each arm takes the learning rate of four "
+            "with which it needed fewest evaluations until 0.80 in a run of another seed. The paper's way is the baseline: all "
+            "steps stochastic, a random 60 % of them trained, clip, noise level 1.0.",
             overrides=(_COLOUR, "run.eval_samples=4"),
             arms=(
                 Arm(PAPERS_WAY),
