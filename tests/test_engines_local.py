@@ -102,7 +102,7 @@ def test_save_and_load_are_bitwise(tmp_path, precision):
     assert same(engine.state_dict(), resumed.state_dict())
     assert (engine.lr, engine.updates, engine.step_calls) == (resumed.lr, resumed.updates, resumed.step_calls)
     for name in engine.trainable_names:
-        assert torch.equal(engine.ema.piece(name), resumed.ema.piece(name))
+        assert torch.equal(engine.averages["ema"].piece(name), resumed.averages["ema"].piece(name))
 
 
 def test_a_state_from_before_the_first_update_loads(tmp_path):
@@ -123,10 +123,10 @@ def test_a_gradient_that_is_not_finite_skips_the_update(bad):
     for one in (engine, other):
         update(one, [1])
     before = bits(engine)
-    averages = {name: engine.ema.piece(name).clone() for name in engine.trainable_names}
+    averages = {name: engine.averages["ema"].piece(name).clone() for name in engine.trainable_names}
     assert update(engine, [2], factor=bad) == math.inf
     assert same(bits(engine), before)
-    assert all(torch.equal(engine.ema.piece(name), averages[name]) for name in averages)
+    assert all(torch.equal(engine.averages["ema"].piece(name), averages[name]) for name in averages)
     assert (engine.skipped_updates, engine.updates, engine.step_calls) == (1, 1, 2)
     # The warm-up counts the call; moments and the next gradient know nothing of it.
     other.step_calls += 1
@@ -142,7 +142,7 @@ def test_ema_has_its_closed_form_and_leaves_the_weights_bitwise():
         update(engine, [seed])
         history.append(engine.state_dict())
     before = bits(engine)
-    with engine.ema_weights():
+    with engine.averaged_weights("ema"):
         inside = bits(engine)
         with pytest.raises(RuntimeError, match="EMA weights"):
             update(engine, [9])
@@ -158,7 +158,7 @@ def test_ema_weights_leave_after_an_error():
     engine = LocalEngine(network(), optim(ema_decay=0.8))
     update(engine, [1])
     before = bits(engine)
-    with pytest.raises(KeyError), engine.ema_weights():
+    with pytest.raises(KeyError), engine.averaged_weights("ema"):
         raise KeyError("from an evaluation")
     assert same(bits(engine), before)
     update(engine, [2])
@@ -177,7 +177,8 @@ def test_frozen_parameters_are_neither_changed_nor_saved(tmp_path):
     assert set(weights_from_checkpoint(tmp_path)) == {"2.weight", "2.bias"}
     assert torch.equal(weights_from_checkpoint(tmp_path)["2.weight"], after["2.weight"])
     assert torch.equal(
-        weights_from_checkpoint(tmp_path, "ema")["2.weight"], engine.ema.piece("2.weight").view(after["2.weight"].shape)
+        weights_from_checkpoint(tmp_path, "ema")["2.weight"],
+        engine.averages["ema"].piece("2.weight").view(after["2.weight"].shape),
     )
 
 
@@ -210,7 +211,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path):
         weights_from_checkpoint(tmp_path, "ema")
     with pytest.raises(EngineStateError, match=r"engine\.json"):
         weights_from_checkpoint(tmp_path / "absent")
-    with pytest.raises(ValueError, match="allowed: model, ema"):
+    with pytest.raises(ValueError, match="allowed: model, ema, old"):
         weights_from_checkpoint(tmp_path, "best")
 
 

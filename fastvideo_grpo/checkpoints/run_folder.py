@@ -24,7 +24,7 @@ class RunCheckpoint:
     config: Config
 
     def weights(self, which: str) -> dict[str, Tensor]:
-        """Trained weights ("model" or "ema"), float32, under the model's own names."""
+        """Trained weights ("model", "ema" or "old"), float32, under the model's own names."""
         return weights_from_checkpoint(self.folder / "state", which)
 
 

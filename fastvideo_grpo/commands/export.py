@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path_argument, required=True, metavar="DIR", help="folder to write; it appears when it is complete"
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest whole one)")
-    parser.add_argument("--weights", choices=["model", "ema"], default="model", help="trained weights, or their EMA")
+    parser.add_argument(
+        "--weights",
+        choices=["model", "ema", "old"],
+        default="model",
+        help="trained weights, their EMA, or the old ones that drew the samples (grpo.old_weights)",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of the files (default: that of model.precision)")
     parser.add_argument("--merge-lora", action="store_true", help="fold the adapters of a LoRA run into full weights")
     parser.add_argument(

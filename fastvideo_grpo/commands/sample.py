@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples per prompt (default: 1)")
     parser.add_argument(
-        "--weights", choices=["model", "ema", "start"], help="of a run: trained (default), EMA, or before training"
+        "--weights",
+        choices=["model", "ema", "old", "start"],
+        help="of a run: trained (default), EMA, the old ones that drew (grpo.old_weights), or before training",
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint of the run (default: the newest whole one)")
     parser.add_argument("--out", type=path_argument, metavar="DIR", help="folder to write, empty or new (default: see below)")
@@ -81,13 +83,15 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(arguments.source).is_dir():
         if arguments.weights == "start":
             if arguments.iteration is not None:
-                raise UserError("--weights start is before the first iteration: leave --iteration out, or take model or ema")
+                raise UserError(
+                    "--weights start is before the first iteration: leave --iteration out, or take model, ema or old"
+                )
             config = run_config.load(Path(arguments.source) / "config.yaml", overrides)
         else:
             checkpoint = open_run(arguments.source, arguments.iteration, overrides)
             config = checkpoint.config
     else:
-        if arguments.weights in ("model", "ema") or arguments.iteration is not None:
+        if arguments.weights in ("model", "ema", "old") or arguments.iteration is not None:
             raise UserError("--weights and --iteration need a run folder; a configuration has its starting weights only")
         config = run_config.load(arguments.source, overrides)
     if arguments.samples < 1:
@@ -127,9 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _of_drawing(override: str) -> str:
-    """What is drawn here takes ``sample.eval_steps`` where the run has them: who gives ``sample.steps`` means these, whatever
-    the rollouts of the run make of theirs."""
-    return re.sub(r"^sample\.steps=(?=\d+$)", "sample.eval_steps=", override)
+    """What is drawn here takes ``sample.eval_steps`` and ``sample.eval_cfg_scale`` where the run has them: who gives
+    ``sample.steps`` or ``sample.cfg_scale`` means these, whatever the rollouts of the run make of theirs."""
+    return re.sub(r"^sample\.(steps|cfg_scale)=(?=[\d.]+$)", r"sample.eval_\1=", override)
 
 
 def _folder(arguments: argparse.Namespace, checkpoint: RunCheckpoint | None, which: str) -> Path:

@@ -1,5 +1,5 @@
-"""What every engine promises (`Engine`), and what all of them share (`AdamWEngine`): warm-up, accumulation, EMA, exact
-state on disk."""
+"""What every engine promises (`Engine`), and what all of them share (`AdamWEngine`): warm-up, accumulation, averages of the
+weights, exact state on disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.engines.ema import ExponentialMovingAverage
+from fastvideo_grpo.engines.averages import CALLED, AveragedWeights
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.engines.shards import ENGINE_JSON, EngineStateError, SavedTensors, read_engine_json, write_tensors
+from fastvideo_grpo.grpo.decay import Decay
 from fastvideo_grpo.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Engine(Protocol):
         step_calls: calls of `step` so far; the warm-up counts these.
         updates: calls of `step` that changed the weights.
         skipped_updates: calls of `step` that changed nothing, because the gradient was not finite.
+        averages: of the weights, by name: "ema" moves with every update, "old" when `move_old_weights` is called.
     """
 
     module: nn.Module
@@ -87,6 +89,7 @@ class Engine(Protocol):
     step_calls: int
     updates: int
     skipped_updates: int
+    averages: dict[str, AveragedWeights]
 
     @property
     def lr(self) -> float:
@@ -108,7 +111,7 @@ class Engine(Protocol):
 
         Returns:
             Global L2 norm of the summed gradient before clipping; inf when it is not finite (NaN included). Then
-            weights, optimiser state and EMA stay as they are on every rank, the gradients are dropped, and
+            weights, optimiser state and averages stay as they are on every rank, the gradients are dropped, and
             `skipped_updates` rises. Every call counts for the warm-up, skipped or not.
         """
         ...
@@ -122,12 +125,12 @@ class Engine(Protocol):
         ...
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the trainable weights (whole, any dtype, same on every rank); optimiser state and EMA stay. All ranks
-        call it."""
+        """Set the trainable weights (whole, any dtype, same on every rank); optimiser state and averages stay. All
+        ranks call it."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the exact state: weights, optimiser, counters, EMA. All ranks call it with the same existing folder;
+        """Write the exact state: weights, optimiser, counters, averages. All ranks call it with the same existing folder;
         each writes its own files, without any exchange, so an OSError of one rank leaves no other waiting."""
         ...
 
@@ -136,11 +139,15 @@ class Engine(Protocol):
         folder. All ranks call it."""
         ...
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """The module with EMA weights inside the block; afterwards bitwise as before. All ranks enter and leave
+    def move_old_weights(self) -> None:
+        """Let the average "old", if there is one, follow the weights: called once an iteration, after its last update."""
+        ...
+
+    def averaged_weights(self, name: str) -> AbstractContextManager[None]:
+        """The module with an average's weights inside the block; afterwards bitwise as before. All ranks enter and leave
         together; no update, saving or loading inside.
 
-        With several ranks an error inside leaves the EMA weights in, and the engine refuses to go on: taking them out is
+        With several ranks an error inside leaves those weights in, and the engine refuses to go on: taking them out is
         an exchange, for which a rank alone with its error would wait in vain.
         """
         ...
@@ -166,10 +173,10 @@ class AdamWEngine(ABC):
         self.step_calls = 0
         self.updates = 0
         self.skipped_updates = 0
-        self.ema: ExponentialMovingAverage | None = None
+        self.averages: dict[str, AveragedWeights] = {}
         self._calls_left = 0
         self._calls_made = 0
-        self._inside_ema = False
+        self._inside: str | None = None
         # Activation checkpointing renames what it wraps; a saved state fits with and without it.
         self._parameters = {
             name.replace("_checkpoint_wrapped_module.", ""): parameter
@@ -195,7 +202,7 @@ class AdamWEngine(ABC):
     @abstractmethod
     def span(self, name: str) -> tuple[int, int] | None:
         """This rank's share of a parameter's state, (start, count) in elements; None when it has no share. It writes
-        its share when saving, and averages it for the EMA."""
+        its share when saving, and averages it."""
 
     def _held(self, name: str) -> tuple[int, int] | None:
         """What this rank holds in memory: its share, or everything where the state is replicated."""
@@ -228,10 +235,11 @@ class AdamWEngine(ABC):
 
     # What follows from it.
 
-    def _start_ema(self, device: str | torch.device) -> None:
-        if self.optim.ema_decay is not None:
-            self.ema = ExponentialMovingAverage(self.optim.ema_decay, device)
-            self.ema.start(self._local_weights())
+    def _start_averages(self, old: Decay | None, device: str | torch.device) -> None:
+        decays = {"ema": ema_decay(self.optim), "old": old}
+        self.averages = {name: AveragedWeights(decay, device) for name, decay in decays.items() if decay is not None}
+        for average in self.averages.values():
+            average.start(self._local_weights())
 
     def _local_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.trainable_names:
@@ -265,16 +273,16 @@ class AdamWEngine(ABC):
         self._calls_made += 1
         self._backward(loss, last=self._calls_left == 0)
 
-    def _refuse_inside_ema(self, call: str) -> None:
+    def _refuse_inside(self, call: str) -> None:
         # Where the module's weights are the float32 ones, the averages would pass for them.
-        if self._inside_ema:
+        if self._inside is not None:
             raise RuntimeError(
-                f"{call}() while the module holds EMA weights; leave ema_weights() first (an error inside it may have "
-                "kept them in)"
+                f"{call}() while the module holds {CALLED[self._inside]}; leave averaged_weights() first (an error inside it "
+                "may have kept them in)"
             )
 
     def step(self) -> float:
-        self._refuse_inside_ema("step")
+        self._refuse_inside("step")
         if self._calls_left or not self._calls_made:
             raise RuntimeError(
                 f"step() after {self._calls_made} calls of backward with {self._calls_left} announced calls missing"
@@ -284,11 +292,16 @@ class AdamWEngine(ABC):
         self.step_calls += 1
         if math.isfinite(norm):
             self.updates += 1
-            if self.ema is not None:
-                self.ema.update(self._local_weights())
+            if "ema" in self.averages:
+                self.averages["ema"].move(self._local_weights())
             return norm
         self.skipped_updates += 1
         return math.inf
+
+    def move_old_weights(self) -> None:
+        self._refuse_inside("move_old_weights")
+        if "old" in self.averages:
+            self.averages["old"].move(self._local_weights())
 
     def _whole(self, name: str, piece: Tensor | None, device: torch.device | str) -> Tensor:
         """A parameter's float32 state put together from all ranks' pieces, on every rank."""
@@ -303,14 +316,14 @@ class AdamWEngine(ABC):
         return self.world.all_true(all(bool(piece.isfinite().all()) for _, piece in self._local_weights()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        self._refuse_inside_ema("state_dict")
+        self._refuse_inside("state_dict")
         return {
             name: self._whole(name, self._piece(name, "weight") if self.span(name) else None, self.world.device).cpu()
             for name in self.trainable_names
         }
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        self._refuse_inside_ema("load_state_dict")
+        self._refuse_inside("load_state_dict")
         self._check_names({name: tuple(weight.shape) for name, weight in weights.items()}, "the given weights")
         with torch.no_grad():
             for name, weight in weights.items():
@@ -320,7 +333,7 @@ class AdamWEngine(ABC):
         self._refresh_module()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        self._refuse_inside_ema("save")
+        self._refuse_inside("save")
         if self._calls_made:
             raise RuntimeError("save() in the middle of an update would lose its gradients; call step() first")
         folder = Path(folder)
@@ -332,8 +345,8 @@ class AdamWEngine(ABC):
             parts["optimizer"] = {
                 f"{moment}.{name}": (*share, partial(self._piece, name, moment)) for moment in MOMENTS for name, share in shares
             }
-        if self.ema is not None:
-            parts["ema"] = {name: (*share, partial(self.ema.piece, name)) for name, share in shares}
+        for part, average in self.averages.items():
+            parts[part] = {name: (*share, partial(average.piece, name)) for name, share in shares}
         for part, pieces in parts.items():
             write_tensors(folder / f"{part}-{self.world.rank:05d}.safetensors", pieces)
         if self.world.rank == 0:
@@ -346,13 +359,13 @@ class AdamWEngine(ABC):
                 "step_calls": self.step_calls,
                 "updates": self.updates,
                 "skipped_updates": self.skipped_updates,
-                "ema_decay": None if self.ema is None else self.ema.decay,
+                "averages": {name: average.moves for name, average in self.averages.items()},
                 "parameters": {name: list(shape) for name, shape in self._shapes.items()},
             }
             (folder / ENGINE_JSON).write_text(json.dumps(description, indent=1))
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        self._refuse_inside_ema("load")
+        self._refuse_inside("load")
         folder = Path(folder)
         description = read_engine_json(folder)
         self._check_names({name: tuple(shape) for name, shape in description["parameters"].items()}, str(folder / ENGINE_JSON))
@@ -379,20 +392,20 @@ class AdamWEngine(ABC):
         self.skipped_updates = description["skipped_updates"]
         self._calls_left = self._calls_made = 0
         self._refresh_module()
-        if self.ema is not None:
-            if description["ema_decay"] is None:
-                logger.warning(
-                    "%s holds no EMA weights; the EMA (optim.ema_decay=%s) starts from the loaded weights",
-                    folder,
-                    self.ema.decay,
-                )
-                self.ema.start(self._local_weights())
-            else:
-                saved = SavedTensors(folder, "ema", world_size)
-                spans = ((name, self.span(name)) for name in self.trainable_names)
-                self.ema.start((name, saved.read(name, *span)) for name, span in spans if span is not None)
-        elif description["ema_decay"] is not None:
-            logger.warning("%s holds EMA weights, which are dropped because optim.ema_decay is null", folder)
+        self._read_averages(folder, description)
+
+    def _read_averages(self, folder: Path, description: Mapping[str, Any]) -> None:
+        for name, average in self.averages.items():
+            if name not in description["averages"]:
+                logger.warning("%s holds no %s; these start from the loaded weights", folder, CALLED[name])
+                average.start(self._local_weights())
+                continue
+            saved = SavedTensors(folder, name, description["world_size"])
+            spans = ((parameter, self.span(parameter)) for parameter in self.trainable_names)
+            pieces = ((parameter, saved.read(parameter, *span)) for parameter, span in spans if span is not None)
+            average.start(pieces, description["averages"][name])
+        for name in set(description["averages"]) - set(self.averages):
+            logger.warning("%s holds %s, which are dropped: this run has none", folder, CALLED.get(name, name))
 
     def _read_piece(self, saved: SavedTensors, key: str, name: str, part: str) -> None:
         held = self._held(name)
@@ -416,15 +429,18 @@ class AdamWEngine(ABC):
                 )
 
     @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            raise RuntimeError("there are no EMA weights: optim.ema_decay is null; set it (for instance 0.999) before training")
-        if self._inside_ema:
-            raise RuntimeError("ema_weights() inside ema_weights()")
-        ema = self.ema
-        self._inside_ema = True
+    def averaged_weights(self, name: str) -> Iterator[None]:
+        if name not in self.averages:
+            there = ", ".join(self.averages) or "no average"
+            raise RuntimeError(f"there are no {CALLED.get(name, name)}: of its weights this run has {there}")
+        if self._inside is not None:
+            raise RuntimeError(f"averaged_weights({name!r}) inside averaged_weights({self._inside!r})")
+        average = self.averages[name]
+        self._inside = name
         restore = self._fill_module(
-            lambda name: self._whole(name, ema.piece(name) if self.span(name) else None, self.world.device)
+            lambda parameter: self._whole(
+                parameter, average.piece(parameter) if self.span(parameter) else None, self.world.device
+            )
         )
         try:
             yield
@@ -433,10 +449,26 @@ class AdamWEngine(ABC):
             if self.world.size > 1:
                 raise
             restore()
-            self._inside_ema = False
+            self._inside = None
             raise
         restore()
-        self._inside_ema = False
+        self._inside = None
+
+
+def ema_decay(optim: OptimConfig) -> Decay | None:
+    """That of the configured exponential moving average.
+
+    Raises:
+        ValueError: the decay is no average.
+    """
+    if optim.ema_decay is None:
+        return None
+    try:
+        return Decay(optim.ema_decay, optim.ema_ramp)
+    except ValueError:
+        raise ValueError(
+            f"optim.ema_decay is {optim.ema_decay}; it must be at least 0 and below 1 (0.999 is usual), or null for no EMA"
+        ) from None
 
 
 def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:

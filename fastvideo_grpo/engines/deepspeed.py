@@ -19,6 +19,7 @@ from fastvideo_grpo.engines.deepspeed_json import Stated, merge_json, optimizer_
 from fastvideo_grpo.engines.local import clip_gradients, made_state
 from fastvideo_grpo.engines.parallel import World, make_group_of_one
 from fastvideo_grpo.engines.process import no_news_of_toolkits
+from fastvideo_grpo.grpo.decay import Decay
 
 if TYPE_CHECKING:
     from fastvideo_grpo.config.keys import EngineConfig, OptimConfig
@@ -39,13 +40,15 @@ class DeepSpeedEngine(AdamWEngine):
         module: a plain module, the same weights on every rank. Its parameters (not its buffers) are cast to `precision`
             and moved to `world.device`. Trainable: those with requires_grad; frozen ones work at every stage. With
             `zero_stage` 3 also one from `sharded_loading.load_partitioned`, with or without adapters added since.
-        optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay.
+        optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay,
+            ema_ramp.
         engine_config: zero_stage (0 to 3), offload ("none", "optimizer": AdamW's state and step on the CPU, "parameters":
             the weights too, stage 3 only), micro_batch_size; deepspeed_json (None, or a DeepSpeed configuration
             file that may repeat what ours say, say "auto", and tune the rest.
         precision: "fp32" or "bf16".
         world: from `World.current()`. Without a process group one of a single process is made.
-        ema_device: where the EMA weights lie.
+        old: decay of the weights that follow the trained ones from one iteration to the next; None: there are none.
+        average_device: where the averages of the weights lie.
 
     Raises:
         ValueError: a value is out of range or does not go with another.
@@ -61,7 +64,8 @@ class DeepSpeedEngine(AdamWEngine):
         *,
         precision: str = "fp32",
         world: World | None = None,
-        ema_device: str | torch.device = "cpu",
+        old: Decay | None = None,
+        average_device: str | torch.device = "cpu",
     ) -> None:
         world = with_process_group(world or World.current())
         self.zero_stage = _zero_stage(engine_config, precision)
@@ -71,7 +75,7 @@ class DeepSpeedEngine(AdamWEngine):
         config = deepspeed_config(optim, engine_config, precision, world)
         self.module = _initialize(model=module, optimizer=self._adam, config=config)
         self._gathered = deepspeed.zero.GatheredParameters
-        self._start_ema(ema_device)
+        self._start_averages(old, average_device)
 
     @property
     def _zero(self) -> Any:
@@ -104,7 +108,7 @@ class DeepSpeedEngine(AdamWEngine):
         return buffer, mapping.hp_fragment_address.start, address.start, address.numel
 
     def span(self, name: str) -> tuple[int, int] | None:
-        if self.zero_stage == 0:  # replicated: dealt over ranks for the files and the EMA
+        if self.zero_stage == 0:  # replicated: dealt over ranks for the files and the averages
             owner = self.trainable_names.index(name) % self.world.size
             return (0, self._shapes[name].numel()) if owner == self.world.rank else None
         fragment = self._fragment(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvideo_grpo.engines.base import MOMENTS, AdamWEngine, adamw
 from fastvideo_grpo.engines.parallel import World
+from fastvideo_grpo.grpo.decay import Decay
 
 if TYPE_CHECKING:
     from fastvideo_grpo.config.keys import OptimConfig
@@ -25,10 +26,11 @@ class LocalEngine(AdamWEngine):
         module: moved to `device`, its parameters (not its buffers) cast to `precision`. Trainable: those with
             requires_grad.
         optim: lr, betas, weight_decay, max_grad_norm (None or 0: no clipping), warmup_steps (linear), ema_decay (None:
-            no EMA).
+            no EMA), ema_ramp.
         precision: "fp32" or "bf16".
         device: default: the module's.
-        ema_device: where the EMA weights lie.
+        old: decay of the weights that follow the trained ones from one iteration to the next; None: there are none.
+        average_device: where the averages of the weights lie.
 
     Raises:
         ValueError: a value is out of range, or nothing is trainable.
@@ -43,7 +45,8 @@ class LocalEngine(AdamWEngine):
         *,
         precision: str = "fp32",
         device: str | torch.device | None = None,
-        ema_device: str | torch.device = "cpu",
+        old: Decay | None = None,
+        average_device: str | torch.device = "cpu",
     ) -> None:
         if device is None:
             device = next(module.parameters()).device
@@ -54,7 +57,7 @@ class LocalEngine(AdamWEngine):
             for name, parameter in self._parameters.items()
         }
         self._adam = adamw(self._masters.values(), optim)
-        self._start_ema(ema_device)
+        self._start_averages(old, average_device)
 
     def span(self, name: str) -> tuple[int, int] | None:
         return 0, self._shapes[name].numel()

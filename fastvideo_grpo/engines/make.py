@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.keys import Config, old_weights_decay
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.parallel import World
 
@@ -20,10 +20,11 @@ def make_engine(module: nn.Module, config: Config, world: World) -> Engine:
     Args:
         module: the network as it is trained, its parameters loaded (with ZeRO-3 in partitions).
     """
+    precision, old = config.model.precision, old_weights_decay(config)
     if config.engine.kind == "deepspeed":
         from fastvideo_grpo.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, config.optim, config.engine, precision=config.model.precision, world=world)
+        return DeepSpeedEngine(module, config.optim, config.engine, precision=precision, world=world, old=old)
     from fastvideo_grpo.engines.local import LocalEngine
 
-    return LocalEngine(module, config.optim, precision=config.model.precision, device=world.device)
+    return LocalEngine(module, config.optim, precision=precision, device=world.device, old=old)

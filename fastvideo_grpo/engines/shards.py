@@ -3,7 +3,7 @@
     FOLDER/engine.json                     which engine wrote it, counters, name and shape of every trainable parameter
     FOLDER/weights-RRRRR.safetensors       rank R's pieces of the float32 weights: NAME
     FOLDER/optimizer-RRRRR.safetensors     of AdamW's moments: exp_avg.NAME, exp_avg_sq.NAME; absent before an update
-    FOLDER/ema-RRRRR.safetensors           of the EMA weights: NAME; absent without EMA
+    FOLDER/ema-RRRRR.safetensors           of an average of the weights ("ema" or "old"): NAME; absent where there is none
 
 A piece is a flat run of the flattened tensor; the header's metadata says where each begins. Pieces of all ranks tile
 the tensor, so any number of ranks can read what any other number wrote.
@@ -76,11 +76,13 @@ def read_engine_json(folder: Path) -> dict[str, Any]:
         raise EngineStateError(f"{path} is not JSON ({failure}); use another checkpoint") from failure
     if description.get("format") != 1:
         raise EngineStateError(f"{path} has format {description.get('format')}; this version reads format 1")
+    # Of versions that knew no other average.
+    description.setdefault("averages", {} if description.get("ema_decay") is None else {"ema": description["updates"]})
     return description
 
 
 class SavedTensors:
-    """The pieces of one part ("weights", "optimizer" or "ema") of a saved folder; read lazily from mapped files.
+    """The pieces of one part ("weights", "optimizer", "ema" or "old") of a saved folder; read lazily from mapped files.
 
     Raises:
         EngineStateError: a file is missing or unreadable.

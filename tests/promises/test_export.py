@@ -100,7 +100,7 @@ def test_diffusers_loads_what_was_trained_and_draws_the_same_samples(make_traine
     assert type(pipeline).__name__ == model.pipeline
 
     network = getattr(pipeline, FAMILIES[model.kind].denoiser)
-    with trainer.engine.ema_weights() if case == "ema" else torch.no_grad():
+    with trainer.engine.averaged_weights("ema") if case == "ema" else torch.no_grad():
         ours = trainer.draw_fixed(prompt, keys).media.float() / 255
         weights = {n.replace("_checkpoint_wrapped_module.", ""): p.detach() for n, p in trainer.denoiser.named_parameters()}
         if not lora:

@@ -22,16 +22,23 @@ def _printed_load(text):
 
 
 def test_sample_draws_from_run_and_configuration(make_trainer, tmp_path, capsys):
-    trainer = make_trainer(optim__lr=1e-2, optim__ema_decay=0.8, run__iterations=2)
+    trainer = make_trainer(
+        optim__lr=1e-2,
+        optim__ema_decay=0.8,
+        run__iterations=2,
+        grpo__objective="nft",
+        grpo__old_weights__decay=0.5,
+        grpo__old_weights__ramp=None,
+    )
     trainer.train()
     grids = {}
-    for which in ("start", "model", "ema"):
+    for which in ("start", "model", "ema", "old"):
         out = tmp_path / which
         command = ["sample", str(trainer.run.folder), "--prompt", "a red circle", "--samples", "2", "--weights", which]
         assert cli.main([*command, "--out", str(out)]) == 0
         assert len(list(out.glob("0*.png"))) == 2 and (out / "index.json").is_file()
         grids[which] = (out / "grid.png").read_bytes()
-    assert len(set(grids.values())) == 3
+    assert len(set(grids.values())) == 4
     assert cli.main(["sample", str(trainer.run.folder), "--prompt", "a red circle", "--out", str(tmp_path / "ema")]) == 1
     assert "holds 0000.png already; choose another folder, or add --overwrite" in capsys.readouterr().err
     assert (tmp_path / "ema" / "grid.png").read_bytes() == grids["ema"]

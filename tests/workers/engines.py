@@ -212,10 +212,10 @@ def check_engine(world, root, name):
     x = torch.ones(1, 7, dtype=DTYPES[precision])
     with torch.no_grad():
         plain = engine.module(x)
-        with engine.ema_weights():
+        with engine.averaged_weights("ema"):
             averaged = engine.module(x)
             found["refused_inside_ema"] = refused(engine.state_dict) and refused(lambda: engine.save(folder))
-        with reference.ema_weights():
+        with reference.averaged_weights("ema"):
             expected = reference.module(x)
         found["ema_output"] = float((averaged - expected).abs().max())
         found["ema_differs"] = not torch.equal(averaged, plain)
@@ -230,7 +230,10 @@ def check_engine(world, root, name):
     found["consolidated"] = same(weights_from_checkpoint(folder / "saved"), engine.state_dict())
     found["consolidated_ema"] = largest_difference(
         weights_from_checkpoint(folder / "saved", "ema"),
-        {name: reference.ema.piece(name).view(reference.state_dict()[name].shape) for name in reference.trainable_names},
+        {
+            name: reference.averages["ema"].piece(name).view(reference.state_dict()[name].shape)
+            for name in reference.trainable_names
+        },
     )
     single = LocalEngine(Network(), OPTIM, precision=precision)
     single.load(folder / "saved")
@@ -271,14 +274,14 @@ def check_move(world, source, root, name, target):
     world.barrier()
     engine.save(folder)
     world.barrier()
-    counters = [{key: read_engine_json(f)[key] for key in ("step_calls", "updates", "ema_decay")} for f in (source, folder)]
+    counters = [{key: read_engine_json(f)[key] for key in ("step_calls", "updates", "averages")} for f in (source, folder)]
     found = {"bitwise": same(whole_state(folder), whole_state(source)) and counters[0] == counters[1]}
     single = LocalEngine(Network(), OPTIM, precision=precision)
     single.load(source)
     update(single, 4, 9)
     update(engine, 4, 9, rank=world.rank, size=world.size)
     found["continues"] = largest_difference(engine.state_dict(), single.state_dict())
-    with torch.no_grad(), engine.ema_weights(), single.ema_weights():
+    with torch.no_grad(), engine.averaged_weights("ema"), single.averaged_weights("ema"):
         x = torch.ones(1, 7, dtype=DTYPES[precision])
         found["ema_continues"] = float((engine.module(x) - single.module(x)).abs().max())
     return found
