@@ -144,6 +144,7 @@ def extremes():
 def told(dotted, value, use):
     """``use`` a configuration with this value; what is told names the key."""
     needed = ["grpo.best_of={top: 1, bottom: 1}"] if "best_of" in dotted else []
+    needed += ["grpo.objective=nft"] if "old_weights" in dotted else []
     try:
         use(build(*needed, f"{dotted}={value}"))
     except ConfigError as error:

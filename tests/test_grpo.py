@@ -340,5 +340,5 @@ def test_gradient_of_the_whole_loss_against_finite_differences():
 
 
 def test_unknown_objective_is_named():
-    with pytest.raises(ValueError, match="known: ddpo, dpo, dpok, grpo, refl"):
+    with pytest.raises(ValueError, match="known: awm, ddpo, diffusion_dpo, dpo, dpok, grpo, nft, refl"):
         objectives.get("ppo", clip_range=0.1, advantage_clip=None, kl_weight=0.0)

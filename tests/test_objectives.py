@@ -485,8 +485,17 @@ def test_each_objective_brings_the_defaults_of_its_paper():
     refl = _config("grpo.objective=refl")
     assert (refl.grpo.timesteps.strategy, refl.grpo.timesteps.fraction) == ("late", 0.25)
     assert refl.sample.init_noise == "per_sample"
-    dpo = _config("grpo.objective=dpo")
-    assert (dpo.grpo.best_of.top, dpo.grpo.best_of.bottom, dpo.grpo.timesteps.per) == (1, 1, "group")
+    for name in ("dpo", "diffusion_dpo"):
+        dpo = _config(f"grpo.objective={name}")
+        assert (dpo.grpo.best_of.top, dpo.grpo.best_of.bottom, dpo.grpo.timesteps.per) == (1, 1, "group")
+    nft = _config("grpo.objective=nft")
+    assert (nft.grpo.old_weights.decay, nft.grpo.old_weights.ramp, nft.grpo.kl_weight) == (0.5, 0.001, 1e-4)
+    assert (nft.sample.init_noise, nft.sample.stochastic.steps) == ("per_sample", "none")
+    awm = _config("grpo.objective=awm")
+    assert (awm.optim.ema_decay, awm.optim.ema_ramp, awm.grpo.ema_kl_weight) == (0.3, 0.001, 0.1)
+    assert awm.grpo.old_weights is None and (awm.grpo.clip_range, awm.grpo.advantage_clip) == (1.0, 1.0)
+    for objective in (nft, awm):
+        assert (objective.sample.init_noise, objective.sample.stochastic.steps) == ("per_sample", "none")
 
 
 def test_a_key_that_is_given_wins_over_the_objective():
@@ -499,11 +508,40 @@ def test_a_key_that_is_given_wins_over_the_objective():
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (["grpo.objective=ppo"], "allowed: ddpo, dpo, dpok, grpo, refl"),
+        (["grpo.objective=ppo"], "allowed: awm, ddpo, diffusion_dpo, dpo, dpok, grpo, nft, refl"),
         (["grpo.normalisation=batch"], "allowed: group, global, prompt_history"),
         (["grpo.history.minimum=40"], "grpo.history.minimum is 40.*at least 40"),
         (["grpo.objective=dpok", "grpo.kl_weight=0"], "grpo.kl_weight is 0.*above 0.*grpo.objective=ddpo"),
-        (["grpo.objective=ddpo", "grpo.kl_weight=0.1"], "grpo.kl_weight is 0.1.*set it to 0 .those of dpok, grpo have"),
+        (["grpo.objective=ddpo", "grpo.kl_weight=0.1"], "grpo.kl_weight is 0.1.*set it to 0 .those of awm, dpok, grpo, nft "),
+        (["grpo.objective=ddpo", "grpo.ema_kl_weight=0.1"], "ema_kl_weight is 0.1.*set it to 0 .those of awm, dpok, grpo, nft"),
+        (["grpo.ema_kl_weight=0.1"], "ema_kl_weight is 0.1, but optim.ema_decay=null averages nothing.*optim.ema_ramp=0.001"),
+        (["optim.ema_ramp=0.1"], "optim.ema_ramp is 0.1, but optim.ema_decay=null averages nothing"),
+        (["grpo.old_weights={}"], "grpo.old_weights is set, which is of objectives on clean samples .awm, diffusion_dpo, nft."),
+        (["grpo.cfg_scale=2.0"], "grpo.cfg_scale is set, which is of objectives on clean samples"),
+        (["grpo.timesteps.levels=uniform"], "grpo.timesteps.levels is set, which is of objectives on clean samples"),
+        (["sample.stochastic.steps=none"], "but objective grpo trains steps that draw noise: use all, window or one"),
+        (["sample.solver=dpm_solver"], "sample.solver is dpm_solver, which is of sample.stochastic.steps=none"),
+        (["grpo.objective=nft", "grpo.old_weights.decay=1.0"], "grpo.old_weights.decay: a decay of 1.0 is no average"),
+        (["grpo.objective=nft", "sample.init_noise=shared"], "all samples of a prompt would be the same: use per_sample"),
+        (["grpo.objective=nft", "grpo.timesteps.weight=guard"], "timesteps.weight is guard.*use none"),
+        (["grpo.objective=nft", "grpo.timesteps.levels=uniform"], "strategy is first, but levels=uniform draws them"),
+        (["grpo.objective=nft", "grpo.timesteps.level_shift=2.0"], "level_shift is 2, which is of drawn levels"),
+        (
+            ["grpo.objective=awm", "grpo.timesteps.levels=uniform", "grpo.timesteps.level_std=2.0"],
+            "level_std is 2, which is of levels=logit_normal",
+        ),
+        (
+            ["grpo.objective=nft", "sample.transition=ddim", "sample.solver=dpm_solver"],
+            "sample.solver is dpm_solver, which is made for networks that predict a velocity",
+        ),
+        (["grpo.objective=diffusion_dpo", "grpo.timesteps.per=sample"], "set grpo.timesteps.per=group"),
+        (
+            [
+                "grpo.objective=diffusion_dpo",
+                "grpo.timesteps={levels: uniform, strategy: all, fraction: 1.0, per: sample}",
+            ],
+            "compared at the same levels: set grpo.timesteps.per=group",
+        ),
         (["grpo.objective=dpo", "grpo.kl_weight=0.1"], "objective dpo has no such term"),
         (["grpo.objective=refl", "grpo.kl_weight=0.1"], "objective refl has no such term"),
         (["grpo.objective=dpo", "engine.micro_batch_size=3"], "engine.micro_batch_size is 3.*set it to 2 or 4"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvideo_grpo.config import saved as config_saved
-from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.keys import Config, guidance_of
 from fastvideo_grpo.errors import ConfigError
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.prompts.images import image_digest
@@ -90,7 +90,7 @@ def prompts_digest(prompts: Sequence[Prompt], config: Config, *, metadata: bool 
     lines = []
     for prompt in prompts:
         parts = [prompt.id, prompt.text]
-        if prompt.negative_prompt is not None and config.sample.cfg_scale > 1:
+        if prompt.negative_prompt is not None and max(guidance_of(config)) > 1:
             parts += ["negative prompt", prompt.negative_prompt]
         if metadata and prompt.metadata:
             parts += ["metadata", json.dumps(prompt.metadata, sort_keys=True)]

@@ -12,11 +12,16 @@ import torch
 from fastvideo_grpo.config.keys import (
     Config,
     GRPOConfig,
+    SampleConfig,
     StochasticConfig,
+    TimestepsConfig,
     checkpointed_blocks,
+    guidance_of,
     make_objective,
     make_transition,
+    old_weights_decay,
     stochastic_steps,
+    trainable_steps,
 )
 from fastvideo_grpo.config.values import name_in_file
 from fastvideo_grpo.errors import ConfigError
@@ -135,19 +140,21 @@ def _check_combinations(config: Config) -> Iterator[str]:
     yield from _check_stochastic(config, objective)
     if grpo.timesteps.strategy == "all" and grpo.timesteps.fraction != 1.0:
         yield f"grpo.timesteps.fraction is {grpo.timesteps.fraction}; with strategy all it must be 1.0"
-    if sample.negative_prompt and sample.cfg_scale <= 1:
+    guidance = guidance_of(config)
+    if sample.negative_prompt and max(guidance) <= 1:
         yield (
             f"sample.negative_prompt is {sample.negative_prompt!r}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: "
             "set it above 1, or remove the negative prompt"
         )
-    if config.model.cfg_batched and sample.cfg_scale <= 1:
+    if config.model.cfg_batched and max(guidance) <= 1:
         yield (
             f"model.cfg_batched is true, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it above 1, or "
             "model.cfg_batched=false"
         )
-    if grpo.cfg_gradients != "both" and sample.cfg_scale <= 1:
+    if grpo.cfg_gradients != "both" and guidance.training <= 1:
+        key = "sample" if grpo.cfg_scale is None else "grpo"
         yield (
-            f"grpo.cfg_gradients is {grpo.cfg_gradients}, but sample.cfg_scale={sample.cfg_scale:g} is no guidance: set it "
+            f"grpo.cfg_gradients is {grpo.cfg_gradients}, but {key}.cfg_scale={guidance.training:g} is no guidance: set it "
             "above 1, or grpo.cfg_gradients=both"
         )
     if sample.transition == "ode":
@@ -161,6 +168,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
         yield f"optim.betas is {list(config.optim.betas)}; it must be two numbers from 0 to below 1"
     if config.optim.ema_decay is not None and torch.tensor(config.optim.ema_decay) == 1.0:  # to float32
         yield f"optim.ema_decay is {config.optim.ema_decay}, an average that never moves; use 0.995, or null for none"
+    if config.optim.ema_ramp is not None and config.optim.ema_decay is None:
+        yield f"optim.ema_ramp is {config.optim.ema_ramp:g}, but optim.ema_decay=null averages nothing: set that, e.g. to 0.3"
     if not config.rewards.models:
         yield "rewards.models is empty; name at least one reward, for example rewards.models.size.kind=jpeg_size"
     rewards = config.rewards
@@ -271,17 +280,40 @@ def _check_stochastic(config: Config, objective: objectives.Objective | None) ->
             f"sample.eval_solver is dpm_solver, which is made for networks that predict a velocity, and transition "
             f"{sample.transition} is one of those that predict noise: use ode"
         )
+    if chosen.steps == "none" and sample.init_noise == "shared":
+        yield (
+            "sample.init_noise is shared, but with sample.stochastic.steps=none nothing else is drawn, and all samples of a "
+            "prompt would be the same: use per_sample"
+        )
+    if sample.solver != SampleConfig().solver:
+        if chosen.steps != "none":
+            yield (
+                f"sample.solver is {sample.solver}, which is of sample.stochastic.steps=none, and steps is {chosen.steps}: "
+                "leave it out (what lies behind stochastic steps is solved by sample.stochastic.tail)"
+            )
+        elif not velocity:
+            yield (
+                f"sample.solver is {sample.solver}, which is made for networks that predict a velocity, and transition "
+                f"{sample.transition} is one of those that predict noise: use ode"
+            )
     try:
-        steps = stochastic_steps(config)
+        stochastic_steps(config)
     except ValueError as error:
         yield f"sample.stochastic.{error}"
         return
     when = grpo.timesteps
     try:
-        timesteps.count(sample.steps, when.strategy, when.fraction, steps.trainable)
+        if objective is not None:
+            timesteps.count(sample.steps, when.strategy, when.fraction, trainable_steps(config, objective))
     except ValueError as error:
         yield f"grpo.timesteps.{error}"
-    if objective is None or chosen.steps == "all":
+    if objective is None or chosen.steps == "all" or getattr(objective, "clean", False):
+        return
+    if chosen.steps == "none":
+        yield (
+            f"sample.stochastic.steps is none, but objective {grpo.objective} trains steps that draw noise: use all, window or "
+            "one"
+        )
         return
     if not getattr(objective, "needs_density", True):
         yield (
@@ -293,6 +325,53 @@ def _check_stochastic(config: Config, objective: objectives.Objective | None) ->
             f"sample.stochastic.per is 'sample', but the two samples of a pair of objective {grpo.objective} are compared at "
             "the same timesteps: use per=group"
         )
+
+
+def _check_clean(config: Config, objective: objectives.Objective) -> Iterator[str]:
+    """Keys of objectives on clean samples, and keys that these do not read."""
+    grpo, when, default = config.grpo, config.grpo.timesteps, TimestepsConfig()
+    of_drawn = [key for key in ("level_mean", "level_std", "level_shift") if getattr(when, key) != getattr(default, key)]
+    if not getattr(objective, "clean", False):
+        known = ", ".join(objectives.on_clean_samples())
+        for key, usual in (("old_weights", None), ("cfg_scale", None)):
+            if getattr(grpo, key) != usual:
+                yield (
+                    f"grpo.{key} is set, which is of objectives on clean samples ({known}), and {grpo.objective} is none: "
+                    "leave it out"
+                )
+        if when.levels != default.levels or of_drawn:
+            keys = ", ".join(["levels"] * (when.levels != default.levels) + of_drawn)
+            yield (
+                f"grpo.timesteps.{keys} is set, which is of objectives on clean samples ({known}), and {grpo.objective} trains "
+                "the sampler's own steps: leave it out"
+            )
+        return
+    try:
+        old_weights_decay(config)
+    except ValueError as error:
+        yield f"grpo.old_weights.decay: {error}"
+    if when.weight != default.weight:
+        yield (
+            f"grpo.timesteps.weight is {when.weight}, which is made of the sampler's steps, of which objective "
+            f"{grpo.objective} trains none: use none"
+        )
+    if when.levels == "sampler":
+        for key in of_drawn:
+            yield f"grpo.timesteps.{key} is {getattr(when, key):g}, which is of drawn levels, not of sampler's: leave it out"
+    elif when.strategy not in ("random", "all"):
+        yield (
+            f"grpo.timesteps.strategy is {when.strategy}, but levels={when.levels} draws them: use random (fraction x "
+            "sample.steps levels a sample) or all"
+        )
+    if objective.pairs and when.levels != "sampler" and when.per == "sample":
+        yield (
+            f"grpo.timesteps.per is 'sample', but the two samples of a pair of objective {grpo.objective} are compared at the "
+            "same levels: set grpo.timesteps.per=group"
+        )
+    if when.levels == "uniform":
+        for key in ("level_mean", "level_std"):
+            if key in of_drawn:
+                yield f"grpo.timesteps.{key} is {getattr(when, key):g}, which is of levels=logit_normal: leave it out"
 
 
 def _check_objective(config: Config, objective: objectives.Objective) -> Iterator[str]:
@@ -309,6 +388,17 @@ def _check_objective(config: Config, objective: objectives.Objective) -> Iterato
         for key in keys:
             if getattr(grpo, key) != getattr(default, key) and not any(objectives.takes(name, one) for one in settings):
                 yield f"grpo.{key} is {getattr(grpo, key)}, but objective {name} does not use it: leave it out"
+    if grpo.ema_kl_weight > 0 and not objectives.takes(name, "ema_kl_weight"):
+        yield (
+            f"grpo.ema_kl_weight is {grpo.ema_kl_weight:g}, but objective {name} has no such term: set it to 0 (those of "
+            f"{', '.join(objectives.taking('ema_kl_weight'))} have)"
+        )
+    if "ema" in getattr(objective, "stored", ()) and config.optim.ema_decay is None:
+        yield (
+            f"grpo.ema_kl_weight is {grpo.ema_kl_weight:g}, but optim.ema_decay=null averages nothing: set it, for example "
+            "optim.ema_decay=0.3 optim.ema_ramp=0.001"
+        )
+    yield from _check_clean(config, objective)
     yield from _check_trust_region(grpo, default)
     if objective.needs_reward_gradients and grpo.normalisation != default.normalisation:
         yield f"grpo.normalisation is {grpo.normalisation}, but objective {name} has no advantages: leave it out"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvideo_grpo.config.values import LARGEST_SEED
 from fastvideo_grpo.grpo import objectives, timestep_weights, timesteps
 from fastvideo_grpo.grpo.advantages import NORMALISATIONS
+from fastvideo_grpo.grpo.decay import Decay
 from fastvideo_grpo.grpo.objectives import trust_regions
 from fastvideo_grpo.rewards.placement.entries import PLACEMENTS
 from fastvideo_grpo.rewards.placement.http import TOKEN_VARIABLE
@@ -121,8 +122,8 @@ class StochasticConfig:
 
     steps: str = _key(
         "all",
-        "all (the paper), a window of them, or one for each group or sample (docs/methods.md); a group that shares its initial "
-        "noise is one trajectory until its first, and drawn once",
+        "all (the paper), a window of them, one for each group or sample (docs/methods.md), or none, for objectives on clean "
+        "samples; a group that shares its initial noise is one trajectory until its first, and drawn once",
         choices=list(CHOICES),
     )
     width: int = _key(4, "window: how many", minimum=1)
@@ -177,6 +178,12 @@ class SampleConfig:
     )
     guidance_scale: float = _key(3.5, "embedded guidance, of models distilled for it", minimum=0, maximum=1000)
     cfg_scale: float = _key(1.0, "classifier-free guidance w: u + w (c - u); 1: none", minimum=1, maximum=1000)
+    eval_cfg_scale: float | None = _key(
+        None,
+        "that of evaluations, of pictures and of fastvideo-grpo sample (default: sample.cfg_scale)",
+        minimum=1,
+        maximum=1000,
+    )
     negative_prompt: str = _key("", "what guidance leads away from, where a line of the prompt file does not say")
     init_noise: str = _key(
         "shared",
@@ -184,6 +191,12 @@ class SampleConfig:
         choices=["shared", "per_sample"],
     )
     stochastic: StochasticConfig = _key(StochasticConfig, "which steps draw noise")
+    solver: str = _key(
+        "ode",
+        "the rollout's sampler where no step draws noise: the ODE of the transition, or dpm_solver: DPM-Solver++ of second "
+        "order (of models that predict a velocity)",
+        choices=list(SOLVERS),
+    )
     eval_steps: int | None = _key(
         None, "steps of evaluations, of pictures and of fastvideo-grpo sample (default: sample.steps)", minimum=2, maximum=1000
     )
@@ -220,12 +233,35 @@ class TimestepsConfig:
         maximum=1,
     )
     per: str = _key("sample", "one random draw per sample, or per group", choices=["sample", "group"])
+    within: float = _key(
+        1.0, "only the first share of them, from noise on, is trained: what the others are chosen from", minimum=1e-6, maximum=1
+    )
+    levels: str = _key(
+        "sampler",
+        "objectives on clean samples: noise is added as at the sampler's timesteps, or at levels drawn for each sample, "
+        "uniform or logit_normal, as many (with strategy random)",
+        choices=list(timesteps.LEVELS),
+    )
+    level_mean: float = _key(0.0, "logit_normal: mean of logit(t)", minimum=-20, maximum=20)
+    level_std: float = _key(1.0, "logit_normal: standard deviation of logit(t)", above=0, maximum=20)
+    level_shift: float = _key(1.0, "drawn levels: t becomes shift t / (1 + (shift - 1) t)", above=0, maximum=1000)
     weight: str = _key(
         "none",
         "what a timestep counts: none (the paper: each as much), rectified (1 / the scale of its gradient), guard (1 / its "
         "step) or noise (its standard deviation), each 1 on average over an iteration",
         choices=list(timestep_weights.WEIGHTS),
     )
+
+
+@dataclass
+class OldWeightsConfig:
+    """Weights that follow the trained ones once an iteration, old = d old + (1 - d) new, and draw the samples."""
+
+    decay: float = _key(0.5, "d, or with a ramp what it rises to", minimum=0, maximum=1)
+    ramp: float | None = _key(
+        None, "d rises by this with every iteration, from 0 to decay (default: it is decay from the first)", above=0
+    )
+    delay: int = _key(0, "iterations before that in which d is 0: the trained weights draw", minimum=0)
 
 
 @dataclass
@@ -276,7 +312,20 @@ class GRPOConfig:
         choices=["both", "conditional"],
     )
     kl_weight: float = _key(
-        0.0, "weight of the KL to the starting weights (grpo, dpok); 0: none, and no second copy kept", minimum=0
+        0.0, "weight of the KL to the starting weights (grpo, dpok, nft, awm); 0: none, and no second copy kept", minimum=0
+    )
+    ema_kl_weight: float = _key(
+        0.0, "weight of the KL to the moving average of the weights, optim.ema_decay (grpo, dpok, nft, awm); 0: none", minimum=0
+    )
+    old_weights: OldWeightsConfig | None = _key(
+        None,
+        "objectives on clean samples: who draws the samples, weights that follow the trained ones (null: these themselves)",
+    )
+    cfg_scale: float | None = _key(
+        None,
+        "objectives on clean samples: guidance of what is trained, whatever drew the samples (default: sample.cfg_scale)",
+        minimum=1,
+        maximum=1000,
     )
     objective: str = _key("grpo", "what an update minimises (docs/objectives.md)", choices=objectives.names)
     objective_params: dict[str, Any] = _key({}, "settings of the objective's own (dpo: beta)")
@@ -337,6 +386,11 @@ class OptimConfig:
     max_grad_norm: float = _key(1.0, "gradients are clipped to this global norm", above=0)
     warmup_steps: int = _key(0, "optimiser steps of linear warm-up", minimum=0)
     ema_decay: float | None = _key(None, "decay of an exponential moving average of the weights", above=0, maximum=1)
+    ema_ramp: float | None = _key(
+        None,
+        "the decay rises by this with every update, from 0 to ema_decay (default: it is ema_decay from the first)",
+        above=0,
+    )
 
 
 @dataclass
@@ -409,8 +463,33 @@ def make_objective(config: Config) -> objectives.Objective:
         clip_range=grpo.clip_range,
         advantage_clip=grpo.advantage_clip,
         kl_weight=grpo.kl_weight,
+        ema_kl_weight=grpo.ema_kl_weight,
         params=grpo.objective_params,
     )
+
+
+class Guidance(NamedTuple):
+    """Scales of classifier-free guidance; 1: none."""
+
+    rollout: float
+    training: float
+    evaluation: float
+
+
+def guidance_of(config: Config) -> Guidance:
+    """Those of the configuration, whose defaults are ``sample.cfg_scale``."""
+    scale, training, evaluation = config.sample.cfg_scale, config.grpo.cfg_scale, config.sample.eval_cfg_scale
+    return Guidance(scale, scale if training is None else training, scale if evaluation is None else evaluation)
+
+
+def trainable_steps(config: Config, objective: objectives.Objective) -> int:
+    """How many transitions of a sample, or levels of its noise, an update chooses from.
+
+    Raises:
+        ValueError: there is no such window.
+    """
+    steps = config.sample.steps if getattr(objective, "clean", False) else stochastic_steps(config).trainable
+    return timesteps.within(steps, config.grpo.timesteps.within)
 
 
 def stochastic_steps(config: Config) -> StochasticSteps:
@@ -431,6 +510,16 @@ def stochastic_steps(config: Config) -> StochasticSteps:
         fraction=chosen.fraction,
         per=chosen.per,
     )
+
+
+def old_weights_decay(config: Config) -> Decay | None:
+    """How the weights that draw the samples follow the trained ones; None: the trained ones draw.
+
+    Raises:
+        ValueError: the decay is no average.
+    """
+    old = config.grpo.old_weights
+    return None if old is None else Decay(old.decay, old.ramp, old.delay)
 
 
 def make_transition(sample: SampleConfig) -> transitions.Transition:

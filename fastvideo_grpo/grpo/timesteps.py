@@ -11,11 +11,16 @@ from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Span
 
 STRATEGIES = ("random", "first", "last", "all", "late")
+LEVELS = ("sampler", "uniform", "logit_normal")
+"""Where noise is added to clean samples: at the sampler's levels, or at drawn times."""
+
+_EARLIEST = 1e-4
+"""Of drawn times: nearer to the data there is no noise to speak of."""
 
 
 def count(steps: int, strategy: str, fraction: float, trainable: int | None = None) -> int:
-    """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density.
-    With ``all`` it is all that are trainable, with ``late`` 1.
+    """Trained timesteps per sample: ``min(ceil(fraction * steps), steps - 1)``; the last transition has no density (where every
+    step is trainable, on clean samples, ``steps`` at most). With ``all`` it is all that are trainable, with ``late`` 1.
 
     Args:
         trainable: transitions that can be trained (default: all but the last).
@@ -34,13 +39,42 @@ def count(steps: int, strategy: str, fraction: float, trainable: int | None = No
         return trainable
     if strategy == "late":
         return 1
-    wanted = min(_ceil(fraction * steps), steps - 1)
+    wanted = min(_ceil(fraction * steps), max(steps - 1, trainable))
     if wanted > trainable:
         raise ValueError(
-            f"fraction {fraction:g} of {steps} steps is {wanted} trained timesteps, but only {trainable} are stochastic: use "
+            f"fraction {fraction:g} of {steps} steps is {wanted} trained timesteps, but only {trainable} can be trained: use "
             f"strategy=all (with fraction=1.0), or a fraction of at most {trainable / steps:.3g}"
         )
     return wanted
+
+
+def within(trainable: int, share: float) -> int:
+    """How many of the trainable timesteps are left of the first ``share`` of them, at least 1."""
+    return max(1, _ceil(share * trainable))
+
+
+def times(
+    keys: list[SampleKey], count: int, levels: str, per: str, *, within: float, mean: float, std: float, shift: float
+) -> Tensor:
+    """Drawn times in (0, 1], 1 noise: float32 ``[B, count]`` on the CPU.
+
+    ``uniform``: t uniform; ``logit_normal``: ``logit(t)`` normal with ``mean`` and ``std`` (Esser et al. 2024,
+    arXiv:2403.03206). Then ``shift t / (1 + (shift - 1) t)``. ``within``: of that distribution the part above ``1 - within``.
+
+    Raises:
+        ValueError: another kind of levels.
+    """
+    if levels not in LEVELS[1:]:
+        raise ValueError(f"levels {levels!r} are not drawn; those that are: {', '.join(LEVELS[1:])}")
+    drawn = torch.stack([torch.from_numpy(key.generator("levels", shared=per == "group").random(count)) for key in keys])
+    lowest = torch.tensor(1 - within, dtype=torch.float64)
+    lowest = lowest / (shift - (shift - 1) * lowest)  # before the shift
+    if levels == "uniform":
+        t = lowest + (1 - lowest) * drawn
+    else:
+        below = torch.special.ndtr((torch.logit(lowest) - mean) / std)
+        t = torch.sigmoid(mean + std * torch.special.ndtri(below + (1 - below) * drawn))
+    return (shift * t / (1 + (shift - 1) * t)).clamp(_EARLIEST, 1).float()
 
 
 def kept(steps: int, strategy: str, fraction: float, trainable: int | None = None) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_objective
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks, guidance_of, make_objective
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.planning.cards import Card
@@ -121,18 +121,20 @@ _WEIGHTS, _GRADIENTS, _TOKENS = "weights", "gradients", "tokens"
 
 def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
     grpo, engine, sample = config.grpo, config.engine, config.sample
-    guided = sample.cfg_scale > 1
-    apart = guided and not config.model.cfg_batched  # a pass of its own for each text
-    passes = 2 if guided else 1
+    guidance = guidance_of(config)
+    passes, trained_passes = (2 if scale > 1 else 1 for scale in (guidance.rollout, guidance.training))
+    batched = config.model.cfg_batched  # else a pass of its own for each text
     dealt = dealing(config, ranks // engine.sequence_parallel)
     drawn = sum(len(members) for _, members in dealt.rollout_batches(0))
     batches = [batch for update in range(grpo.updates_per_iteration) for batch in dealt.update_batches(update, 0)]
     drawing, idle = drawing_of(config, dealt, 0), idle_of(config, dealt, 0)
-    transitions = len(batches) * RunSteps(config).trained
+    run_steps = RunSteps(config)
+    transitions = len(batches) * run_steps.trained
     rows = transitions * engine.micro_batch_size
-    constant = apart and grpo.cfg_gradients == "conditional"
-    trained = rows * (1 if constant else passes)
-    referring = rows * (1 if constant else 0) + (rows * passes if make_objective(config).needs_reference else 0)
+    constant = trained_passes == 2 and not batched and grpo.cfg_gradients == "conditional"
+    trained = rows * (1 if constant else trained_passes)
+    others_asked = make_objective(config).needs_reference + len(run_steps.stored)
+    referring = rows * (1 if constant else 0) + rows * trained_passes * others_asked
 
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     if stage == 0 and engine.kind == "deepspeed" and config.model.precision == "bf16":
@@ -141,7 +143,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
     size = DTYPES[config.model.precision].itemsize
     others = (ranks - 1) / ranks
     steps = grpo.updates_per_iteration
-    calls = 2 if apart else 1  # of the network, for a prediction
+    calls, trained_calls = (1 if batched else each for each in (passes, trained_passes))  # of the network, for a prediction
     sent: dict[str, float] = {}
     updating: dict[str, float] = {}
     if ranks > 1:
@@ -151,7 +153,7 @@ def _work(config: Config, facts: ModelFacts, ranks: int) -> Work:
             recomputed = checkpointed_blocks(engine.activation_checkpointing) > 0
             gathered = size * total * others
             sent[_WEIGHTS] = (drawing.predictions + idle) * calls * gathered
-            updating[_WEIGHTS] = transitions * calls * (3 if recomputed else 2) * gathered
+            updating[_WEIGHTS] = transitions * trained_calls * ((3 if recomputed else 2) + others_asked) * gathered
         elif stage:
             updating[_WEIGHTS] = steps * size * trainable * others
     shared = engine.sequence_parallel

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_objective
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks, guidance_of, make_objective
 from fastvideo_grpo.models.facts import ModelFacts
 from fastvideo_grpo.models.family import Activations, PassBytes
 from fastvideo_grpo.models.registry import FAMILIES, lora_settings
@@ -81,8 +81,11 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
     objective = make_objective(config)
     if objective.needs_reference and config.model.lora is None:
         resident["reference"] = weights if stage == 3 else total * size
+    average = 4 * trained / (ranks if stage >= 1 else 1)
     if config.optim.ema_decay is not None:
-        host["EMA"] = 4 * trained / (ranks if stage >= 1 else 1)
+        host["EMA"] = average
+    if config.grpo.old_weights is not None:
+        host["old weights"] = average
 
     vae = _folder_bytes(config, "vae", 4) * BYTES[config.model.vae_precision] / 4
     placed = _reward_bytes(config)
@@ -114,11 +117,17 @@ def estimate(config: Config, facts: ModelFacts, ranks: int, parameters: tuple[in
         phases["update"] += _kept_by_decoding(config, facts)
     samples = config.grpo.prompts_per_iteration * config.grpo.group_size * shared / ranks
     state = math.prod(family.latent_shape(facts, config.sample)) * 4
-    host["trajectories"] = samples * RunSteps(config).states * state
-    if shared > 1 or config.grpo.best_of is not None:
+    best_of, steps = config.grpo.best_of, RunSteps(config)
+    host["trajectories"] = samples * steps.states * state
+    kept = 1.0 if best_of is None else (best_of.top + best_of.bottom) / config.grpo.group_size
+    if stage == 0 and (steps.stored or config.grpo.old_weights is not None):
+        host["weights set aside"] = trained * size  # while others are in the network; ZeRO makes them of its masters again
+    if steps.stored:
+        # Of the trained rows, which each process of a group that shares them computes for itself; guidance makes it float32.
+        width = 4 if guidance_of(config).training > 1 else BYTES[config.model.precision]
+        host["stored outputs"] = samples * kept * steps.trained * len(steps.stored) * state / 4 * width
+    if shared > 1 or best_of is not None:
         # The samples of one update are fetched from who drew them; only the kept ones are trained on.
-        best_of = config.grpo.best_of
-        kept = 1.0 if best_of is None else (best_of.top + best_of.bottom) / config.grpo.group_size
         host["trajectories in exchange"] = host["trajectories"] * kept / config.grpo.updates_per_iteration
     return MemoryEstimate(resident, phases, host)
 
@@ -181,7 +190,7 @@ def too_little_on_host(memory: MemoryEstimate, needed: float, available: float) 
     return (
         f"by the estimate a process needs {gib(needed)} of host memory ({parts}), and its share of the machine's is "
         f"{gib(available)}; what would need less: fewer samples an iteration (grpo.prompts_per_iteration, grpo.group_size), "
-        "more nodes, less of engine.offload, engine.offload_idle and optim.ema_decay"
+        "more nodes, less of engine.offload, engine.offload_idle, optim.ema_decay and grpo.old_weights"
     )
 
 
@@ -248,12 +257,13 @@ def _unet(config: Config, facts: ModelFacts) -> PassBytes:
 
 
 def _passes_at_once(config: Config) -> int:
-    return 2 if config.sample.cfg_scale > 1 and config.model.cfg_batched else 1
+    return 2 if max(guidance_of(config)) > 1 and config.model.cfg_batched else 1
 
 
 def _passes_kept(config: Config) -> int:
     """Passes of a prediction whose activations wait for the backward pass."""
-    return 2 if config.sample.cfg_scale > 1 and (config.grpo.cfg_gradients == "both" or config.model.cfg_batched) else 1
+    both = config.grpo.cfg_gradients == "both" or config.model.cfg_batched
+    return 2 if guidance_of(config).training > 1 and both else 1
 
 
 def _forward_bytes(config: Config, facts: ModelFacts) -> float:

@@ -15,7 +15,7 @@ from fastvideo_grpo import launcher
 from fastvideo_grpo.checkpoints import folder
 from fastvideo_grpo.checkpoints.store import CheckpointError, CheckpointStore
 from fastvideo_grpo.config.checks import cautions
-from fastvideo_grpo.config.keys import Config, LoRAConfig, RewardConfig, SampleConfig, make_objective
+from fastvideo_grpo.config.keys import Config, LoRAConfig, RewardConfig, SampleConfig, guidance_of, make_objective
 from fastvideo_grpo.disk.room import free_bytes, refusal
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.errors import ConfigError
@@ -187,8 +187,9 @@ def _disk_notes(config: Config, facts: ModelFacts, embeddings: int) -> list[str]
 
 
 def checkpoint_bytes(config: Config, facts: ModelFacts) -> int:
-    """Of a checkpoint: float32 weights and two moments of what is trained, and its EMA."""
-    return (12 + 4 * bool(config.optim.ema_decay)) * count_parameters(config, facts)[0]
+    """Of a checkpoint: float32 weights and two moments of what is trained, and its averages."""
+    averages = (config.optim.ema_decay is not None) + (config.grpo.old_weights is not None)
+    return (12 + 4 * averages) * count_parameters(config, facts)[0]
 
 
 def iterations_done(config: Config, world: World) -> int | None:
@@ -253,7 +254,7 @@ def cut_by_encoders(config: Config, prompts: Sequence[Prompt]) -> list[str]:
 
     checkpoint, lines = Path(config.model.path), []
     texts = {"prompts": [prompt.text for prompt in prompts]}
-    if config.sample.cfg_scale > 1:
+    if max(guidance_of(config)) > 1:
         negative = (prompt.negative_text(config.sample.negative_prompt) for prompt in prompts)
         texts["negative prompts"] = list(dict.fromkeys(negative))
     for reader in FAMILIES[config.model.kind].text_readers(config, model_facts(config)):
@@ -285,7 +286,7 @@ def _cautions(config: Config, facts: ModelFacts) -> list[str]:
             f"evaluated as heldout is not kept out: the first is {shortened(shared[0].text, 60)!r}"
         )
     unread = sum(prompt.negative_prompt is not None for prompt in prompts)
-    if unread and config.sample.cfg_scale <= 1:
+    if unread and max(guidance_of(config)) <= 1:
         lines.append(
             f"{unread} of {len(prompts)} prompts have a negative prompt, which nobody reads without guidance: set "
             "sample.cfg_scale above 1, or leave them out"
@@ -360,7 +361,8 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
     embedding = config.prompts.text_length * family.text_width(facts) * bytes_per
     if family.reads_images:
         embedding += latent[0] * latent[-2] * latent[-1] * bytes_per
-    passes = 2 if sample.cfg_scale > 1 else 1
+    guidance = guidance_of(config)
+    passes, trained_passes = (2 if scale > 1 else 1 for scale in (guidance.rollout, guidance.training))
     gpus = torch.cuda.device_count()
     lines = [
         f"model        {facts.source}: {_count(total)} parameters, {_count(trainable)} trained"
@@ -375,7 +377,7 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         + (f", falling as t ** {sample.noise_decay:g}" if sample.noise_decay else "")
         + (" sqrt(sigma / (1 - sigma))" if sample.noise_schedule == "flow_grpo" else "")
         + (f", shift {sample.shift})" if family.prediction == "velocity" else ")")
-        + (f", guidance {sample.cfg_scale:g} in {'one pass' if config.model.cfg_batched else 'two passes'}" * (passes - 1))
+        + _guided(config)
         + (", the conditional one trained" if grpo.cfg_gradients == "conditional" else ""),
         f"prompts      {len(prompts)} in {config.prompts.path}: an epoch is "
         f"{len(prompts) / grpo.prompts_per_iteration:.1f} iterations"
@@ -398,8 +400,9 @@ def describe(config: Config, facts: ModelFacts, ranks: int) -> str:
         f"  update     {grpo.objective}{_changed(config)}, {_normalised(config)}: {grpo.updates_per_iteration} "
         f"optimiser steps of {len(dealt.groups_of(0))} prompts"
         + (f", best {grpo.best_of.top} + worst {grpo.best_of.bottom} of each" if grpo.best_of else "")
-        + f"; {steps.trained} of {sample.steps} timesteps a sample = {updates * steps.trained * passes} forwards and backwards "
+        + f"; {_trained_at(config, steps)} a sample = {updates * steps.trained * trained_passes} forwards and backwards "
         "a process",
+        *_other_weights(config, steps, updates * steps.trained * trained_passes),
         f"  network    {_number(drawn)} evaluations a sample in the rollout, {trained} in the update (a backward counts two), "
         f"{_number(drawn + trained)} in all; DanceGRPO's recipe, all steps stochastic and 0.6 of them trained, makes "
         f"{sample.steps + 3 * timesteps.count(sample.steps, 'random', 0.6)}",
@@ -420,6 +423,8 @@ def _stochastic(config: Config, steps: RunSteps) -> str:
     chosen, grpo = config.sample.stochastic, config.grpo
     if chosen.steps == "all":
         return ""
+    if chosen.steps == "none":
+        return f" of {'DPM-Solver++' if config.sample.solver == 'dpm_solver' else 'the ODE'}, none stochastic"
     if chosen.steps == "one":
         text = f", one of the first {steps.stochastic.candidates} stochastic, drawn per {chosen.per}"
     else:
@@ -437,6 +442,46 @@ def _stochastic(config: Config, steps: RunSteps) -> str:
     if chosen.tail < 1:
         text += f", those behind solved in {chosen.tail:g} of their number"
     return text
+
+
+def _guided(config: Config) -> str:
+    """The guidance of the rollout, and where they have others of training and evaluation."""
+    guidance = guidance_of(config)
+    if max(guidance) <= 1:
+        return ""
+    scales = [f"guidance {guidance.rollout:g}"]
+    scales += [
+        f"{scale:g} {where}"
+        for scale, where in zip(guidance[1:], ("trained", "evaluated"), strict=True)
+        if scale != guidance.rollout
+    ]
+    return f", {', '.join(scales)} in {'one pass' if config.model.cfg_batched else 'two passes'}"
+
+
+def _trained_at(config: Config, steps: RunSteps) -> str:
+    """At how many of its timesteps, or with how much noise, a sample is trained."""
+    if not steps.clean:
+        return f"{steps.trained} of {steps.steps} timesteps"
+    if steps.draws_levels:
+        return f"clean samples with noise at {steps.trained} {config.grpo.timesteps.levels} levels"
+    return f"clean samples with noise at {steps.trained} of {steps.steps} levels"
+
+
+def _other_weights(config: Config, steps: RunSteps, count: int) -> list[str]:
+    """Who draws the samples where it is not the trained weights, and what is asked of others before an update."""
+    old, lines = config.grpo.old_weights, []
+    if old is not None:
+        rise = f", rising by {old.ramp:g} an iteration" if old.ramp is not None else ""
+        delay = f", after {old.delay} iterations of 0" if old.delay else ""
+        lines.append(f"  drawn by   old weights that follow the trained ones with decay {old.decay:g}{rise}{delay}")
+    if steps.stored:
+        names = {"old": "weights that drew", "ema": "the moving average"}
+        check = ", and one that checks them" if "old" in steps.stored else ""
+        lines.append(
+            f"  stored     outputs of {' and '.join(names[name] for name in steps.stored)}, {count * len(steps.stored)} "
+            f"forwards a process before the first update{check}"
+        )
+    return lines
 
 
 def _number(value: float) -> str:

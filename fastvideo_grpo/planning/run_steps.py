@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from fastvideo_grpo.config.keys import Config, make_objective, stochastic_steps
+from fastvideo_grpo.config.keys import Config, make_objective, stochastic_steps, trainable_steps
 from fastvideo_grpo.engines.make import uses_zero3
 from fastvideo_grpo.grpo import timesteps
 from fastvideo_grpo.grpo.dealing import Dealing
 from fastvideo_grpo.sampling.noise import SampleKey
 from fastvideo_grpo.sampling.rollout import Span
+from fastvideo_grpo.sampling.schedules import Level, Schedule
 from fastvideo_grpo.sampling.solvers import fewer_levels
 
 
@@ -22,49 +24,86 @@ class RunSteps:
     Attributes:
         steps: of a sample.
         stochastic: which draw noise.
-        trained: transitions of a sample that an update trains.
+        clean: the objective trains on clean samples with noise, and needs no trajectory.
+        trained: transitions of a sample that an update trains, or levels of its noise.
         keeps_means: their means are kept for the update.
+        stored: the weights whose outputs are stored before an iteration's first update.
 
     Raises:
         ValueError: there is no such window, or more steps would be trained than are stochastic.
     """
 
     def __init__(self, config: Config) -> None:
-        sample, when = config.sample, config.grpo.timesteps
+        sample, when, objective = config.sample, config.grpo.timesteps, make_objective(config)
         self.steps = sample.steps
         self.stochastic = stochastic_steps(config)
-        self.trained = timesteps.count(self.steps, when.strategy, when.fraction, self.stochastic.trainable)
-        self.keeps_means: bool = getattr(make_objective(config), "needs_old_means", False)
+        self.clean: bool = getattr(objective, "clean", False)
+        self.keeps_means: bool = getattr(objective, "needs_old_means", False)
+        self.stored: tuple[str, ...] = getattr(objective, "stored", ())
+        self.trainable = trainable_steps(config, objective)
+        self.trained = timesteps.count(self.steps, when.strategy, when.fraction, self.trainable)
         self._when = when
-        self._offset, self._kept = timesteps.kept(self.steps, when.strategy, when.fraction, self.stochastic.trainable)
+        self._offset, self._kept = timesteps.kept(self.steps, when.strategy, when.fraction, self.trainable)
         self._tail = sample.stochastic.tail
+        self._solver = sample.solver
         self._shares = sample.init_noise == "shared"
         self._group_size = config.grpo.group_size
 
     @property
     def kept(self) -> int:
         """Transitions of a sample that are kept for the update."""
-        return self._kept
+        return 0 if self.clean else self._kept
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is kept of a sample, by name (:class:`~fastvideo_grpo.trainers.rollout.Rollout`)."""
+        if self.clean:
+            return ("clean",)
+        return ("latents", "log_probs", *(("means",) if self.keeps_means else ()))
 
     @property
     def states(self) -> int:
-        """Tensors of the size of a sample that a trajectory keeps."""
-        return self._kept + 1 + self._kept * self.keeps_means
+        """Tensors of the size of a sample that are kept of it."""
+        return self.kept + 1 + self.kept * self.keeps_means
 
     def kept_span(self, stochastic: Span) -> Span:
         """Which transitions are kept of samples with these stochastic ones."""
         return Span(stochastic.first + self._offset, self._kept)
 
     def chosen(self, keys: Sequence[SampleKey]) -> Tensor:
-        """The trained transitions of each sample, int64 ``[B, trained]``."""
+        """The trained transitions of each sample, int64 ``[B, trained]``; of drawn levels their numbers."""
         when, span = self._when, self.stochastic.span(keys)
-        trainable = Span(span.first, self.stochastic.trainable)
+        if self.draws_levels:
+            return torch.arange(self.trained).repeat(len(keys), 1)
+        trainable = Span(torch.zeros_like(span.first) if self.clean else span.first, self.trainable)
         return timesteps.choose(list(keys), self.steps, when.strategy, when.fraction, when.per, trainable)
+
+    @property
+    def draws_levels(self) -> bool:
+        """Clean samples get noise at drawn levels, not at those of the sampler."""
+        return self.clean and self._when.levels != "sampler"
+
+    def levels(self, keys: Sequence[SampleKey], chosen: Tensor, schedule: Schedule) -> list[Level]:
+        """The levels at which noise is added to each clean sample, ``trained`` of them; ``chosen``: of :meth:`chosen`."""
+        when = self._when
+        if not self.draws_levels:
+            return [schedule.at(column) for column in chosen.T]
+        drawn = timesteps.times(
+            list(keys),
+            self.trained,
+            when.levels,
+            when.per,
+            within=when.within,
+            mean=when.level_mean,
+            std=when.level_std,
+            shift=when.level_shift,
+        )
+        return [schedule.between(column) for column in drawn.T]
 
     def shared_prefix(self, key: SampleKey) -> int:
         """Steps before the first stochastic one of the group of ``key``, which are drawn once: 0 where initial noise is not
         shared."""
-        if not self._shares or self.stochastic.choice == "all":
+        if not self._shares or self.stochastic.choice in ("all", "none"):
             return 0
         if self.stochastic.choice == "one" and self.stochastic.per == "sample":
             return min(self.stochastic.first(replace(key, member=member)) for member in range(self._group_size))
@@ -73,6 +112,8 @@ class RunSteps:
     def solved_levels(self, first: int) -> tuple[int, ...] | None:
         """The levels that a solver takes behind stochastic steps from ``first`` on; None: each step is made by itself."""
         begin = first + self.stochastic.count
+        if self.stochastic.choice == "none":
+            return tuple(range(self.steps + 1)) if self._solver == "dpm_solver" else None
         if self._tail == 1 or begin >= self.steps:
             return None
         return fewer_levels(begin, self.steps, self._tail)
@@ -121,7 +162,7 @@ def drawing_of(config: Config, dealt: Dealing, rank: int) -> Drawing:
     groups = len({group for group, _ in jobs})
     predictions = samples = 0.0
     for first, often in steps.stochastic.places(config.grpo.group_size, config.run.iterations):
-        shared = first if config.sample.init_noise == "shared" and steps.stochastic.choice != "all" else 0
+        shared = first if config.sample.init_noise == "shared" else 0  # where all or none are stochastic, first is 0
         rest = first - shared + steps.predictions(first)
         predictions += often * (shared * groups + rest * len(jobs))
         samples += often * (shared * groups + rest * sum(len(members) for _, members in jobs))
@@ -136,7 +177,7 @@ def idle_of(config: Config, dealt: Dealing, rank: int) -> float:
     """Evaluations that this process makes for nothing, so that every process makes as many (ZeRO-3), on average over iterations
     whose prompts are made up."""
     steps = RunSteps(config)
-    if not uses_zero3(config) or steps.stochastic.choice == "all":
+    if not uses_zero3(config) or steps.stochastic.choice in ("all", "none"):
         return 0.0
     count = min(SIMULATED, config.run.iterations)
     idle = 0
@@ -154,7 +195,8 @@ def idle_of(config: Config, dealt: Dealing, rank: int) -> float:
 
 def evaluations_per_sample(config: Config, dealt: Dealing) -> tuple[float, int]:
     """(rollout, update): what an iteration costs a sample in evaluations of the network, on average; an update's forward and
-    backward count 3. Guidance and best-of-N are left out: they multiply every method's alike."""
+    backward count 3, an output that is stored before it 1. Guidance and best-of-N are left out: they multiply every method's
+    alike."""
     steps = RunSteps(config)
     drawn = sum(drawing_of(config, dealt, rank).samples for rank in range(dealt.ranks))
-    return drawn / (dealt.prompts * dealt.group_size), 3 * steps.trained
+    return drawn / (dealt.prompts * dealt.group_size), (3 + len(steps.stored)) * steps.trained

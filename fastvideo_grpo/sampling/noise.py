@@ -62,3 +62,9 @@ def initial_noise(keys: list[SampleKey], shape: tuple[int, ...], *, shared: bool
 def step_noise(keys: list[SampleKey], shape: tuple[int, ...], step: int) -> Tensor:
     """The SDE noise of transition ``step``: float32 ``[B, *shape]`` on the CPU, one draw per sample."""
     return torch.stack([normal(key.generator(f"step {step}"), shape) for key in keys])
+
+
+def forward_noise(keys: list[SampleKey], shape: tuple[int, ...], i: int, *, shared: bool) -> Tensor:
+    """The noise of the ``i``-th noised copy of each clean sample: float32 ``[B, *shape]`` on the CPU; ``shared``: one draw for
+    a group, so that its samples are compared under the same noise."""
+    return torch.stack([normal(key.generator(f"noised {i}", shared=shared), shape) for key in keys])

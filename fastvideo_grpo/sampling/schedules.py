@@ -18,7 +18,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Level:
     """Where each sample of a batch stands on the path: ``alpha``, ``sigma`` and ``timestep``, each float32 ``[B]`` on the CPU,
-    and the ``index`` of that level in its schedule, int64 ``[B]``.
+    and the ``index`` of that level in its schedule, int64 ``[B]`` (-1: none of the schedule's).
 
     They stay on the CPU so that asking whether a level is the last one never waits for a device.
     """
@@ -45,7 +45,8 @@ class Level:
 class Schedule:
     """Levels from noise to data: ``alpha``, ``sigma``, ``timestep``, each float32 ``[steps + 1]``.
 
-    ``timestep`` is what the network is conditioned on, in diffusers' unit (0 to 1000).
+    ``timestep`` is what the network is conditioned on, in diffusers' unit (0 to 1000). ``trained``: ``(alpha, sigma)`` of each
+    timestep that the network was trained at, float32, from data to noise; None: at every level of a flow.
 
     Raises:
         ValueError: the levels do not strictly descend to data (a repeated level has no density), or a level that is
@@ -55,6 +56,7 @@ class Schedule:
     alpha: Tensor
     sigma: Tensor
     timestep: Tensor
+    trained: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not (self.alpha.shape == self.sigma.shape == self.timestep.shape) or self.sigma.ndim != 1:
@@ -75,6 +77,16 @@ class Schedule:
         """The level of each sample: ``index`` int64 ``[B]``, samples of one batch may stand at different levels."""
         index = index.cpu()
         return Level(self.alpha[index], self.sigma[index], self.timestep[index], index)
+
+    def between(self, time: Tensor) -> Level:
+        """The levels at times in (0, 1], 1 noise: float32 ``[B]`` on the CPU. Of a flow ``sigma`` is the time; else it is the
+        share of the trained timesteps, the nearest of which is taken."""
+        nowhere = torch.full(time.shape, -1, dtype=torch.int64)
+        if self.trained is None:
+            return Level(1 - time, time, 1000 * time, nowhere)
+        alpha, sigma = self.trained
+        index = (time.double() * len(sigma)).ceil().long().clamp(1, len(sigma)) - 1
+        return Level(alpha[index], sigma[index], index.float(), nowhere)
 
 
 def flow(steps: int, shift: float) -> Schedule:
@@ -134,7 +146,13 @@ def ddim(
     last = torch.ones(1) if set_alpha_to_one else alpha_cumprod[:1]
     levels = torch.cat([alpha_cumprod[timestep], last]).double()
     timesteps = torch.cat([timestep, torch.zeros(1, dtype=torch.int64)]).float()
-    return Schedule(levels.sqrt().float(), (1 - levels).sqrt().float(), timesteps)
+    trained = alpha_cumprod.double()
+    return Schedule(
+        levels.sqrt().float(),
+        (1 - levels).sqrt().float(),
+        timesteps,
+        (trained.sqrt().float(), (1 - trained).sqrt().float()),
+    )
 
 
 # Keys of a scheduler_config.json that set the levels.

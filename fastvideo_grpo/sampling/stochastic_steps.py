@@ -11,7 +11,7 @@ import torch
 from fastvideo_grpo.sampling.noise import SampleKey, generator
 from fastvideo_grpo.sampling.rollout import Span
 
-CHOICES = ("all", "window", "one")
+CHOICES = ("all", "window", "one", "none")
 MOVES = ("fixed", "progressive", "random")
 
 
@@ -23,6 +23,7 @@ class StochasticSteps:
     (MixGRPO, Li et al. 2025, arXiv:2507.21802); ``fixed`` it stays there, ``progressive`` it moves on by ``stride`` every
     ``every`` iterations and begins at 0 again behind the last place, ``random`` each iteration draws a place. ``one``: a single
     one, drawn from the first ``fraction`` of the transitions (Flash-GRPO, arXiv:2605.15980), for each group or each sample.
+    ``none``: the samples are those of the ODE.
 
     A place is a function of seed and iteration (``one``: of group, prompt and member, too), so that resuming needs no state.
 
@@ -59,7 +60,7 @@ class StochasticSteps:
     @property
     def count(self) -> int:
         """Transitions of a sample that draw noise."""
-        return {"all": self.steps, "window": self.width, "one": 1}[self.choice]
+        return {"all": self.steps, "window": self.width, "one": 1, "none": 0}[self.choice]
 
     @property
     def trainable(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from fastvideo_grpo.grpo.advantages import Advantages
+from fastvideo_grpo.grpo.objectives import SampleBatch
 from fastvideo_grpo.grpo.selection import MicroBatch, best_of, pairs, regroup, regroup_pairs
 from fastvideo_grpo.prompts.files import Prompt
 from fastvideo_grpo.sampling.noise import SampleKey
@@ -24,10 +26,11 @@ from fastvideo_grpo.trainers.invalid_samples import check_invalid
 from fastvideo_grpo.trainers.iteration_steps import idle_predictions, trained_timestep_weights
 from fastvideo_grpo.trainers.not_finite import fault_metrics
 from fastvideo_grpo.trainers.policy import Policy
-from fastvideo_grpo.trainers.replay import fetch_trajectories, replay_batch
+from fastvideo_grpo.trainers.replay import AnyReplay, fetch_trajectories, replay_batch
 from fastvideo_grpo.trainers.rollout import Rollout, Trajectories
 from fastvideo_grpo.trainers.scoring import ScoreTable, reward_metrics
 from fastvideo_grpo.trainers.stopping import StopSignal
+from fastvideo_grpo.trainers.stored_outputs import Outputs, store_outputs, stored_deviation
 from fastvideo_grpo.trainers.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -77,7 +80,8 @@ class GRPOTrainer(Policy):
             run.status.iteration(iteration + 1)
             clock = Clock(run.status.doing, self.passes)
             prompts = run.draw_prompts(iteration)
-            rollout = self.rollout(iteration, prompts, clock)
+            with self.weights_of("old"):
+                rollout = self.rollout(iteration, prompts, clock)
             metrics = {"iteration": iteration, **fault_metrics(rollout.faults), **reward_metrics(rollout, rewards)}
             check_invalid(run, iteration, rollout)
             advantages = run.normalisation.advantages(
@@ -110,11 +114,11 @@ class GRPOTrainer(Policy):
             show(done, len(jobs))
             if not self.world.leads:
                 continue  # the leader of the group decoded, scores and keeps the same samples
-            assert drawn.trajectory is not None and drawn.media is not None
+            assert drawn.media is not None
             faults = drawn.faults()
             self.note_faults(faults)
             for row, member in enumerate(members):
-                for what, kept in drawn.trajectory.parts().items():
+                for what, kept in drawn.parts().items():
                     # A masked sample may still fill a micro-batch: as zeros, since weight 0 times NaN is NaN in the gradient.
                     trajectories[what, group, member] = kept[row] if faults[row] is None else torch.zeros_like(kept[row])
             table.submit(prompt, group, members, drawn.media, faults)
@@ -147,30 +151,38 @@ class GRPOTrainer(Policy):
         skipped_before = engine.skipped_updates
         lr = engine.lr
         timestep_weights = trained_timestep_weights(self, objective, iteration, rollout.prompts, chosen)
-        for update in range(grpo.updates_per_iteration):
-            counted = self._trained_transitions(update, chosen)
-            if counted == 0:
-                continue  # no sample of these prompts counts, on all ranks alike
-            batches = dealing.update_batches(update, self.world.data_rank)
+        # Without those of whose prompts no sample counts, on all ranks alike.
+        counted = {u: n for u in range(grpo.updates_per_iteration) if (n := self._trained_transitions(u, chosen))}
+        stored: Outputs = {}
+
+        def replays(update: int) -> Iterator[tuple[AnyReplay, SampleBatch]]:
             with clock.phase("exchange"):
-                trajectories = fetch_trajectories(update, rollout, chosen, dealing, self.world, means=self.steps.keeps_means)
-            engine.accumulate(len(batches) * self.steps.trained)
-            show = run.console.progress(f"iteration {iteration + 1}: update {update + 1}/{grpo.updates_per_iteration}")
-            for done, (group, k) in enumerate(batches, start=1):
-                replay, samples = replay_batch(
-                    self, rewards, iteration, rollout, trajectories, advantages, group, chosen[group][k]
+                trajectories = fetch_trajectories(update, rollout, chosen, dealing, self.world, self.steps.parts)
+            for number, (group, k) in enumerate(dealing.update_batches(update, self.world.data_rank)):
+                outputs = stored.get((update, number), {})
+                yield replay_batch(
+                    self, objective, rewards, iteration, rollout, trajectories, advantages, group, chosen[group][k], outputs
                 )
+
+        with clock.phase("update"):
+            stored, deviation = store_outputs(self, list(counted), replays)
+        for update, transitions in counted.items():
+            batches = len(dealing.update_batches(update, self.world.data_rank))
+            engine.accumulate(batches * self.steps.trained)
+            show = run.console.progress(f"iteration {iteration + 1}: update {update + 1}/{grpo.updates_per_iteration}")
+            for done, (replay, samples) in enumerate(replays(update), start=1):
                 for i in range(self.steps.trained):
                     with clock.phase("update"), self.pass_context(replay.conditioning):
                         loss, statistics = objective.loss(replay, samples, i)
                         weights = samples.weights * timestep_weights[samples.timesteps[:, i]].to(samples.weights)
                         # Gradients are summed over all processes, and those that share a sample have the same loss.
-                        loss = (loss * weights).sum() / counted / self.world.sequence_parallel
+                        loss = (loss * weights).sum() / transitions / self.world.sequence_parallel
                         engine.backward(loss)
                     total.add(loss, statistics, samples.weights, first=not norms)
-                show(done, len(batches))
+                show(done, batches)
             with clock.phase("update"):
                 norms.append(engine.step())
+        engine.move_old_weights()
         finite = [norm for norm in norms if math.isfinite(norm)]
         if len(finite) < len(norms):
             logger.warning(
@@ -183,6 +195,7 @@ class GRPOTrainer(Policy):
             logger.warning("iteration %d made no update: no sample counts (all masked, or no pair differs)", iteration + 1)
         return {
             **total.summary(self.world),
+            **stored_deviation(self, deviation),
             "train/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "train/lr": lr,
             "train/updates": len(finite),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvideo_grpo.config.keys import Config
+from fastvideo_grpo.config.keys import Config, guidance_of
 from fastvideo_grpo.engines.parallel import World
 from fastvideo_grpo.models.registry import FAMILIES
 from fastvideo_grpo.precision import DTYPES
@@ -33,8 +33,8 @@ def negative_of(prompt: Prompt, config: Config) -> Prompt:
 
 
 def to_encode(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
-    """The prompts whose embeddings a run needs: these, and with classifier-free guidance their negative prompts."""
-    if config.sample.cfg_scale <= 1:
+    """The prompts whose embeddings a run needs: these, and their negative prompts where anything is guided."""
+    if max(guidance_of(config)) <= 1:
         return list(prompts)
     return [*prompts, *dict.fromkeys(negative_of(prompt, config) for prompt in prompts)]
 

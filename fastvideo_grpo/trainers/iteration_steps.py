@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastvideo_grpo.engines.make import uses_zero3
@@ -37,8 +38,10 @@ def trained_timestep_weights(
     policy: Policy, objective: Objective, iteration: int, prompts: list[Prompt], chosen: list[list[MicroBatch]]
 ) -> Tensor:
     """What each transition but the last counts (``grpo.timesteps.weight``): float32 ``[T - 1]`` on the CPU, 1 on average over
-    all that the iteration trains, over all processes."""
+    all that the iteration trains, over all processes. On clean samples each level counts as much."""
     config, steps = policy.config, policy.steps
+    if steps.clean:
+        return torch.ones(max(steps.steps, steps.trained))
     region = getattr(objective, "trust_region", None)
     table = timestep_weights.table(
         config.grpo.timesteps.weight,

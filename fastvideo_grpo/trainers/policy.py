@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo_grpo.config.keys import Config, checkpointed_blocks, make_transition
+from fastvideo_grpo.config.keys import Config, checkpointed_blocks, guidance_of, make_transition
 from fastvideo_grpo.engines.activation_checkpointing import checkpoint_blocks, find_blocks
 from fastvideo_grpo.engines.base import Engine
 from fastvideo_grpo.engines.compiled_blocks import Compilations, compile_blocks
@@ -62,6 +62,10 @@ class Drawn:
     finite: Tensor
     decoded: Tensor | None
     trajectory: Trajectory | None
+
+    def parts(self) -> dict[str, Tensor]:
+        """What an update is given of each sample, by name: its trajectory, or without one its final latents."""
+        return {"clean": self.latents} if self.trajectory is None else self.trajectory.parts()
 
     def faults(self) -> list[str | None]:
         """What is not finite in each sample, ``SAMPLING`` or ``DECODING``; None for one that is sound."""
@@ -117,6 +121,7 @@ class Policy(ABC):
     _cache: EmbeddingCache | None = None
     _reference: nn.Module | None = None
     _inside_reference = False
+    _guidance: float | None = None
 
     # --- what a model must say for itself -----------------------------------------------------------------------------
 
@@ -350,6 +355,12 @@ class Policy(ABC):
         """Whether the network's blocks are compiled: they are once it is trained (``model.compile``)."""
         return self.compilations is not None
 
+    def weights_of(self, name: str) -> AbstractContextManager[None]:
+        """Within, the network is that of an average of its weights, by the engine's name of it, or of the trained ones where
+        there is none of that name: they draw where nothing follows them."""
+        assert self.engine is not None
+        return self.engine.averaged_weights(name) if name in self.engine.averages else nullcontext()
+
     def make_trainable(self, *, reference: bool) -> Engine:
         """Give the network to the configured engine, with blocks recomputed as ``engine.activation_checkpointing`` says.
 
@@ -380,6 +391,21 @@ class Policy(ABC):
             self.load_denoiser().eval(), config.optim, config.engine, precision=config.model.precision, world=self.world
         )
 
+    @property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance of :meth:`conditioning` and :meth:`predict`: that of the rollout, or while
+        :meth:`guided` is entered its own."""
+        return guidance_of(self.config).rollout if self._guidance is None else self._guidance
+
+    @contextmanager
+    def guided(self, scale: float) -> Iterator[None]:
+        """Within, classifier-free guidance has this scale."""
+        before, self._guidance = self._guidance, scale
+        try:
+            yield
+        finally:
+            self._guidance = before
+
     def pass_context(self, conditioning: Conditioning) -> AbstractContextManager[Any]:
         """Entered around :meth:`predict` of a micro-batch with this conditioning and its backward: the :meth:`forward_context`
         of what passes through the network at once."""
@@ -389,7 +415,7 @@ class Policy(ABC):
         """The network's output at ``sample`` ``[B, ...]``, with gradients when they are enabled, guidance included;
         float32 with guidance, else in the dtype that :meth:`network_output` gives.
 
-        With classifier-free guidance of scale w (``sample.cfg_scale``) it is u + w (c - u), where c is the output for the
+        With classifier-free guidance of scale w (:meth:`guided`) it is u + w (c - u), where c is the output for the
         prompt and u that for the negative prompt: both are functions of the weights, and both get gradients (Ho and Salimans
         2022, arXiv:2207.12598). With ``grpo.cfg_gradients=conditional`` u counts as a constant.
         """
@@ -425,7 +451,7 @@ class Policy(ABC):
             with torch.no_grad() if constant else nullcontext():
                 unconditional = self._pass(sample, level, negative).float()
             conditional = self._pass(sample, level, positive).float()
-        return unconditional + self.config.sample.cfg_scale * (conditional - unconditional)
+        return unconditional + self.guidance * (conditional - unconditional)
 
     def _pass(self, sample: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
         self.passes[TRAINED if torch.is_grad_enabled() else FORWARD] += len(sample)
@@ -452,7 +478,7 @@ class Policy(ABC):
         With classifier-free guidance that of its negative prompt, too, under names that begin with ``NEGATIVE``.
         """
         one = dict(self._encoded(prompt))
-        if self.config.sample.cfg_scale > 1:
+        if self.guidance > 1:
             negative = self._encoded(negative_of(prompt, self.config))
             one.update({f"{NEGATIVE}{name}": tensor for name, tensor in negative.items()})
         # An expanded view (stride 0) takes other kernels than a real batch: log-probs would differ in bf16.
@@ -488,7 +514,7 @@ class Policy(ABC):
             self.transition,
             lambda i: self.pack(noise.step_noise(keys, shape, i)),
             stochastic,
-            kept=self.steps.kept_span(stochastic) if self.world.leads else None,
+            kept=self.steps.kept_span(stochastic) if self.world.leads and not self.steps.clean else None,
             keep_means=self.steps.keeps_means,
             solver=None if levels is None else DPMSolver(self.schedule, levels),
             start=self._shared_start(prompt, keys[0], initial),
@@ -524,11 +550,13 @@ class Policy(ABC):
     def draw_fixed(self, prompt: Prompt, keys: Sequence[SampleKey]) -> Drawn:
         """Sample a micro-batch of one prompt to look at: without noise on the way, from noise of each sample's own, nothing
         written down, with ``sample.eval_solver`` in ``sample.eval_steps``."""
-        sample, schedule = self.config.sample, self.eval_schedule
+        schedule, solver = self.eval_schedule, None
         initial = noise.initial_noise(list(keys), self.latent_shape(), shared=False)
-        solver = DPMSolver(schedule, range(schedule.steps + 1)) if sample.eval_solver == "dpm_solver" else None
+        if self.config.sample.eval_solver == "dpm_solver":
+            solver = DPMSolver(schedule, range(schedule.steps + 1))
         walk = Walk(schedule, self.transition.deterministic(), solver=solver)
-        return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
+        with self.guided(guidance_of(self.config).evaluation):
+            return self.generate(self.conditioning(prompt, len(keys)), initial, walk)
 
     @cached_property
     def eval_schedule(self) -> Schedule:

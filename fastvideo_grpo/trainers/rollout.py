@@ -19,7 +19,7 @@ class Rollout:
 
     ``trajectories``: ``(what, group, member)`` -> what was kept of this rank's samples on the CPU, none where the leader of its
     sequence-parallel group has them: ``latents`` ``[n + 1, ...]``, ``log_probs`` ``[n]`` and, where they are asked for,
-    ``means`` ``[n, ...]`` of n transitions.
+    ``means`` ``[n, ...]`` of n transitions; or ``clean``, the final latents, where the objective needs no more.
     ``scores``, ``valid``: reward name -> ``[P, G]``, all samples. ``raw``: the scores before the outputs' transforms.
     ``faults``: of each of ``FAULTS``, the samples that have it, bool ``[P, G]``.
     ``prompts``: of each group. ``retried``: requests to rewards that were made again.

@@ -124,6 +124,7 @@ def test_killed_and_resumed_is_bitwise_never_killed(never_killed, tiny_checkpoin
     assert runs.run(overrides, processes=processes) == [0] * processes
     assert "after iteration 1" in runs.output(tmp_path)
     assert_same_bitwise(tmp_path, never_killed(settings, processes), ITERATIONS)
+    assert list(runs.averages(tmp_path, ITERATIONS)) == ["ema"]
 
 
 @pytest.mark.parametrize("model,case", cases(lambda model: ("ZeRO 2, moved",), lambda model, case: model.kind == "flux"))

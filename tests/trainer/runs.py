@@ -282,9 +282,7 @@ def _record(trainer: Any) -> None:
 
     def rollout(iteration: int, *args: Any) -> Any:
         result = original(iteration, *args)
-        kept = {"scores": result.raw}
-        for what in ("latents", "log_probs"):
-            kept[what] = {(group, member): t for (part, group, member), t in result.trajectories.items() if part == what}
+        kept = {"scores": result.raw, "trajectories": result.trajectories}
         torch.save(kept, trainer.run.folder / f"rollout-{iteration}-{trainer.world.rank}.pt")
         return result
 
@@ -305,14 +303,13 @@ def _record_gradients(trainer: Any) -> None:
     trainer.engine._update = update
 
 
-def drawn(folder: Path, iteration: int) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of a recorded run's iteration: (group, member) -> latents, (group, member) -> log-probs, reward -> score of each."""
+def drawn(folder: Path, iteration: int) -> tuple[dict[Any, torch.Tensor], dict[str, torch.Tensor]]:
+    """Of a recorded run's iteration: (what, group, member) -> that part of a sample's trajectory, reward -> score of each."""
     parts = [torch.load(file) for file in sorted((folder / "run").glob(f"rollout-{iteration}-*.pt"))]
-    latents = {key: value for part in parts for key, value in part["latents"].items()}
-    log_probs = {key: value for part in parts for key, value in part["log_probs"].items()}
-    assert len(latents) == sum(len(part["latents"]) for part in parts), "two processes drew the same sample"
+    trajectories = {key: value for part in parts for key, value in part["trajectories"].items()}
+    assert len(trajectories) == sum(len(part["trajectories"]) for part in parts), "two processes drew the same sample"
     assert all(torch.equal(part["scores"][name], parts[0]["scores"][name]) for part in parts for name in part["scores"])
-    return latents, log_probs, parts[0]["scores"]
+    return trajectories, parts[0]["scores"]
 
 
 def gradients(folder: Path, update: int, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -336,6 +333,13 @@ def weights(folder: Path, iteration: int, which: str = "model") -> dict[str, tor
     from fastvideo_grpo.engines.consolidate import weights_from_checkpoint
 
     return weights_from_checkpoint(folder / "run" / "checkpoints" / f"{iteration:06d}" / "state", which)
+
+
+def averages(folder: Path, iteration: int) -> dict[str, int]:
+    """Name -> moves of the averages of the weights in a run's checkpoint."""
+    from fastvideo_grpo.engines.shards import read_engine_json
+
+    return read_engine_json(folder / "run" / "checkpoints" / f"{iteration:06d}" / "state")["averages"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

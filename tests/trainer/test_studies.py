@@ -11,6 +11,8 @@ from fastvideo_grpo.studies.definitions import STUDIES
 from fastvideo_grpo.studies.jobs import plan_study
 from fastvideo_grpo.studies.measurement import EvaluationCounter, measure
 
+CLEAN = {"sample__init_noise": "per_sample", "sample__stochastic__steps": "none"}
+
 
 @pytest.mark.parametrize(
     "overrides",
@@ -19,6 +21,8 @@ from fastvideo_grpo.studies.measurement import EvaluationCounter, measure
         {"grpo__kl_weight": 0.1, "grpo__timesteps__strategy": "first", "grpo__timesteps__fraction": 0.5},
         # 3 of 4 rows, in two micro-batches of 2: one row only fills
         {"grpo__best_of__top": 2, "grpo__best_of__bottom": 1},
+        {**CLEAN, "grpo__objective": "nft", "sample__solver": "dpm_solver", "grpo__kl_weight": 1e-4},
+        {**CLEAN, "grpo__objective": "awm", "grpo__ema_kl_weight": 0.1, "optim__ema_decay": 0.3},
     ],
 )
 def test_the_budget_counts_the_networks_evaluations(make_trainer, overrides):

@@ -7,20 +7,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastvideo_grpo.extensions import Registry, not_callable
-from fastvideo_grpo.grpo.objectives.base import AdvantageRange, Objective, Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.awm import AWM
+from fastvideo_grpo.grpo.objectives.base import AdvantageRange, CleanReplay, Objective, Replay, SampleBatch
 from fastvideo_grpo.grpo.objectives.ddpo import DDPO
+from fastvideo_grpo.grpo.objectives.diffusion_dpo import DiffusionDPO
 from fastvideo_grpo.grpo.objectives.dpo import DPO
 from fastvideo_grpo.grpo.objectives.dpok import DPOK
 from fastvideo_grpo.grpo.objectives.grpo import GRPO
+from fastvideo_grpo.grpo.objectives.nft import NFT
 from fastvideo_grpo.grpo.objectives.refl import ReFL
 from fastvideo_grpo.grpo.objectives.trust_regions import Clip, ClipRange, TrustRegion
 
 __all__ = [
+    "AWM",
     "DDPO",
     "DPO",
     "DPOK",
     "GRPO",
+    "NFT",
     "OBJECTIVES",
+    "CleanReplay",
+    "DiffusionDPO",
     "Objective",
     "ReFL",
     "Replay",
@@ -31,7 +38,7 @@ __all__ = [
     "taking",
 ]
 
-SETTINGS = ("trust_region", "advantage_range", "clip_range", "advantage_clip", "kl_weight")
+SETTINGS = ("trust_region", "advantage_range", "clip_range", "advantage_clip", "kl_weight", "ema_kl_weight")
 """What every objective may ask for by an argument of that name; its other arguments are ``grpo.objective_params``."""
 
 _NEEDS = ("needs_reference", "needs_reward_gradients", "pairs")
@@ -57,12 +64,18 @@ def taking(setting: str) -> list[str]:
     return [name for name, make in OBJECTIVES.usable().items() if setting in _arguments(make)]
 
 
+def on_clean_samples() -> list[str]:
+    """The objectives that train on clean samples with noise."""
+    return [name for name, make in OBJECTIVES.usable().items() if getattr(make, "clean", False)]
+
+
 def get(
     name: str,
     *,
     clip_range: float,
     advantage_clip: float | None,
     kl_weight: float,
+    ema_kl_weight: float = 0.0,
     trust_region: TrustRegion | None = None,
     advantage_range: AdvantageRange | None = None,
     params: Mapping[str, Any] | None = None,
@@ -85,6 +98,7 @@ def get(
         "clip_range": clip_range,
         "advantage_clip": advantage_clip,
         "kl_weight": kl_weight,
+        "ema_kl_weight": ema_kl_weight,
     }
     own = [key for key in arguments if key not in SETTINGS]
     params = dict(params or {})
@@ -114,3 +128,6 @@ OBJECTIVES.register("ddpo", DDPO)
 OBJECTIVES.register("dpok", DPOK)
 OBJECTIVES.register("refl", ReFL)
 OBJECTIVES.register("dpo", DPO)
+OBJECTIVES.register("nft", NFT)
+OBJECTIVES.register("awm", AWM)
+OBJECTIVES.register("diffusion_dpo", DiffusionDPO)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from fastvideo_grpo.grpo.objectives import terms
 from fastvideo_grpo.grpo.objectives.base import Replay, SampleBatch
+from fastvideo_grpo.grpo.objectives.checked import positive_number
 
 
 class DPO:
@@ -38,9 +38,7 @@ class DPO:
     defaults: ClassVar[dict[str, Any]] = {"grpo": {"best_of": {"top": 1, "bottom": 1}, "timesteps": {"per": "group"}}}
 
     def __init__(self, *, beta: float = 5000.0) -> None:
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-            raise ValueError(f"grpo.objective_params.beta is {beta!r}; it must be a finite number above 0")
-        self.beta = float(beta)
+        self.beta = positive_number("beta", beta)
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``preferred`` (1 where the policy has moved towards the winner) and ``ratio``."""
@@ -48,10 +46,10 @@ class DPO:
         moved = terms.log_prob(step) - terms.log_prob(replay.reference(i)).detach()
         margin = moved[0::2] - moved[1::2]
         loss = -functional.logsigmoid(self.beta * margin)
-        statistics = {"preferred": _per_row((margin.detach() > 0).float()), **terms.ratio(step, samples, i)}
-        return _per_row(loss), statistics
+        statistics = {"preferred": per_row((margin.detach() > 0).float()), **terms.ratio(step, samples, i)}
+        return per_row(loss), statistics
 
 
-def _per_row(pairs: Tensor) -> Tensor:
+def per_row(pairs: Tensor) -> Tensor:
     """``[B / 2]`` of pairs -> ``[B]`` of their rows."""
     return torch.repeat_interleave(pairs, 2)

@@ -22,6 +22,7 @@ class DPOK:
         trust_region: what stands for the ratio and its clipping (:mod:`~fastvideo_grpo.grpo.objectives.trust_regions`).
         advantage_range: advantages are clamped to - the first and the second before use (None: the first); None leaves them.
         kl_weight: above 0.
+        ema_kl_weight: of the KL to the moving average; 0 asks for none.
 
     Raises:
         ValueError: without a KL it is DDPO.
@@ -35,7 +36,9 @@ class DPOK:
         "grpo": {"normalisation": "global", "kl_weight": 0.01},
     }
 
-    def __init__(self, *, trust_region: TrustRegion, advantage_range: AdvantageRange, kl_weight: float) -> None:
+    def __init__(
+        self, *, trust_region: TrustRegion, advantage_range: AdvantageRange, kl_weight: float, ema_kl_weight: float
+    ) -> None:
         if kl_weight <= 0:
             raise ValueError(
                 f"grpo.kl_weight is {kl_weight:g}, but objective dpok is regularised by it: set it above 0, for example 0.01, "
@@ -44,12 +47,14 @@ class DPOK:
         self.trust_region = trust_region
         self.needs_old_means = trust_region.needs_old_means
         self.advantage_range = advantage_range
-        self.kl_weight = kl_weight
+        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
+        self.stored = ("ema",) if ema_kl_weight > 0 else ()
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`Objective`; statistics: ``ratio``, ``clipped``, ``kl``."""
+        """See :class:`Objective`; statistics: ``ratio``, ``clipped``, ``kl`` and, where it has a weight,
+        ``ema_kl``."""
         step = replay.step(i)
         advantages = terms.within(samples.advantages, *self.advantage_range)
         surrogate, statistics = self.trust_region.surrogate(step, replay, samples, i, advantages)
-        kl = terms.kl(step, replay.reference(i))
-        return surrogate + self.kl_weight * kl, {**statistics, "kl": kl.detach()}
+        penalty, of_penalty = terms.penalty(step, replay, i, self.kl_weight, self.ema_kl_weight)
+        return surrogate + penalty, {**statistics, **of_penalty}
