@@ -329,10 +329,12 @@ def test_wrong_checkpoints_are_named(run_config, checkpoint, tmp_path):
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 PROCESSES = {
+    "flux_t2i_awm": 8,
     "flux_t2i_flowgrpo": 32,
     "flux_t2i_mixgrpo": 32,
     "flux_t2i_mixgrpo_flash": 32,
     "flux_t2i_mixgrpo_flash_star": 32,
+    "flux_t2i_nft": 8,
     "flux_t2i_paper": 32,
     "flux_t2i_paper_hps_clip": 32,
     "flux_t2i_paper_lora": 8,
@@ -385,6 +387,8 @@ SIZES = {
     "skyreels_i2v": ("12.821 B parameters", "latents 16x14x50x80, 14000 tokens, 256 text tokens"),
     "stable_diffusion": ("0.860 B parameters", "latents 4x64x64, 4096 tokens, 77 text tokens"),
     "flux_t2i_flowgrpo": ("0.179 B trained (LoRA rank 64)", "latents 16x64x64, 1024 tokens, 128 text tokens, 6 steps"),
+    "flux_t2i_nft": ("0.179 B trained (LoRA rank 64)", "clean samples with noise at 2 of 8 levels a sample"),
+    "flux_t2i_awm": ("0.179 B trained (LoRA rank 64)", "clean samples with noise at 4 of 10 levels a sample"),
     "wan_t2v": ("1.419 B parameters", "noise level 0.3, shift 3.0), guidance 5 in one pass"),
     "wan_t2v_flashgrpo": ("11.796 M trained (LoRA rank 16)", "latents 16x21x60x104, 32760 tokens, 512 text tokens, 20 steps"),
 }
@@ -477,6 +481,26 @@ def test_the_recipes_of_later_methods_have_the_numbers_they_name(name):
     assert sample.noise_schedule == "flow_grpo" and config.grpo.trust_region == "clip"
     dealt = plan.dealing(config, PROCESSES[name])
     assert evaluations_per_sample(config, dealt) == pytest.approx(METHODS[name][5], abs=0.05)
+
+
+# Steps, trained levels; evaluations a sample of rollout and update, each level with one output stored before it for each of the
+# weights that are asked; forwards that are stored by a process.
+ON_CLEAN_SAMPLES = {
+    "flux_t2i_nft": (8, 2, (8, 8), "outputs of weights that drew, 96 forwards a process before the first update, and one that"),
+    "flux_t2i_awm": (10, 4, (10, 20), "outputs of weights that drew and the moving average, 384 forwards a process"),
+}
+
+
+@pytest.mark.parametrize("name", ON_CLEAN_SAMPLES)
+def test_the_recipes_on_clean_samples_have_the_numbers_they_name(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(ROOT / "train_scripts" / "configs" / f"{name}.yaml")
+    steps, (count, trained, evaluations, said) = RunSteps(config), ON_CLEAN_SAMPLES[name]
+    assert (config.sample.steps, steps.trained, steps.clean) == (count, trained, True)
+    assert evaluations_per_sample(config, plan.dealing(config, 8)) == evaluations
+    text = plan.describe(config, model_facts(config, published_if_missing=True), 8)
+    assert said in text and f"{count} steps of the ODE, none stochastic" in text and "GiB" in text
+    assert "stored outputs" in text and ("drawn by   old weights" in text) == (name == "flux_t2i_nft")
 
 
 def test_a_model_has_defaults_of_its_own_where_nothing_is_given(tmp_path):
