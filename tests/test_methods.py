@@ -316,7 +316,7 @@ def test_timesteps_are_chosen_among_stochastic_steps():
     assert timesteps.choose(_keys(2), 10, "last", 0.2, "sample", span).tolist() == [[5, 6], [7, 8]]
     random = timesteps.choose(_keys(2), 10, "random", 0.3, "sample", span)
     assert all(first <= i < first + 4 for first, row in zip((3, 5), random.tolist(), strict=True) for i in row)
-    with pytest.raises(ValueError, match=r"6 trained timesteps, but only 4 are stochastic: use strategy=all"):
+    with pytest.raises(ValueError, match=r"6 trained timesteps, but only 4 can be trained: use strategy=all"):
         timesteps.count(10, "random", 0.6, 4)
     for strategy, fraction in (("first", 0.3), ("last", 0.3), ("random", 0.3), ("all", 1.0), ("late", 0.4)):
         offset, kept = timesteps.kept(10, strategy, fraction, 4)
@@ -343,7 +343,7 @@ def _config(*overrides):
         ([*WINDOW, "sample.stochastic.moves=random", "sample.stochastic.start=3"], "draws where the window begins"),
         ([*WINDOW, "sample.stochastic.width=16"], "width is 16, .* use at most 15"),
         ([*WINDOW, "sample.stochastic.start=12"], "would reach the last.* use at most 11"),
-        (["sample.stochastic.steps=window"], "is 10 trained timesteps, but only 4 are stochastic: use strategy=all"),
+        (["sample.stochastic.steps=window"], "is 10 trained timesteps, but only 4 can be trained: use strategy=all"),
         ([*ONE, "sample.stochastic.per=sample", "sample.stochastic.tail=0.4"], "no tail in common: use per=group, or tail=1"),
         (["sample.stochastic.tail=0.4"], "tail is 0.4, which is of steps=window or one"),
         ([*ONE, "grpo.objective=dpo", "sample.stochastic.per=sample", "engine.micro_batch_size=2"], "pair of objective dpo"),
