@@ -332,18 +332,13 @@ def _check_clean(config: Config, objective: objectives.Objective) -> Iterator[st
     grpo, when, default = config.grpo, config.grpo.timesteps, TimestepsConfig()
     of_drawn = [key for key in ("level_mean", "level_std", "level_shift") if getattr(when, key) != getattr(default, key)]
     if not getattr(objective, "clean", False):
-        known = ", ".join(objectives.on_clean_samples())
-        for key, usual in (("old_weights", None), ("cfg_scale", None)):
-            if getattr(grpo, key) != usual:
-                yield (
-                    f"grpo.{key} is set, which is of objectives on clean samples ({known}), and {grpo.objective} is none: "
-                    "leave it out"
-                )
-        if when.levels != default.levels or of_drawn:
-            keys = ", ".join(["levels"] * (when.levels != default.levels) + of_drawn)
+        keys = [f"grpo.{key}" for key in ("old_weights", "cfg_scale") if getattr(grpo, key) is not None]
+        keys += [f"grpo.timesteps.{key}" for key in ["levels"] * (when.levels != default.levels) + of_drawn]
+        if keys:
+            known = ", ".join(objectives.on_clean_samples())
             yield (
-                f"grpo.timesteps.{keys} is set, which is of objectives on clean samples ({known}), and {grpo.objective} trains "
-                "the sampler's own steps: leave it out"
+                f"{', '.join(keys)} is set, which is of objectives on clean samples ({known}), and {grpo.objective} is none: "
+                "leave it out"
             )
         return
     try:
