@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ from fastvideo_grpo.trainers.policy import Policy
 from fastvideo_grpo.trainers.rollout import Rollout, Trajectories
 
 
-class _Replay:
+class _Replay(ABC):
     """What is the same whether a trajectory is replayed or clean samples get noise.
 
     Args:
@@ -51,9 +52,9 @@ class _Replay:
         self.prompt = prompt
         self._stored = stored
 
+    @abstractmethod
     def place(self, i: int) -> tuple[Tensor, Level]:
         """The states ``[B, ...]`` at the rows' ``i``-th timesteps, on the device, and their levels."""
-        raise NotImplementedError
 
     def output(self, i: int) -> Tensor:
         """The network's output there under the weights that are in it, with gradients when they are enabled."""
