@@ -81,12 +81,15 @@ class CleanSamplesReplay(_Replay):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._clean, self._noise, self._levels = clean, noise, levels
+        self._last: tuple[int, Noised] | None = None
 
     def noised(self, i: int) -> Noised:
-        """Each row's clean sample with its noise at its ``i``-th level."""
-        device = self.policy.world.device
-        clean, noise = self._clean.to(device), self._noise(i).to(device)
-        return Noised(clean, noise, self._levels[i], self.policy.transition.prediction)
+        """Each row's clean sample with its noise at its ``i``-th level: drawn once, however often it is asked for in a row."""
+        if self._last is None or self._last[0] != i:
+            device = self.policy.world.device
+            clean, noise = self._clean.to(device), self._noise(i).to(device)
+            self._last = i, Noised(clean, noise, self._levels[i], self.policy.transition.prediction)
+        return self._last[1]
 
     def place(self, i: int) -> tuple[Tensor, Level]:
         return self.noised(i).sample, self._levels[i]

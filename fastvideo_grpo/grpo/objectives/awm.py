@@ -39,7 +39,6 @@ class AWM:
     clean = True
     needs_reward_gradients = False
     pairs = False
-    needs_density = False
     defaults: ClassVar[dict[str, Any]] = {
         "sample": {"init_noise": "per_sample", "stochastic": {"steps": "none"}},
         "grpo": {
@@ -65,9 +64,8 @@ class AWM:
         self.power = positive_number("power", power)
         self.clip_range = ClipRange(clip_range, clip_range)
         self.advantage_range = advantage_range
-        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
-        self.needs_reference = kl_weight > 0
-        self.stored = ("old", "ema") if ema_kl_weight > 0 else ("old",)
+        self.penalty = terms.Penalty(kl_weight, ema_kl_weight)
+        self.needs_reference, self.stored = self.penalty.needs_reference, ("old", *self.penalty.stored)
 
     def loss(self, replay: CleanReplay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio``, ``clipped`` and, where they have weights, ``kl``, ``ema_kl``."""
@@ -76,7 +74,7 @@ class AWM:
         density = self.log_density(velocity, target, time)
         ratio = torch.exp(density - self.log_density(replay.stored("old", i), target, time))
         loss, clipped = self.clip_range.surrogate(ratio, terms.within(samples.advantages, *self.advantage_range))
-        penalty, statistics = terms.clean_penalty(velocity, replay, i, self.kl_weight, self.ema_kl_weight)
+        penalty, statistics = self.penalty.of_velocity(velocity, replay, i)
         return loss + penalty, {"ratio": ratio.detach(), "clipped": clipped, **statistics}
 
     def log_density(self, velocity: Tensor, target: Tensor, time: Tensor) -> Tensor:

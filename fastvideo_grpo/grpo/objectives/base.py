@@ -92,8 +92,8 @@ class Objective(Protocol):
 
     It may have more attributes: ``clean`` (default: false), it is given a :class:`CleanReplay` and needs no trajectory, so that
     any sampler may draw; ``stored`` (default: none), of :data:`STORED` the weights whose outputs it asks for;
-    ``needs_old_means`` (default: false), ``replay.old_mean`` is called; and ``needs_density`` (default: true), false where
-    steps without noise can be trained, too.
+    ``needs_old_means`` (default: false), ``replay.old_mean`` is called; and ``needs_density`` (default: true; not asked where
+    ``clean``), false where steps without noise can be trained, too.
 
     What is registered may have an attribute ``defaults``, by section of the configuration: what the method's paper does around
     the loss, in place of keys' own defaults where a run leaves them out (a model's come before these).

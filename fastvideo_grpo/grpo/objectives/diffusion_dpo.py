@@ -28,7 +28,6 @@ class DiffusionDPO:
     needs_reference = True
     needs_reward_gradients = False
     pairs = True
-    needs_density = False
     defaults: ClassVar[dict[str, Any]] = {
         "sample": {"init_noise": "per_sample", "stochastic": {"steps": "none"}},
         "grpo": {"best_of": {"top": 1, "bottom": 1}, "timesteps": {"per": "group"}},

@@ -47,8 +47,8 @@ class DPOK:
         self.trust_region = trust_region
         self.needs_old_means = trust_region.needs_old_means
         self.advantage_range = advantage_range
-        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
-        self.stored = ("ema",) if ema_kl_weight > 0 else ()
+        self.penalty = terms.Penalty(kl_weight, ema_kl_weight)
+        self.stored = self.penalty.stored
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio``, ``clipped``, ``kl`` and, where it has a weight,
@@ -56,5 +56,5 @@ class DPOK:
         step = replay.step(i)
         advantages = terms.within(samples.advantages, *self.advantage_range)
         surrogate, statistics = self.trust_region.surrogate(step, replay, samples, i, advantages)
-        penalty, of_penalty = terms.penalty(step, replay, i, self.kl_weight, self.ema_kl_weight)
+        penalty, of_penalty = self.penalty.of_step(step, replay, i)
         return surrogate + penalty, {**statistics, **of_penalty}

@@ -28,14 +28,13 @@ class GRPO:
         self.trust_region = trust_region
         self.needs_old_means = trust_region.needs_old_means
         self.advantage_range = advantage_range
-        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
-        self.needs_reference = kl_weight > 0
-        self.stored = ("ema",) if ema_kl_weight > 0 else ()
+        self.penalty = terms.Penalty(kl_weight, ema_kl_weight)
+        self.needs_reference, self.stored = self.penalty.needs_reference, self.penalty.stored
 
     def loss(self, replay: Replay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio``, ``clipped`` and, where they have weights, ``kl``, ``ema_kl``."""
         step = replay.step(i)
         advantages = terms.within(samples.advantages, *self.advantage_range)
         loss, statistics = self.trust_region.surrogate(step, replay, samples, i, advantages)
-        penalty, of_penalty = terms.penalty(step, replay, i, self.kl_weight, self.ema_kl_weight)
+        penalty, of_penalty = self.penalty.of_step(step, replay, i)
         return loss + penalty, {**statistics, **of_penalty}

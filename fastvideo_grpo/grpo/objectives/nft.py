@@ -38,7 +38,6 @@ class NFT:
     clean = True
     needs_reward_gradients = False
     pairs = False
-    needs_density = False
     defaults: ClassVar[dict[str, Any]] = {
         "sample": {"init_noise": "per_sample", "stochastic": {"steps": "none"}},
         "grpo": {
@@ -55,9 +54,8 @@ class NFT:
             )
         self.beta = positive_number("beta", beta)
         self.advantage_clip = advantage_clip
-        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
-        self.needs_reference = kl_weight > 0
-        self.stored = ("old", "ema") if ema_kl_weight > 0 else ("old",)
+        self.penalty = terms.Penalty(kl_weight, ema_kl_weight)
+        self.needs_reference, self.stored = self.penalty.needs_reference, ("old", *self.penalty.stored)
 
     def loss(self, replay: CleanReplay, samples: SampleBatch, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`Objective`; statistics: ``ratio`` as :class:`~fastvideo_grpo.grpo.objectives.awm.AWM` has it and, where
@@ -68,7 +66,7 @@ class NFT:
         better = self.beta * velocity + (1 - self.beta) * old
         worse = (1 + self.beta) * old - self.beta * velocity
         loss = limit * (share * _error(noised, better) + (1 - share) * _error(noised, worse)) / self.beta
-        penalty, statistics = terms.clean_penalty(velocity, replay, i, self.kl_weight, self.ema_kl_weight)
+        penalty, statistics = self.penalty.of_velocity(velocity, replay, i)
         target = noised.target
         log_ratio = terms.error(old, target) - terms.error(velocity.detach(), target)
         return loss + penalty, {"ratio": torch.exp(log_ratio), **statistics}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,37 +33,44 @@ def kl(step: Step, reference: Step) -> Tensor:
     return squared / (2 * step.std**2)
 
 
-def penalty(
-    step: Step, replay: Replay, i: int, kl_weight: float, ema_kl_weight: float
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """``kl_weight`` KL to the reference + ``ema_kl_weight`` KL to the moving average ``[B]``, each asked for where its weight
-    is above 0; and the statistics ``kl``, ``ema_kl``."""
-    terms = {}
-    if kl_weight > 0:
-        terms["kl"] = kl_weight, kl(step, replay.reference(i))
-    if ema_kl_weight > 0:
-        terms["ema_kl"] = ema_kl_weight, kl(step, replay.ema(i))
-    return _weighted(terms)
+@dataclass(frozen=True)
+class Penalty:
+    """``kl_weight`` KL to the starting weights + ``ema_kl_weight`` KL to the moving average, each asked for where its weight is
+    above 0."""
 
+    kl_weight: float
+    ema_kl_weight: float
 
-def clean_penalty(
-    velocity: Tensor, replay: CleanReplay, i: int, kl_weight: float, ema_kl_weight: float
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """The same on clean samples, ``mean((u - u')^2)`` of velocities: the KL between the Gaussians that they stand for, up to a
-    factor of the level."""
-    terms = {}
-    if kl_weight > 0:
-        terms["kl"] = kl_weight, error(velocity, replay.reference(i))
-    if ema_kl_weight > 0:
-        terms["ema_kl"] = ema_kl_weight, error(velocity, replay.stored("ema", i))
-    return _weighted(terms)
+    @property
+    def needs_reference(self) -> bool:
+        """The starting weights are asked for."""
+        return self.kl_weight > 0
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The weights whose stored outputs are asked for."""
+        return ("ema",) if self.ema_kl_weight > 0 else ()
 
-def _weighted(terms: dict[str, tuple[float, Tensor]]) -> tuple[Tensor | float, dict[str, Tensor]]:
-    total: Tensor | float = 0.0
-    for weight, value in terms.values():
-        total = total + weight * value
-    return total, {name: value.detach() for name, (_, value) in terms.items()}
+    def of_step(self, step: Step, replay: Replay, i: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """That of a sampler's step ``[B]`` (:func:`kl`), and the statistics ``kl``, ``ema_kl``."""
+        return self._sum(lambda: kl(step, replay.reference(i)), lambda: kl(step, replay.ema(i)))
+
+    def of_velocity(self, velocity: Tensor, replay: CleanReplay, i: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The same on clean samples, ``mean((u - u')^2)``: the KL between the Gaussians that velocities stand for, up to a
+        factor of the level."""
+        return self._sum(lambda: error(velocity, replay.reference(i)), lambda: error(velocity, replay.stored("ema", i)))
+
+    def _sum(
+        self, to_reference: Callable[[], Tensor], to_average: Callable[[], Tensor]
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        total: Tensor | float = 0.0
+        statistics = {}
+        for name, weight, distance in (("kl", self.kl_weight, to_reference), ("ema_kl", self.ema_kl_weight, to_average)):
+            if weight > 0:
+                value = distance()
+                total = total + weight * value
+                statistics[name] = value.detach()
+        return total, statistics
 
 
 def error(velocity: Tensor, other: Tensor) -> Tensor:
