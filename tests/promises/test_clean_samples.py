@@ -77,10 +77,21 @@ def test_what_was_stored_is_what_the_weights_that_drew_say(make_trainer, model, 
         drawn.append({what for what, *_ in made.trajectories})
         return made
 
-    trainer.rollout = watched
+    states, update = [trainer.engine.state_dict()], trainer.update
+
+    def followed(*args):
+        metrics = update(*args)
+        states.append(trainer.engine.state_dict())
+        return metrics
+
+    trainer.rollout, trainer.update = watched, followed
     trainer.train()
     lines = trainer.run.log.read()
     assert len(lines) == 2
+    if case in ("nft", "nft, solved"):  # once an iteration, half way to what its updates left
+        for name, old in states[0].items():
+            expected = (old + states[1][name]) / 4 + states[2][name] / 2
+            torch.testing.assert_close(trainer.engine.averages["old"].piece(name), expected.flatten(), rtol=0, atol=1e-6)
     for line in lines:
         if "grpo" in case:
             assert line["train/ratio_first_update_max_dev"] == 0.0 and "train/stored_output_max_dev" not in line
